@@ -1,0 +1,292 @@
+"""The tokenizer: an autoencoder between an image and a sequence of column tokens.
+
+    image (B, 3, H, W) ── Encoder ── columnize ── to_tokens ──► tokens (B, W/f, D)
+    image (B, 3, H, W) ◄── Decoder ── rasterize ◄─ from_tokens ── tokens (B, W/f, D)
+
+The height is fixed, the width is any multiple of f from 2f up.  Every convolution is
+reflect-padded: a border of zeros would tell the edge columns where they are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equimini.columnize import ColumnConv, columnize, rasterize, reflect_pad
+from equimini.presets import TokenizerConfig
+
+
+class Conv3x3(nn.Conv2d):
+    """3×3 convolution with reflected borders."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(reflect_pad(reflect_pad(x, -1), -2))
+
+
+class Norm(nn.GroupNorm):
+    """GroupNorm with the eps of the whole autoencoder."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__(groups, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, conv, twice, around a skip (1×1 conv where the channels change)."""
+
+    def __init__(self, c_in: int, c_out: int, groups: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = Norm(c_in, groups), Conv3x3(c_in, c_out)
+        self.norm2, self.conv2 = Norm(c_out, groups), Conv3x3(c_out, c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.skip(x) + h
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all H·W positions, with a residual."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = Norm(channels, groups)
+        self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (p(h).flatten(2).mT[:, None] for p in (self.q, self.k, self.v))  # (B, 1, HW, C)
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].mT  # (B, C, HW), scale C^-0.5
+        return x + self.out(h.unflatten(2, x.shape[2:]))
+
+
+class Stage(nn.Module):
+    """Residual blocks, each followed by attention where the map has the right height."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, attention: bool,
+                 config: TokenizerConfig) -> None:
+        super().__init__()
+        groups = config.norm_groups
+        self.blocks = nn.ModuleList(
+            ResidualBlock(c_in if i == 0 else c_out, c_out, groups, config.dropout)
+            for i in range(blocks))
+        self.attention = nn.ModuleList(
+            SpatialAttention(c_out, groups) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if self.attention:
+                x = self.attention[i](x)
+        return x
+
+
+class Middle(nn.Sequential):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, channels: int, config: TokenizerConfig) -> None:
+        groups = config.norm_groups
+        super().__init__(ResidualBlock(channels, channels, groups, config.dropout),
+                         SpatialAttention(channels, groups),
+                         ResidualBlock(channels, channels, groups, config.dropout))
+
+
+class Downsample(nn.Module):
+    """Halve both sides: conv to C/4 and pixel-unshuffle, plus a 2×2 average as shortcut."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv3x3(channels, channels // 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(self.conv(x), 2) + F.avg_pool2d(x, 2)
+
+
+class Upsample(nn.Module):
+    """Double both sides: conv to 4C and pixel-shuffle, plus nearest neighbour as shortcut."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv3x3(channels, 4 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.conv(x), 2) + F.interpolate(x, scale_factor=2.0)
+
+
+class Encoder(nn.Module):
+    """Image to columns: (B, 3, H, W) to (B, z_channels · rows, W/f)."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        channels = [config.base_channels * m for m in config.multipliers]
+        c, size = config.base_channels, config.image_size
+        self.conv_in = Conv3x3(3, c)
+        self.stages, self.downs = nn.ModuleList(), nn.ModuleList()
+        for i, c_out in enumerate(channels):
+            self.stages.append(
+                Stage(c, c_out, config.blocks, size >> i in config.attention_rows, config))
+            if i + 1 < len(channels):
+                self.downs.append(Downsample(c_out))
+            c = c_out
+        self.middle = Middle(c, config)
+        self.norm_out = Norm(c, config.norm_groups)
+        self.conv_out = Conv3x3(c, config.z_channels)
+        column = config.z_channels * config.rows
+        self.column_conv = ColumnConv(column, column)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i < len(self.downs):
+                x = self.downs[i](x)
+        x = self.conv_out(F.silu(self.norm_out(self.middle(x))))  # (B, z, H/f, W/f)
+        return self.column_conv(columnize(x))
+
+
+class Decoder(nn.Module):
+    """Columns to image: (B, z_channels · rows, W/f) to (B, 3, H, W)."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        channels = [config.base_channels * m for m in reversed(config.multipliers)]
+        c, self.rows = channels[0], config.rows
+        column = config.z_channels * config.rows
+        self.column_conv = ColumnConv(column, column)
+        self.conv_in = Conv3x3(config.z_channels, c)
+        self.middle = Middle(c, config)
+        self.stages, self.ups = nn.ModuleList(), nn.ModuleList()  # from the lowest resolution up
+        for i, c_out in enumerate(channels):
+            self.stages.append(Stage(c, c_out, config.blocks + 1,
+                                     self.rows << i in config.attention_rows, config))
+            if i + 1 < len(channels):
+                self.ups.append(Upsample(c_out))
+            c = c_out
+        self.norm_out = Norm(c, config.norm_groups)
+        self.conv_out = Conv3x3(c, 3)
+
+    def lowest_stage(self, columns: Tensor) -> Tensor:
+        """The map after the first stage, before any upsampling: (B, C, rows, W/f)."""
+        x = self.conv_in(rasterize(self.column_conv(columns), self.rows))
+        return self.stages[0](self.middle(x))
+
+    def upper_stages(self, x: Tensor) -> Tensor:
+        """From `lowest_stage`'s map to the image."""
+        for up, stage in zip(self.ups, self.stages[1:]):
+            x = stage(up(x))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+    def forward(self, columns: Tensor) -> Tensor:
+        return self.upper_stages(self.lowest_stage(columns))
+
+
+class SemanticHead(nn.Module):
+    """From the decoder's lowest stage to a map that is compared with a teacher's features."""
+
+    def __init__(self, c_in: int, config: TokenizerConfig) -> None:
+        super().__init__()
+        c, groups = config.semantic_channels, config.norm_groups
+        self.blocks = nn.Sequential(
+            *(ResidualBlock(c_in if i == 0 else c, c, groups, config.dropout) for i in range(4)))
+        self.norm_out = Norm(c, groups)
+        self.conv_out = Conv3x3(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_out(F.silu(self.norm_out(self.blocks(x))))
+
+
+class Tokenizer(nn.Module):
+    """Images to column tokens and back, with the statistics of its latents.
+
+    `latent_mean` and `latent_std` (D,) are those of the noisy tokens z = μ + σ·ε over the
+    training set, NaN until measured (`set_statistics`); the generator works on normalised tokens.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        column = config.z_channels * config.rows
+        self.encoder = Encoder(config)
+        self.to_tokens = ColumnConv(column, config.token_channels)
+        self.from_tokens = ColumnConv(config.token_channels, column)
+        self.decoder = Decoder(config)
+        self.semantic_head = None
+        if config.semantic_channels:
+            lowest = config.base_channels * config.multipliers[-1]
+            self.semantic_head = SemanticHead(lowest, config)
+        self.register_buffer("latent_mean", torch.full((config.token_channels,), math.nan))
+        self.register_buffer("latent_std", torch.full((config.token_channels,), math.nan))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [−1, 1] to tokens (B, W/f, D): the mode μ of the posterior.
+
+        Raises ValueError for a height other than image_size, or a width that is no multiple of f
+        or below two columns.
+        """
+        height, width = images.shape[-2:]
+        f, size = self.config.f, self.config.image_size
+        if images.dim() != 4 or images.shape[1] != 3 or height != size:
+            raise ValueError(f"images must be (B, 3, {size}, W), got {tuple(images.shape)}")
+        if width % f or width < 2 * f:
+            raise ValueError(f"the images' width must be a multiple of f = {f} and at least "
+                             f"{2 * f} pixels (2 columns), got {width}")
+        return self.to_tokens(self.encoder(images)).mT
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N ≥ 2, D) to images (B, 3, H, N·f), in [−1, 1] but for overshoot."""
+        return self.decoder(self._columns(tokens))
+
+    def decode_with_semantics(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens to (images, semantic map (B, semantic_channels, rows, N))."""
+        if self.semantic_head is None:
+            raise ValueError("this tokenizer has no semantic head (semantic_channels is 0)")
+        lowest = self.decoder.lowest_stage(self._columns(tokens))
+        return self.decoder.upper_stages(lowest), self.semantic_head(lowest)
+
+    def _columns(self, tokens: Tensor) -> Tensor:
+        d = self.config.token_channels
+        if tokens.dim() != 3 or tokens.shape[1] < 2 or tokens.shape[2] != d:
+            raise ValueError(f"tokens must be (B, N >= 2, {d}), got {tuple(tokens.shape)}")
+        return self.from_tokens(tokens.mT)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the latents' mean and std have been measured."""
+        return bool(self.latent_std.isfinite().all() and self.latent_mean.isfinite().all())
+
+    def set_statistics(self, mean: Tensor | float, std: Tensor | float) -> None:
+        """Store the latents' mean and std: vectors (D,), or scalars that fill them."""
+        self.latent_mean.copy_(torch.as_tensor(mean))
+        self.latent_std.copy_(torch.as_tensor(std))
+
+    def normalize(self, tokens: Tensor) -> Tensor:
+        """Tokens to zero mean and unit variance per channel: what the generator sees."""
+        return (tokens - self.latent_mean) / self.latent_std
+
+    def denormalize(self, tokens: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
+        return tokens * self.latent_std + self.latent_mean
+
+
+def add_noise(mean: Tensor, noise: float, sigma: Tensor, eps: Tensor) -> Tensor:
+    """A sample z = μ + σ·ε of the posterior; σ = noise/0.8 · `sigma`, clamped to ±noise.
+
+    mean, eps: (B, N, D); sigma: (B,) and eps are standard normal; one σ per image.
+    """
+    s = (sigma * (noise / 0.8)).clamp(-noise, noise)
+    return mean + s[:, None, None] * eps
+
+
+def noise_variance(noise: float) -> float:
+    """E[σ²] of `add_noise`: the second moment of a clamped normal, in closed form."""
+    a = 0.8  # the clamp, in standard deviations
+    tail = math.erfc(a / math.sqrt(2))  # P(|x| > a)
+    density = math.exp(-a * a / 2) / math.sqrt(2 * math.pi)
+    return (noise / a) ** 2 * (1 - tail - 2 * a * density + a * a * tail)

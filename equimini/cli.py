@@ -1,0 +1,136 @@
+"""Command lines made from dataclasses, and errors a user can act on."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import typing
+from pathlib import Path
+from typing import Any, Callable, TypeVar
+
+import torch
+
+from equimini.presets import Checked, flag
+
+Config = TypeVar("Config", bound=Checked)
+
+
+class UserError(Exception):
+    """Something the user can mend; the message says what is wrong and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(Checked):
+    """Where a training reads and writes, and how often it reports."""
+
+    data: str = flag("synthetic", "folder of class sub-folders of images, one flat folder, or "
+                     "'synthetic' / 'synthetic-object' (drawn by code)")
+    val_data: str = flag("", "folder of held-out images; empty: --val-fraction of --data")
+    val_fraction: float = flag(0.05, "share of --data that is held out", min=0.001, max=0.5)
+    crop_width: int = flag(0, "width of the training crops, in pixels, a multiple of f; 0: "
+                           "square", min=0)
+    out: str = flag("", "folder for checkpoints, log and previews")
+    seed: int = flag(0, "seed of everything random", min=0)
+    workers: int = flag(1, "processes that load images; 0: none but the main one", min=0)
+    device: str = flag("auto", "where to compute: auto (CUDA, then MPS, then CPU), cpu, cuda, "
+                       "cuda:N, mps")
+    val_images: int = flag(512, "held-out images per validation, at most", min=1)
+    val_every: int = flag(500, "steps between validations", min=1)
+    preview_every: int = flag(500, "steps between preview pictures", min=1)
+    save_every: int = flag(500, "steps between checkpoints", min=1)
+    log_every: int = flag(10, "steps between lines of the log", min=1)
+
+
+def add_flags(parser: argparse.ArgumentParser, defaults: Checked, title: str) -> None:
+    """One flag per field of the dataclass instance `defaults`, in a group called `title`."""
+    group = parser.add_argument_group(title)
+    types = typing.get_type_hints(type(defaults))
+    for f in dataclasses.fields(defaults):
+        value = getattr(defaults, f.name)
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        text = f.metadata["help"].replace("%", "%%")
+        group.add_argument(
+            "--" + f.name.replace("_", "-"), dest=f.name, default=argparse.SUPPRESS,
+            type=_int_tuple if isinstance(value, tuple) else types[f.name],
+            choices=f.metadata.get("choices"), metavar=None if "choices" in f.metadata else
+            {int: "N", float: "X", str: "TEXT"}.get(types[f.name], "N,N"),
+            help=f"{text} [{'none' if shown == '' else shown}]")
+
+
+def _int_tuple(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+_int_tuple.__name__ = "list of whole numbers such as 1,2,4"  # argparse names it in its errors
+
+
+def override(config: Config, args: argparse.Namespace) -> Config:
+    """`config` with every field replaced that was given on the command line.
+
+    Raises UserError for a value outside its declared range.
+    """
+    names = {f.name for f in dataclasses.fields(config)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    try:
+        return dataclasses.replace(config, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+    """A configuration from a checkpoint's plain dict.
+
+    Raises UserError if a field is missing, unknown, or out of range.
+    """
+    names = {f.name for f in dataclasses.fields(cls)}
+    if set(values) != names:
+        raise UserError(f"the checkpoint's {cls.__name__} differs from this version's: "
+                        f"{', '.join(sorted(set(values) ^ names))}")
+    try:
+        return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v
+                      for k, v in values.items()})
+    except ValueError as error:
+        raise UserError(f"the checkpoint's {cls.__name__} is not valid: {error}") from None
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for --device; 'auto' takes CUDA, then MPS, then the CPU.
+
+    Raises UserError for a device that this machine or this torch does not have.
+    """
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); try --device auto")
+    return device
+
+
+def output_folder(path: str) -> Path:
+    """Create the folder `path`; raises UserError if it cannot be written."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to the output folder {path}: {error.strerror}") from None
+    return folder
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,213 @@
+"""Images for training: folders of pictures, or landscapes drawn by code.
+
+A dataset item is asked for by (epoch, index), so that its random crop and flip are a function of
+the seed and these two; `Batches` makes the order of the data a function of the step alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from equimini import keyed, synthetic
+from equimini.cli import RunConfig, UserError
+
+Item = tuple[Tensor, int, int]  # image (3, H, W) uint8, class number, index
+SYNTHETIC_IMAGES = 20_000  # scrolls in the built-in training set
+
+
+class ImageFolder(Dataset[Item]):
+    """Pictures of class sub-folders (or of one flat folder, which is one class).
+
+    Each is scaled so that its shorter side (or its width, if a wider crop needs it) fits the
+    crop, cropped at random and mirrored with probability ½; with augment=False cropped at the
+    centre.  A file that cannot be read is reported once and replaced by the next one.
+    """
+
+    def __init__(self, files: list[tuple[Path, int]], classes: list[str], height: int,
+                 width: int, seed: int, augment: bool) -> None:
+        self.files, self.classes = files, classes
+        self.height, self.width = height, width
+        self.seed, self.augment = seed, augment
+        self.bad: set[Path] = set()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        epoch, index = key
+        for step in range(len(self)):
+            path, label = self.files[(index + step) % len(self)]
+            try:
+                if path not in self.bad:
+                    image = load_image(path, self.height, self.width)
+                    return self._crop(image, epoch, index), label, index
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                self.bad.add(path)
+                warnings.warn(f"cannot read {path}, using the next picture instead: {error}",
+                              stacklevel=2)
+        raise UserError(f"none of the {len(self)} pictures can be read, {path} among them")
+
+    def _crop(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, h, w)
+        room = x.shape[1] - self.height, x.shape[2] - self.width
+        if not self.augment:
+            top, left, flip = room[0] // 2, room[1] // 2, False
+        else:
+            draw = keyed.rng("crop", self.seed, epoch, index)
+            top, left, flip = (int(draw.integers(n + 1)) for n in (*room, 1))
+        x = x[:, top:top + self.height, left:left + self.width]
+        return (x.flip(2) if flip else x).contiguous()
+
+
+class Synthetic(Dataset[Item]):
+    """Landscapes drawn by `equimini.synthetic`; classes in turn, the same for the same index."""
+
+    def __init__(self, kind: str, indices: range, height: int, width: int, seed: int) -> None:
+        self.draw = synthetic.with_object if kind == "synthetic-object" else synthetic.landscape
+        names = synthetic.OBJECT_CLASSES if kind == "synthetic-object" else synthetic.CLASSES
+        self.classes = list(names)
+        self.indices, self.height, self.width, self.seed = indices, height, width, seed
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        index = self.indices[key[1]]
+        label = index % len(self.classes)
+        image = self.draw(index, label=label, height=self.height, width=self.width,
+                          seed=self.seed)
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), label, key[1]
+
+
+def load_image(path: Path | str, height: int, width: int | None = None) -> Image.Image:
+    """Read a picture as RGB, upright, and scale it so that a (height, width) crop just fits.
+
+    Transparent pixels are put on white.  width None: scaled to `height` exactly, any width.
+    Raises OSError (or Pillow's own errors) for a file that is no readable image.
+    """
+    with Image.open(path) as opened:
+        opened.draft("RGB", (4 * height, 4 * height))  # lets JPEG decode smaller
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    scale = height / image.height
+    if width is not None:
+        scale = max(scale, width / image.width)
+    size = max(round(image.width * scale), width or 1), max(round(image.height * scale), height)
+    return image.resize(size, Image.Resampling.BICUBIC) if size != image.size else image
+
+
+def image_to_tensor(image: Image.Image) -> Tensor:
+    """A PIL image as (3, H, W) float32 in [−1, 1]."""
+    return to_float(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0…255 to float32 −1…1."""
+    return images.float() / 127.5 - 1
+
+
+def find_images(folder: str) -> tuple[list[tuple[Path, int]], list[str]]:
+    """All image files of a folder, with class numbers, and the sorted class names.
+
+    Raises UserError for a folder that is missing or holds no image files.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"the data folder {folder} does not exist (or is no folder)")
+    endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images = sorted(p for p in root.rglob("*") if p.suffix.lower() in endings and p.is_file())
+    if not images:
+        raise UserError(f"no image files in {folder}; expected {folder}/CLASS/picture.jpg, or "
+                        f"pictures directly in {folder}")
+    parts = [p.relative_to(root).parts for p in images]
+    flat = [len(p) == 1 for p in parts]
+    if any(flat) and not all(flat):
+        loose = images[flat.index(True)]
+        raise UserError(f"{folder} holds pictures both directly ({loose.name}) and in "
+                        "sub-folders; put each picture into a class sub-folder, or all in one")
+    names = [root.resolve().name if len(p) == 1 else p[0] for p in parts]
+    classes = sorted(set(names))
+    return [(p, classes.index(n)) for p, n in zip(images, names)], classes
+
+
+def load_data(run: RunConfig, height: int, width: int) -> tuple[Dataset, Dataset, list[str]]:
+    """Training set, validation set and class names for a run.
+
+    height, width: of the crops, in pixels.  Raises UserError for folders that do not serve.
+    """
+    if run.data in ("synthetic", "synthetic-object"):
+        n_val = max(run.val_images, int(SYNTHETIC_IMAGES * run.val_fraction))
+        train = Synthetic(run.data, range(SYNTHETIC_IMAGES), height, width, run.seed)
+        val = Synthetic(run.data, range(SYNTHETIC_IMAGES, SYNTHETIC_IMAGES + n_val), height,
+                        width, run.seed)
+        return train, val, train.classes
+    files, classes = find_images(run.data)
+    if run.val_data:
+        val_files, val_classes = find_images(run.val_data)
+        if val_classes != classes:
+            raise UserError(f"--val-data has the classes {val_classes}, --data has {classes}")
+    else:
+        order = keyed.rng("split", run.seed).permutation(len(files))
+        n_val = max(1, round(len(files) * run.val_fraction))
+        if len(files) < 2:
+            raise UserError(f"{run.data} holds one picture; training needs at least two "
+                            "(one is held out for validation)")
+        val_files = [files[i] for i in sorted(order[:n_val])]
+        files = [files[i] for i in sorted(order[n_val:])]
+    return (ImageFolder(files, classes, height, width, run.seed, augment=True),
+            ImageFolder(val_files, classes, height, width, run.seed, augment=False), classes)
+
+
+class Batches:
+    """Batch sampler whose order is a function of (seed, step): each epoch a new permutation.
+
+    Yields, for each step from `start` to `stop` − 1, the (epoch, index) pairs of its batch;
+    a batch that crosses the end of an epoch goes on in the next.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, start: int, stop: int) -> None:
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.start, self.stop = start, stop
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, np.empty(0, np.int64)
+        for step in range(self.start, self.stop):
+            batch = []
+            for place in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if place // self.n != epoch:
+                    epoch = place // self.n
+                    order = keyed.rng("order", self.seed, epoch).permutation(self.n)
+                batch.append((epoch, int(order[place % self.n])))
+            yield batch
+
+
+def training_loader(data: Dataset, batch_size: int, run: RunConfig, start: int,
+                    stop: int) -> DataLoader:
+    """Batches (images uint8 (B, 3, H, W), labels (B,), indices (B,)) of steps start … stop−1."""
+    sampler = Batches(len(data), batch_size, run.seed, start, stop)
+    return DataLoader(data, batch_sampler=sampler, num_workers=run.workers,
+                      pin_memory=torch.cuda.is_available())
+
+
+def fixed_loader(data: Dataset, batch_size: int, count: int, workers: int = 0,
+                 seed: int = 0) -> DataLoader:
+    """The same `count` random items (at most all), in the same order, every time."""
+    order = keyed.rng("subset", seed).permutation(len(data))[:count]
+    keys = [(0, int(i)) for i in order]
+    return DataLoader(data, batch_size=batch_size, sampler=keys, num_workers=workers)

@@ -1,0 +1,190 @@
+"""Every number of the model and of its training, as dataclasses, and the named presets.
+
+    python -m equimini.presets      # prints the table of presets
+
+A field is declared once, here: its default, its one line of help with the unit, and its range.
+Command-line flags, `--help` and the checkpoints' configuration are made from these fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+
+def flag(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field with its help text; limits: min, max (inclusive), choices."""
+    return field(default=default, metadata={"help": help, **limits})
+
+
+class Checked:
+    """Base of the configurations: checks every field against its declared limits."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, limits = getattr(self, f.name), f.metadata
+            flat = value if isinstance(value, tuple) else (value,)
+            name = f.name.replace("_", "-")
+            if "choices" in limits and value not in limits["choices"]:
+                raise ValueError(f"{name} must be one of {', '.join(limits['choices'])}, "
+                                 f"got {value!r}")
+            if "min" in limits and any(not v >= limits["min"] for v in flat):  # catches NaN too
+                raise ValueError(f"{name} must be at least {limits['min']}, got {value}")
+            if "max" in limits and any(not v <= limits["max"] for v in flat):
+                raise ValueError(f"{name} must be at most {limits['max']}, got {value}")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig(Checked):
+    """Architecture of the column tokenizer; the defaults are the paper's."""
+
+    image_size: int = flag(256, "height of every image, in pixels", min=2)
+    base_channels: int = flag(128, "channels of the first stage", min=1)
+    multipliers: tuple[int, ...] = flag(
+        (1, 1, 2, 4, 4), "channels of each stage, in base channels; each later stage halves the "
+        "size, so f = 2^(stages - 1)", min=1)
+    blocks: int = flag(2, "residual blocks per encoder stage (the decoder has one more)", min=1)
+    attention_rows: tuple[int, ...] = flag(
+        (16,), "feature-map heights, in rows, at which every block is followed by attention",
+        min=1)
+    norm_groups: int = flag(32, "groups of every GroupNorm", min=1)
+    z_channels: int = flag(256, "channels of the feature map that is cut into columns", min=1)
+    token_channels: int = flag(256, "channels of one token (one column)", min=1)
+    semantic_channels: int = flag(0, "channels of the semantic head's map; 0: no head", min=0)
+    dropout: float = flag(0.0, "dropout probability inside residual blocks", min=0, max=0.99)
+    noise: float = flag(
+        2.5, "largest latent noise: sigma ~ N(0, (noise/0.8)^2) clamped to +-noise", min=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_size % self.f or self.image_size < 2 * self.f:
+            raise ValueError(f"image-size must be a multiple of f = {self.f} and at least "
+                             f"{2 * self.f}, got {self.image_size}")
+        if self.base_channels % self.norm_groups:
+            raise ValueError(f"base-channels must be a multiple of norm-groups = "
+                             f"{self.norm_groups}, got {self.base_channels}")
+        if self.base_channels % 4:
+            raise ValueError(f"base-channels must be a multiple of 4, got {self.base_channels}")
+
+    @property
+    def f(self) -> int:
+        """Downsampling factor: pixels per column."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def rows(self) -> int:
+        """Height of the feature map that is cut into columns."""
+        return self.image_size // self.f
+
+    @property
+    def columns(self) -> int:
+        """Columns (tokens) of a square image."""
+        return self.image_size // self.f
+
+
+@dataclass(frozen=True)
+class TokenizerTraining(Checked):
+    """How a tokenizer is trained; the defaults are the paper's (ImageNet, batch 192)."""
+
+    steps: int = flag(333_638, "training steps (the default: 50 epochs of ImageNet)", min=1)
+    batch_size: int = flag(192, "images per step", min=1)
+    lr: float = flag(1.92e-4, "learning rate of Adam after the warm-up", min=0)
+    warmup_steps: int = flag(5000, "steps over which the learning rate rises from 0", min=0)
+    lr_decay: float = flag(0.2, "factor on the learning rate at every decay", min=0, max=1)
+    lr_decay_every: int = flag(30_000, "steps between decays, counted from the warm-up's end",
+                               min=1)
+    grad_clip: float = flag(1.0, "largest gradient norm", min=1e-9)
+    ema_decay: float = flag(0.9999, "decay per step of the moving average of the weights (with "
+                            "warm-up (1+n)/(10+n))", min=0, max=1)
+    kl_weight: float = flag(0.01, "weight of the KL term", min=0)
+    perceptual_net: str = flag("", "TorchScript file that maps images in [-1, 1] to a list of "
+                               "feature maps; empty: no perceptual term")
+    perceptual_weight: float = flag(1.0, "weight of the perceptual distance, per pixel value",
+                                    min=0)
+    discriminator: str = flag("patchgan", "adversarial critic", choices=("patchgan", "none"))
+    disc_channels: int = flag(64, "channels of the discriminator's first layer", min=1)
+    disc_layers: int = flag(3, "strided layers of the discriminator", min=1)
+    adv_weight: float = flag(0.5, "weight of the adversarial term, on top of the adaptive weight",
+                             min=0)
+    adv_start: int = flag(5000, "step from which both adversarial losses are on", min=0)
+    stats_images: int = flag(10_000, "training images over which the latents' mean and std are "
+                             "measured when training ends", min=2)
+
+
+@dataclass(frozen=True)
+class GeneratorConfig(Checked):
+    """Architecture of the column generator; the defaults are the paper's `small`."""
+
+    layers: int = flag(16, "transformer blocks", min=1)
+    width: int = flag(512, "channels of the transformer", min=4)
+    heads: int = flag(8, "attention heads", min=1)
+    window: int = flag(4, "columns that a column attends to, itself counted", min=1)
+    class_tokens: int = flag(16, "learned tokens that carry the class", min=1)
+    head_width: int = flag(960, "channels of the flow head's MLP", min=1)
+    head_depth: int = flag(12, "blocks of the flow head", min=1)
+    dropout: float = flag(0.1, "dropout probability in the transformer", min=0, max=0.99)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width must be a multiple of 2 * heads = {2 * self.heads} (rotary "
+                             f"pairs), got {self.width}")
+
+
+@dataclass(frozen=True)
+class GeneratorTraining(Checked):
+    """How a generator is trained; the defaults are the paper's (ImageNet, batch 2048)."""
+
+    steps: int = flag(750_684, "training steps (the default: 1200 epochs of ImageNet)", min=1)
+    batch_size: int = flag(2048, "images per step", min=1)
+    lr: float = flag(8e-4, "learning rate of AdamW after the warm-up", min=0)
+    warmup_steps: int = flag(62_557, "steps over which the learning rate rises from 0 (the "
+                             "default: 100 epochs of ImageNet)", min=0)
+    weight_decay: float = flag(0.02, "weight decay (not on biases, norms and the flow head)",
+                               min=0)
+    grad_clip: float = flag(3.0, "largest gradient norm", min=1e-9)
+    ema_decay: float = flag(0.9999, "decay per step of the moving average of the weights", min=0,
+                            max=1)
+    label_dropout: float = flag(0.1, "probability that an image is trained without its class",
+                                min=0, max=1)
+    batch_multiplier: int = flag(4, "times that every token is used per step, each with its own "
+                                 "t and noise", min=1)
+    position_shift: int = flag(16, "positions are shifted by a random number of columns below "
+                               "this; 1: no augmentation", min=1)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A tokenizer, a generator, and how each is trained."""
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokenizer_training: TokenizerTraining = TokenizerTraining()
+    generator: GeneratorConfig = GeneratorConfig()
+    generator_training: GeneratorTraining = GeneratorTraining()
+
+
+def _tiny() -> Preset:
+    return Preset(
+        TokenizerConfig(
+            image_size=64, base_channels=16, multipliers=(1, 2, 4), blocks=1, norm_groups=8,
+            attention_rows=(16,), z_channels=32, token_channels=64, noise=0.5),
+        TokenizerTraining(
+            steps=2000, batch_size=16, lr=1e-3, warmup_steps=100, lr_decay=0.3,
+            lr_decay_every=700, ema_decay=0.995, kl_weight=0.01, disc_channels=32,
+            adv_start=1500, stats_images=4096),
+        GeneratorConfig(layers=4, width=256, heads=4, head_width=256, head_depth=6, dropout=0.0),
+        GeneratorTraining(steps=3000, batch_size=64, lr=1e-3, warmup_steps=100, ema_decay=0.998))
+
+
+def _paper(layers: int, width: int, heads: int, head_width: int) -> Preset:
+    generator = GeneratorConfig(layers=layers, width=width, heads=heads, head_width=head_width)
+    return Preset(generator=generator)
+
+
+PRESETS: dict[str, Preset] = {
+    "tiny": _tiny(),
+    "small": _paper(16, 512, 8, 960),
+    "base": _paper(24, 768, 12, 1024),
+    "large": _paper(32, 1024, 16, 1280),
+    "huge": _paper(40, 1280, 16, 1536),
+}

@@ -1,0 +1,214 @@
+"""What both training scripts share: set-up and resuming, EMA, schedules, log, signals."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from equimini import checkpoint
+from equimini.cli import (RunConfig, UserError, add_flags, config_from_dict, output_folder,
+                          override, pick_device)
+from equimini.presets import PRESETS, Checked
+
+
+@dataclass
+class Setup:
+    """A training's resolved configuration, and the checkpoint that it resumes from, if any."""
+
+    preset: str
+    model: Checked
+    training: Checked
+    run: RunConfig
+    device: torch.device
+    out: Path
+    resumed: dict[str, Any] | None
+
+    @property
+    def start(self) -> int:
+        """The first step to train."""
+        return self.resumed["step"] if self.resumed else 0
+
+    def config(self) -> dict[str, Any]:
+        """The configuration as plain values, for the checkpoint."""
+        parts = {"model": self.model, "training": self.training, "run": self.run}
+        return {"preset": self.preset, **{k: dataclasses.asdict(v) for k, v in parts.items()}}
+
+
+def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None = None) -> Setup:
+    """Parse the command line of train_{kind}.py and find what to resume.
+
+    The preset gives the defaults; with --resume, the checkpoint does.  Raises UserError for an
+    impossible setting, for an output folder that holds another run, and for a checkpoint whose
+    model is not the one asked for.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="tiny")
+    name = first.parse_known_args(argv)[0].preset
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    model, training = getattr(preset, kind), getattr(preset, f"{kind}_training")
+
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--preset", default="tiny", metavar="NAME",
+                        help=f"{', '.join(PRESETS)}: gives the defaults shown below [tiny]")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from last.pt in --out; its settings are the defaults")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="start anew even if --out holds a run already")
+    for part, title in ((run, "run"), (model, "model"), (training, "training")):
+        add_flags(parser, part, title)
+    args = parser.parse_args(argv)
+
+    out = output_folder(getattr(args, "out", run.out))
+    last, resumed = out / "last.pt", None
+    if args.resume:
+        resumed = checkpoint.load(last, kind)
+        saved = resumed["config"]
+        name, run, training = (saved["preset"], config_from_dict(type(run), saved["run"]),
+                               config_from_dict(type(training), saved["training"]))
+        model = config_from_dict(type(model), saved["model"])
+        if override(model, args) != model:
+            raise UserError(f"{last} holds a model of other sizes than asked for; leave the "
+                            "model's flags out to resume it, or choose another --out")
+    elif last.exists() and not args.overwrite:
+        raise UserError(f"{out} holds a run already; add --resume to go on with it, --overwrite "
+                        "to start anew, or choose another folder with --out")
+    run = override(run, args)
+    return Setup(name, override(model, args), override(training, args), run,
+                 pick_device(run.device), out, resumed)
+
+
+class Ema:
+    """Exponential moving average of a module's weights, kept as a module of its own (`model`).
+
+    With warmup the decay starts small, min(decay, (1+n)/(10+n)), so that the random first
+    weights are forgotten quickly.  Buffers are copied.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, warmup: bool) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.warmup, self.updates = decay, warmup, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the model's present weights."""
+        self.updates += 1
+        n = self.updates
+        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        mine, theirs = list(self.model.parameters()), list(model.parameters())
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
+        for a, b in zip(self.model.buffers(), model.buffers()):
+            a.copy_(b)
+
+
+def warmup_decay_lr(step: int, lr: float, warmup_steps: int, decay: float = 1.0,
+                    every: int = 1) -> float:
+    """Learning rate of a step: linear from 0 over the warm-up, then × decay every `every` steps.
+
+    A function of the step alone, so that a resumed run continues on the same curve.
+    """
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    return lr * decay ** ((step - warmup_steps) // every)
+
+
+class Stepper:
+    """One optimizer step with clipping, which leaves out steps that are not finite.
+
+    After `patience` of them in a row the training ends with an error; the last checkpoint stays.
+    """
+
+    def __init__(self, patience: int = 10) -> None:
+        self.patience, self.in_a_row, self.skipped = patience, 0, 0
+
+    def __call__(self, loss: Tensor, optimizer: torch.optim.Optimizer, lr: float,
+                 clip: float) -> float:
+        """Backward, clip, step; returns the gradient norm before clipping (NaN: left out)."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        if loss.isfinite():
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(parameters, clip)
+            if norm.isfinite():
+                optimizer.step()
+                self.in_a_row = 0
+                return float(norm)
+        optimizer.zero_grad(set_to_none=True)
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.in_a_row >= self.patience:
+            raise UserError(f"the loss or its gradient was not finite {self.in_a_row} times in a "
+                            "row; resume from the last checkpoint with a lower --lr or a lower "
+                            "--grad-clip, and look for odd pictures in the data")
+        return math.nan
+
+
+class Log:
+    """A JSONL file of scalars, one line per record; lines of steps not trained yet are dropped."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        kept = []
+        if path.exists() and start:
+            records = [line for line in path.read_text().splitlines(keepends=True)
+                       if line.endswith("\n")]
+            kept = [line for line in records if json.loads(line)["step"] <= start]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, step: int, **scalars: float) -> None:
+        """Append one record; `step` counts the optimizer steps done."""
+        self.file.write(json.dumps({"step": step, **scalars}) + "\n")
+
+
+class Progress:
+    """Progress bar with loss, learning rate and images per second."""
+
+    def __init__(self, start: int, steps: int, batch_size: int, label: str) -> None:
+        self.bar = tqdm(total=steps, initial=start, desc=label, dynamic_ncols=True,
+                        mininterval=1.0)
+        self.batch_size, self.images, self.since, self.rate = batch_size, 0, time.time(), 0.0
+
+    def step(self, scalars: dict[str, float]) -> None:
+        """Count one step, and show its scalars."""
+        self.images += self.batch_size
+        passed = time.time() - self.since
+        if passed > 2:
+            self.rate, self.images, self.since = self.images / passed, 0, time.time()
+        shown = {k: f"{v:.3g}" for k, v in scalars.items()}
+        self.bar.set_postfix({**shown, "img/s": f"{self.rate:.0f}"}, refresh=False)
+        self.bar.update()
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a flag, so that a step is finished and saved.
+
+    A second one interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write("stopping after this step; a checkpoint is written (again to stop at once)")

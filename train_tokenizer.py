@@ -1,0 +1,216 @@
+"""Train the column tokenizer: images to column tokens and back (equimini/autoencoder.py).
+
+    python train_tokenizer.py                          # landscapes drawn by code, a few minutes
+    python train_tokenizer.py --data my/pictures       # a folder of class sub-folders
+
+Writes last.pt, best.pt (lowest validation loss), log.jsonl and previews/ into --out.
+"""
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from equimini import checkpoint, keyed
+from equimini.autoencoder import Tokenizer, add_noise, noise_variance
+from equimini.cli import RunConfig, UserError, run
+from equimini.data import fixed_loader, load_data, to_float, training_loader
+from equimini.discriminator import PatchGAN
+from equimini.images import grid, save_png
+from equimini.losses import (FeatureDistance, adaptive_weight, hinge_loss, kl_loss, psnr,
+                             reconstruction_loss)
+from equimini.training import (Ema, Log, Progress, Setup, Stepper, StopRequest, set_up,
+                               warmup_decay_lr)
+
+
+class Trainer:
+    """The tokenizer, its critic and their optimizers; one call of `step` is one training step."""
+
+    def __init__(self, setup: Setup) -> None:
+        cfg, self.device, self.seed = setup.training, setup.device, setup.run.seed
+        self.cfg, self.stepper, self.disc_stepper = cfg, Stepper(), Stepper()
+        keyed.seed_torch(self.seed, 0)  # initial weights
+        self.model = Tokenizer(setup.model).to(self.device)
+        self.ema = Ema(self.model, cfg.ema_decay, warmup=True)
+        adam = dict(lr=cfg.lr, betas=(0.5, 0.9))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), **adam)
+        self.disc = self.disc_optimizer = self.distance = None
+        if cfg.discriminator == "patchgan" and cfg.adv_weight:
+            self.disc = PatchGAN(cfg.disc_channels, cfg.disc_layers).to(self.device)
+            self.disc_optimizer = torch.optim.Adam(self.disc.parameters(), **adam)
+        if cfg.perceptual_net:
+            self.distance = FeatureDistance(cfg.perceptual_net).to(self.device)
+
+    def reconstruction(self, x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
+        """L1 plus perceptual distance, summed over pixels, averaged over the batch."""
+        distance = self.cfg.perceptual_weight * self.distance(x, x_hat) if self.distance else 0.0
+        return reconstruction_loss(x, x_hat, distance)
+
+    def step(self, step: int, images: torch.Tensor) -> dict[str, float]:
+        """One step of the autoencoder, and one of the critic (Eq. 5).
+
+        images: (B, 3, H, W) uint8.  Returns the scalars to log.
+        """
+        cfg, x = self.cfg, to_float(images.to(self.device))
+        keyed.seed_torch(self.seed, 1, step)  # dropout
+        lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps, cfg.lr_decay, cfg.lr_decay_every)
+
+        mean = self.model.encode(x)  # (B, N, D)
+        rngs = [keyed.rng("posterior", self.seed, step, i) for i in range(len(x))]
+        sigma, eps = keyed.normal((), rngs), keyed.normal(tuple(mean.shape[1:]), rngs)
+        z = add_noise(mean, self.model.config.noise, sigma.to(x.device), eps.to(x.device))
+        x_hat = self.model.decode(z)
+        rec, kl = self.reconstruction(x, x_hat), kl_loss(mean)
+        loss = rec + cfg.kl_weight * kl
+        scalars = {"rec": rec.item(), "kl": kl.item(), "lr": lr}
+
+        adversarial = self.disc is not None and step >= cfg.adv_start
+        if adversarial:
+            self.disc.requires_grad_(False)
+            adv = -self.disc(x_hat).mean()
+            weight = adaptive_weight(rec, adv, self.model.decoder.conv_out.weight)
+            loss = loss + cfg.adv_weight * weight * adv
+            scalars |= {"adv": adv.item(), "adaptive_weight": weight.item()}
+        scalars["grad_norm"] = self.stepper(loss, self.optimizer, lr, cfg.grad_clip)
+        self.ema.update(self.model)
+
+        if adversarial:
+            self.disc.requires_grad_(True)
+            real, fake = self.disc(x), self.disc(x_hat.detach())
+            disc_loss = hinge_loss(real, fake)
+            self.disc_stepper(disc_loss, self.disc_optimizer, cfg.lr, cfg.grad_clip)
+            scalars |= {"disc_loss": disc_loss.item(), "logit_real": real.mean().item(),
+                        "logit_fake": fake.mean().item()}
+        return {"loss": loss.item(), **scalars}
+
+    def state(self) -> dict:
+        """Everything a resumed run needs, as a dict of plain values and tensors."""
+        state = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(),
+                 "ema_updates": self.ema.updates, "optimizer": self.optimizer.state_dict(),
+                 "skipped": self.stepper.skipped}
+        if self.disc is not None:
+            state |= {"disc": self.disc.state_dict(),
+                      "disc_optimizer": self.disc_optimizer.state_dict()}
+        return state
+
+    def load_state(self, state: dict) -> None:
+        """The inverse of `state`."""
+        checkpoint.load_weights(self.model, state["model"], "last.pt")
+        checkpoint.load_weights(self.ema.model, state["ema"], "last.pt")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.updates, self.stepper.skipped = state["ema_updates"], state["skipped"]
+        if self.disc is not None and "disc" in state:
+            self.disc.load_state_dict(state["disc"])
+            self.disc_optimizer.load_state_dict(state["disc_optimizer"])
+
+
+@torch.no_grad()
+def validate(trainer: Trainer, loader) -> dict[str, float]:
+    """Loss and PSNR of the EMA tokenizer's reconstructions (from the mode) of held-out images."""
+    tokenizer, losses, decibels = trainer.ema.model, [], []
+    for images, _, _ in loader:
+        x = to_float(images.to(trainer.device))
+        mean = tokenizer.encode(x)
+        x_hat = tokenizer.decode(mean)
+        loss = trainer.reconstruction(x, x_hat) + trainer.cfg.kl_weight * kl_loss(mean)
+        losses += [loss.item()] * len(x)
+        decibels += psnr(x, x_hat).tolist()
+    return {"val_loss": sum(losses) / len(losses), "val_psnr": sum(decibels) / len(decibels)}
+
+
+@torch.no_grad()
+def measure_statistics(tokenizer: Tokenizer, loader, device: torch.device) -> None:
+    """Store mean and std, per channel, of the noisy latents z = μ + σ·ε over the images.
+
+    The noise's share of the variance is known in closed form, so only μ is measured.
+    """
+    total, squares, count = 0.0, 0.0, 0
+    for images, _, _ in loader:
+        mean = tokenizer.encode(to_float(images.to(device))).double().flatten(0, 1).cpu()
+        total, squares = total + mean.sum(0), squares + mean.square().sum(0)
+        count += len(mean)
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp_min(0)
+    variance = variance + noise_variance(tokenizer.config.noise)
+    tokenizer.set_statistics(mean.float(), variance.clamp_min(1e-12).sqrt().float())
+
+
+def store_statistics(path: Path, loader, device: torch.device) -> None:
+    """Measure the latents' statistics of a checkpoint's EMA tokenizer and write them into it."""
+    content = checkpoint.load(path, "tokenizer")
+    tokenizer = checkpoint.tokenizer_from_dict(content, path).to(device)
+    measure_statistics(tokenizer, tqdm(loader, desc=f"latent statistics of {path.name}"), device)
+    content["ema"] = tokenizer.cpu().state_dict()
+    checkpoint.save(path, "tokenizer", content)
+
+
+def main() -> None:
+    setup = set_up("tokenizer", __doc__.split("\n")[0], RunConfig(out="runs/tokenizer"))
+    cfg, opts, out = setup.training, setup.run, setup.out
+    size = setup.model.image_size
+    width = opts.crop_width or size
+    if width % setup.model.f or width < 2 * setup.model.f:
+        raise UserError(f"--crop-width must be a multiple of f = {setup.model.f} and at least "
+                        f"{2 * setup.model.f}, got {width}")
+    train, val, classes = load_data(opts, size, width)
+    trainer = Trainer(setup)
+    best = float("inf")
+    if setup.resumed:
+        trainer.load_state(setup.resumed)
+        best = setup.resumed["best_loss"]
+    loader = training_loader(train, cfg.batch_size, opts, setup.start, cfg.steps)
+    val_loader = fixed_loader(val, cfg.batch_size, opts.val_images)
+    shown = to_float(next(iter(fixed_loader(val, 8, 8)))[0]).to(setup.device)
+    previews = out / "previews"
+    previews.mkdir(exist_ok=True)
+    millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    print(f"tokenizer {setup.preset}: {millions:.2f} M parameters, images {size}x{width}, "
+          f"{setup.model.columns} columns per square, {len(train)} training and {len(val)} "
+          f"held-out images of {len(classes)} classes, on {setup.device}")
+
+    def save(name: str, step: int) -> None:
+        checkpoint.save(out / name, "tokenizer", {
+            "config": setup.config(), "classes": classes, "step": step, "best_loss": best,
+            **trainer.state()})
+
+    def preview(step: int) -> None:
+        with torch.no_grad():
+            x_hat = trainer.ema.model.decode(trainer.ema.model.encode(shown))
+        save_png(grid([shown, x_hat], ["original", "decoded"]), previews / f"{step:07d}.png")
+
+    log, stop = Log(out / "log.jsonl", setup.start), StopRequest()
+    progress = Progress(setup.start, cfg.steps, cfg.batch_size, "tokenizer")
+    step = setup.start
+    for images, _, _ in loader:
+        scalars = trainer.step(step, images)
+        step += 1
+        progress.step({k: scalars[k] for k in ("loss", "lr")})
+        if step % opts.log_every == 0:
+            log.write(step, **scalars, skipped=trainer.stepper.skipped,
+                      images_per_s=progress.rate)
+        if step % opts.val_every == 0 or step == cfg.steps:
+            scores = validate(trainer, val_loader)
+            log.write(step, **scores)
+            progress.bar.write(f"step {step}: validation loss {scores['val_loss']:.1f}, "
+                               f"PSNR {scores['val_psnr']:.2f} dB")
+            if scores["val_loss"] < best:
+                best = scores["val_loss"]
+                save("best.pt", step)
+        if step % opts.preview_every == 0 or step == cfg.steps:
+            preview(step)
+        if step % opts.save_every == 0 or stop.asked:
+            save("last.pt", step)
+        if stop.asked:
+            print(f"stopped at step {step}; go on with --resume (with --steps {step}, it only "
+                  "measures the latents' statistics, so that a generator can use it)")
+            return
+    progress.bar.close()
+    save("last.pt", step)
+    stats = fixed_loader(train, cfg.batch_size, cfg.stats_images, opts.workers)
+    for path in filter(Path.exists, (out / "best.pt", out / "last.pt")):
+        store_statistics(path, stats, setup.device)
+    print(f"done: {out / 'last.pt'}; pictures in {previews}")
+
+
+if __name__ == "__main__":
+    run(main)
