@@ -1,0 +1,89 @@
+"""The flow-matching head: an MLP v_θ(x_t, t, z) that moves noise towards one token (Eq. 8).
+
+On the straight path x_t = t·ε + (1−t)·x the velocity is ε − x: at t = 1 there is only noise, at
+t = 0 the token.  The head is told t and the transformer's output z through adaLN: each block's
+shift, scale and gate are linear in SiLU(y), y = MLP(t) + Linear(z).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TIME_CHANNELS = 256  # of the sinusoidal embedding
+
+
+def time_embedding(t: Tensor) -> Tensor:
+    """Sinusoidal embedding of t (not of 1000·t): any shape to (…, 256), cosines first, float32."""
+    half = TIME_CHANNELS // 2
+    k = torch.arange(half, device=t.device, dtype=torch.float32)
+    angle = t.float()[..., None] * torch.exp(-math.log(10000) * k / half)
+    return torch.cat((angle.cos(), angle.sin()), -1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(1 + scale)·x + shift."""
+    return torch.addcmul(x + shift, x, scale)
+
+
+class HeadBlock(nn.Module):
+    """x += gate · MLP((1 + scale)·LN(x) + shift)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.ada = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        shift, scale, gate = self.ada(y).chunk(3, -1)
+        return x + gate * self.mlp(modulate(self.norm(x), shift, scale))
+
+
+class FlowHead(nn.Module):
+    """The velocity field of one token.
+
+    channels: of a token; cond_channels: of z; width and depth of the MLP.
+    """
+
+    def __init__(self, channels: int, cond_channels: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.x_in = nn.Linear(channels, width)
+        self.z_in = nn.Linear(cond_channels, width)
+        self.time_mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, width), nn.SiLU(),
+                                      nn.Linear(width, width))
+        self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
+        self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.ada_out = nn.Linear(width, 2 * width)
+        self.x_out = nn.Linear(width, channels)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Xavier, but zero where the head shall start as the zero velocity with open skips."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for i in (0, 2):
+            nn.init.normal_(self.time_mlp[i].weight, std=0.02)
+        for layer in (*(block.ada for block in self.blocks), self.ada_out, self.x_out):
+            nn.init.zeros_(layer.weight)
+
+    def condition(self, t: Tensor, z: Tensor) -> Tensor:
+        """SiLU(y): all that the blocks see of t (…) and z (…, cond_channels)."""
+        return F.silu(self.time_mlp(time_embedding(t)) + self.z_in(z))
+
+    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
+        """Velocity at x (…, channels), t (…) in [0, 1], given z (…, cond_channels).
+
+        Leading shapes broadcast: with x, t of (M, B, N, …) one z of (B, N, …) serves M draws.
+        """
+        y = self.condition(t, z)
+        x = self.x_in(x)
+        for block in self.blocks:
+            x = block(x, y)
+        shift, scale = self.ada_out(y).chunk(2, -1)
+        return self.x_out(modulate(self.norm_out(x), shift, scale))

@@ -1,0 +1,214 @@
+"""The generator: a windowed causal transformer over columns, with a flow-matching head.
+
+    class ──► 16 class tokens ──(MLPs)──► keys and values of every layer, and z_0
+    tokens x_0 … x_{i−1} ──(windowed self-attention, cross-attention to the class)──► z_i
+    z_i, noise ──(flow head)──► x_i
+
+z_i sums up everything before column i; the head turns it into a distribution over column i.
+Self-attention sees position differences only (RoPE on q and k), and only `window` columns, so
+every column is predicted by the same function of its surroundings.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equimini.flow_head import FlowHead
+from equimini.presets import GeneratorConfig
+from equimini.rope import Rope, rope_tables, rotate
+from equimini.window_attention import window_attention
+
+KeyValue = tuple[Tensor, Tensor]  # keys and values, each (B, n, H, D)
+
+
+class ClassContext(NamedTuple):
+    """What image tokens see of their class: it depends on the class alone, so it is made once."""
+
+    keys_values: list[KeyValue]  # per layer, of the class tokens: (B, class_tokens, H, D)
+    z0: Tensor  # (B, 1, d): the output at the last class token, which predicts column 0
+
+
+class SelfAttention(nn.Module):
+    """Windowed causal attention with RoPE; keeps the last W−1 keys and values when cached."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.heads, self.window, self.dropout = config.heads, config.window, config.dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width)  # rows: all q, all k, all v
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, rope: Rope,
+                past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
+        """x (B, n, d) to (the same, the keys and values that the next tokens can still see).
+
+        rope: tables of the past keys' positions and of x's, in order.  Keys are kept unrotated.
+        """
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, n, H, D)
+        if past is not None:
+            k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
+        o = window_attention(q, k, v, self.window, rope=rope,
+                             dropout_p=self.dropout if self.training else 0.0)
+        keep = max(0, k.shape[1] - (self.window - 1))
+        o = F.dropout(self.proj(o.flatten(2)), self.dropout, self.training)
+        return o, (k[:, keep:], v[:, keep:])
+
+
+class CrossAttention(nn.Module):
+    """From image tokens to class tokens; queries are rotated, class keys are not.
+
+    That makes it the only place that sees a column's absolute position.
+    """
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.heads, self.dropout = config.heads, config.dropout
+        self.q, self.k, self.v, self.proj = (nn.Linear(d, d) for _ in range(4))
+
+    def keys_values(self, c: Tensor) -> KeyValue:
+        """Class tokens (B, T, d) to their keys and values."""
+        k, v = (p(c).unflatten(-1, (self.heads, -1)) for p in (self.k, self.v))
+        return k, v
+
+    def forward(self, x: Tensor, keys_values: KeyValue, rope: Rope) -> Tensor:
+        q = rotate(self.q(x).unflatten(-1, (self.heads, -1)), rope)
+        q, k, v = (a.transpose(1, 2) for a in (q, *keys_values))  # (B, H, n, D)
+        o = F.scaled_dot_product_attention(q, k, v,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return F.dropout(self.proj(o.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+
+class MLP(nn.Sequential):
+    """Linear, GELU, Linear at four times the width, with dropout after both."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        d = config.width
+        super().__init__(nn.Linear(d, 4 * d), nn.GELU(), nn.Dropout(config.dropout),
+                         nn.Linear(4 * d, d), nn.Dropout(config.dropout))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the class, MLP; the MLP also updates class tokens."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.norm1, self.attn = nn.LayerNorm(d, eps=1e-6), SelfAttention(config)
+        self.cross_norm = nn.LayerNorm(d, eps=1e-5)  # of the image tokens
+        self.class_norm = nn.LayerNorm(d, eps=1e-5)  # of the class tokens
+        self.cross = CrossAttention(config)
+        self.norm2, self.mlp = nn.LayerNorm(d, eps=1e-6), MLP(config)
+
+    def class_step(self, c: Tensor) -> tuple[KeyValue, Tensor]:
+        """Class tokens c (B, T, d): what image tokens read of them here, and c after the MLP."""
+        return self.cross.keys_values(self.class_norm(c)), c + self.mlp(self.norm2(c))
+
+    def forward(self, x: Tensor, class_kv: KeyValue, rope: Rope,
+                past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
+        """Image tokens x (B, n, d); rope covers the past keys and x. Returns x and the cache."""
+        n = x.shape[1]
+        o, past = self.attn(self.norm1(x), rope, past)
+        x = x + o
+        x = x + self.cross(self.cross_norm(x), class_kv, (rope[0][-n:], rope[1][-n:]))
+        return x + self.mlp(self.norm2(x)), past
+
+
+class Generator(nn.Module):
+    """p(x | class) = Π_i p(x_i | x_<i, class) over normalised column tokens (Eq. 2).
+
+    num_classes: size of the class table; channels: of one token.
+    """
+
+    def __init__(self, config: GeneratorConfig, num_classes: int, channels: int) -> None:
+        super().__init__()
+        self.config, self.num_classes, self.channels = config, num_classes, channels
+        d = config.width
+        self.class_table = nn.Embedding(num_classes, d)
+        self.no_class = nn.Parameter(torch.empty(1, d))
+        self.class_embed = nn.Parameter(torch.empty(1, config.class_tokens, d))
+        self.x_in = nn.Linear(channels, d)
+        self.norm_in = nn.LayerNorm(d, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm_out = nn.LayerNorm(d, eps=1e-6)
+        self.init_weights()
+        self.head = FlowHead(channels, d, config.head_width, config.head_depth)
+
+    def init_weights(self) -> None:
+        """Linear layers Xavier-uniform with zero biases; embeddings from N(0, 0.02²)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for table in (self.class_table.weight, self.no_class, self.class_embed):
+            nn.init.normal_(table, std=0.02)
+
+    def encode_classes(self, labels: Tensor, drop: Tensor | None = None) -> ClassContext:
+        """Everything that image tokens need of their class.
+
+        labels: (B,) class numbers; drop: (B,) bool, True replaces the class by "no class".
+        """
+        c = self.class_table(labels)
+        if drop is not None:
+            c = torch.where(drop[:, None], self.no_class, c)
+        c = self.norm_in(c[:, None] + self.class_embed)  # (B, T, d)
+        keys_values = []
+        for block in self.blocks:
+            kv, c = block.class_step(c)
+            keys_values.append(kv)
+        return ClassContext(keys_values, self.norm_out(c[:, -1:]))
+
+    def forward(self, tokens: Tensor, context: ClassContext, position: int = 0,
+                cache: list[KeyValue] | None = None) -> Tensor:
+        """Tokens x_p … x_{p+n−1} (B, n, C), p = position, to z_{p+1} … z_{p+n} (B, n, d).
+
+        cache: one (keys, values) per layer of the tokens before, extended and trimmed to the
+        last W−1 in place; start with an empty list.
+        """
+        x = self.norm_in(self.x_in(tokens))
+        known = cache[0][0].shape[1] if cache else 0
+        positions = torch.arange(position - known, position + x.shape[1], device=x.device)
+        rope = rope_tables(positions, self.config.width // self.config.heads)
+        pasts = list(cache) if cache else [None] * len(self.blocks)
+        for i, block in enumerate(self.blocks):
+            x, pasts[i] = block(x, context.keys_values[i], rope, pasts[i])
+        if cache is not None:
+            cache[:] = pasts
+        return self.norm_out(x)
+
+    def predict(self, tokens: Tensor, labels: Tensor, drop: Tensor | None = None,
+                shift: int = 0) -> Tensor:
+        """z_0 … z_{N−1} (B, N, d) for all columns of `tokens` (B, N, C) at once.
+
+        shift: added to every position (the training's position augmentation).
+        """
+        context = self.encode_classes(labels, drop)
+        if tokens.shape[1] == 1:
+            return context.z0
+        return torch.cat((context.z0, self(tokens[:, :-1], context, shift)), 1)
+
+
+def flow_matching_loss(generator: Generator, tokens: Tensor, labels: Tensor, u: Tensor,
+                       eps: Tensor, drop: Tensor | None = None, shift: int = 0) -> Tensor:
+    """Eq. 8 per column: the mean over channels and repeats of (v − (ε − x))², (B, N).
+
+    tokens: (B, N, C), normalised; u: (M, B, N), uniform, gives t = u·(1−1e-5) + 1e-5; eps:
+    (M, B, N, C), standard normal.  Each token is used M times (the paper's batch multiplier).
+    """
+    z = generator.predict(tokens, labels, drop, shift)  # (B, N, d)
+    t = u * (1 - 1e-5) + 1e-5
+    x_t = torch.lerp(tokens, eps, t[..., None])  # t·ε + (1−t)·x
+    v = generator.head(x_t, t, z)
+    return (v - (eps - tokens)).square().mean((0, 3))
+
+
+def weight_decay_groups(generator: Generator, weight_decay: float) -> list[dict]:
+    """AdamW's parameter groups: no decay on biases, norms and the flow head."""
+    decayed, free = [], []
+    for name, p in generator.named_parameters():
+        (free if p.dim() == 1 or name.startswith("head.") else decayed).append(p)
+    return [{"params": decayed, "weight_decay": weight_decay},
+            {"params": free, "weight_decay": 0.0}]

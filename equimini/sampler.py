@@ -1,0 +1,105 @@
+"""Drawing columns from left to right: Euler steps, and classifier-free guidance.
+
+Every random number is keyed by (the image's seed, the column), so that an image is the same
+whatever batch it is drawn in, and a longer image begins with the shorter one's noise.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from equimini import keyed
+from equimini.generator import Generator
+
+SCHEDULES = ("linear", "constant")
+
+
+def guidance_scale(i: int, n: int, s: float, schedule: str = "linear") -> float:
+    """Guidance of column i of n: 1 + (s−1)·(i+1)/n for 'linear' (the paper's), s for 'constant'.
+
+    i counts from 0 at the left end of the image, also when a prefix is given.
+    Raises ValueError for another schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    return 1 + (s - 1) * (i + 1) / n if schedule == "linear" else s
+
+
+def euler(velocity: Callable[[Tensor, float], Tensor], x: Tensor, steps: int) -> Tensor:
+    """Integrate dx/dt = v(x, t) from t = 1 to 0: x ← x − v(x, t)/steps at t = 1, …, 1/steps."""
+    for k in range(steps, 0, -1):
+        x = x - velocity(x, k / steps) / steps
+    return x
+
+
+def guided(v: Tensor, s: float) -> Tensor:
+    """v_uncond + s·(v_cond − v_uncond), for a batch that holds both halves, conditional first."""
+    cond, uncond = v.chunk(2)
+    return uncond + s * (cond - uncond)
+
+
+def column_noise(seeds: Sequence[int], column: int, channels: int) -> Tensor:
+    """The starting noise ε (B, C) of one column of the images with these seeds."""
+    return keyed.normal((channels,), [keyed.rng("sample", seed, column) for seed in seeds])
+
+
+@torch.no_grad()
+def sample_columns(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int], *,
+                   cfg: float = 1.0, schedule: str = "linear", steps: int = 100,
+                   prefix: Tensor | None = None) -> Iterator[Tensor]:
+    """Yield the columns of B images one by one, (B, C) each, normalised.
+
+    labels: (B,) class numbers; seeds: B integers ≥ 0; columns: the images' length.  cfg: the
+    guidance scale s; at s = 1 the unconditional branch is not run.  prefix: (B, P, C), columns
+    that are given; the first column that is drawn and yielded is then column P.
+    Raises ValueError for arguments that do not fit.
+    """
+    _check(generator, labels, columns, seeds, steps, prefix)
+    device = generator.no_class.device
+    labels = labels.to(device)
+    branches = 1 if cfg == 1 else 2
+    drop = torch.arange(branches, device=device).bool().repeat_interleave(len(labels))
+    context = generator.encode_classes(labels.repeat(branches), drop)
+    z, cache, start = context.z0, [], 0
+    if prefix is not None and prefix.shape[1]:
+        start = prefix.shape[1]
+        z = generator(prefix.to(device).repeat(branches, 1, 1), context, 0, cache)
+    for i in range(start, columns):
+        s, z_i = guidance_scale(i, columns, cfg, schedule), z[:, -1]  # z_i: (branches·B, d)
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            if branches == 1:
+                return generator.head(x, x.new_tensor(t), z_i)
+            return guided(generator.head(x.repeat(2, 1), x.new_tensor(t), z_i), s)
+
+        x = euler(velocity, column_noise(seeds, i, generator.channels).to(device), steps)
+        yield x
+        if i + 1 < columns:
+            z = generator(x[:, None].repeat(branches, 1, 1), context, i, cache)
+
+
+def sample_tokens(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int],
+                  **options) -> Tensor:
+    """All drawn columns of `sample_columns`, stacked behind the prefix: (B, columns, C)."""
+    drawn = torch.stack(list(sample_columns(generator, labels, columns, seeds, **options)), 1)
+    prefix = options.get("prefix")
+    return drawn if prefix is None else torch.cat((prefix.to(drawn), drawn), 1)
+
+
+def _check(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int], steps: int,
+           prefix: Tensor | None) -> None:
+    if len(seeds) != len(labels):
+        raise ValueError(f"seeds must be one per label ({len(labels)}), got {len(seeds)}")
+    if any(seed < 0 for seed in seeds):
+        raise ValueError(f"seeds must be at least 0, got {min(seeds)}")
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= generator.num_classes:
+        raise ValueError(f"labels must be class numbers 0 to {generator.num_classes - 1}, got "
+                         f"{labels.tolist()}")
+    given = 0 if prefix is None else prefix.shape[1]
+    if columns <= given:
+        raise ValueError(f"columns must be more than the {given} given, got {columns}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
