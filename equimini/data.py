@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from equimini import keyed, synthetic
 from equimini.cli import RunConfig, UserError
+from equimini.presets import TokenizerConfig
 
 Item = tuple[Tensor, int, int]  # image (3, H, W) uint8, class number, index
 SYNTHETIC_IMAGES = 20_000  # scrolls in the built-in training set
@@ -143,11 +144,16 @@ def find_images(folder: str) -> tuple[list[tuple[Path, int]], list[str]]:
     return [(p, classes.index(n)) for p, n in zip(images, names)], classes
 
 
-def load_data(run: RunConfig, height: int, width: int) -> tuple[Dataset, Dataset, list[str]]:
+def load_data(run: RunConfig, tokenizer: TokenizerConfig) -> tuple[Dataset, Dataset, list[str]]:
     """Training set, validation set and class names for a run.
 
-    height, width: of the crops, in pixels.  Raises UserError for folders that do not serve.
+    Crops are as high as the tokenizer's images and --crop-width wide (0: square).  Raises
+    UserError for folders that do not serve, or a width that the tokenizer does not take.
     """
+    height, width = tokenizer.image_size, run.crop_width or tokenizer.image_size
+    if width % tokenizer.f or width < 2 * tokenizer.f:
+        raise UserError(f"--crop-width must be a multiple of f = {tokenizer.f} and at least "
+                        f"{2 * tokenizer.f}, got {width}")
     if run.data in ("synthetic", "synthetic-object"):
         n_val = max(run.val_images, int(SYNTHETIC_IMAGES * run.val_fraction))
         train = Synthetic(run.data, range(SYNTHETIC_IMAGES), height, width, run.seed)
