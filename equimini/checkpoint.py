@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from equimini.cli import UserError, config_from_dict
-from equimini.presets import TokenizerConfig
 from equimini.autoencoder import Tokenizer
+from equimini.cli import UserError, config_from_dict, first_line
+from equimini.presets import TokenizerConfig
 
 FORMAT = 1  # of the dict's layout
 
@@ -53,8 +53,7 @@ def load(path: Path | str, kind: str) -> dict[str, Any]:
         raise UserError(f"{path} is not an equimini checkpoint (it holds more than tensors and "
                         "plain values, which is not read)") from None
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged or no checkpoint: "
-                        f"{str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{path} is damaged or no checkpoint: {first_line(error)}") from None
     if not isinstance(content, dict) or "equimini" not in content:
         raise UserError(f"{path} is not an equimini checkpoint")
     if content["equimini"] != kind:

@@ -20,6 +20,11 @@ class UserError(Exception):
     """Something the user can mend; the message says what is wrong and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Checked):
     """Where a training reads and writes, and how often it reports."""
@@ -106,8 +111,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}); try --device auto")
+        raise UserError(f"--device {name} cannot be used here ({first_line(error)}); try "
+                        "--device auto") from None
     return device
 
 

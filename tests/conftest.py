@@ -11,8 +11,6 @@ from equimini.autoencoder import Tokenizer
 from equimini.generator import Generator
 from equimini.presets import GeneratorConfig, TokenizerConfig
 
-torch.set_num_threads(2)
-
 SMALL_TOKENIZER = TokenizerConfig(
     image_size=32, base_channels=8, multipliers=(1, 2, 2), blocks=1, attention_rows=(8,),
     norm_groups=4, z_channels=4, token_channels=6, semantic_channels=8)
