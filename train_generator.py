@@ -27,6 +27,8 @@ class GeneratorRun(RunConfig):
     """The run's options, and those of the generator alone."""
 
     tokenizer: str = flag("runs/tokenizer/last.pt", "checkpoint of the trained tokenizer")
+    precision: str = flag("float32", "arithmetic of the matrix products; bf16 (autocast) is several "
+                          "times faster where the processor has it", choices=("float32", "bf16"))
     preview_cfg: float = flag(2.0, "guidance scale of the preview pictures; 1: none", min=0)
     preview_steps: int = flag(25, "Euler steps per column of the preview pictures", min=1)
 
@@ -51,11 +53,16 @@ class Trainer:
             betas=(0.9, 0.95))
         self.stepper = Stepper()
 
+    def autocast(self) -> torch.autocast:
+        """Matrix products in bfloat16 where asked for; weights and the loss stay in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.opts.precision == "bf16")
+
     @torch.no_grad()
     def tokens(self, images: torch.Tensor, rngs: list) -> torch.Tensor:
         """uint8 images to normalised noisy tokens (B, N, C): the transformer's input and the
         flow's target."""
-        mean = self.tokenizer.encode(to_float(images.to(self.device)))
+        with self.autocast():
+            mean = self.tokenizer.encode(to_float(images.to(self.device))).float()
         sigma, eps = keyed.normal((), rngs), keyed.normal(tuple(mean.shape[1:]), rngs)
         z = add_noise(mean, self.tokenizer.config.noise, sigma.to(mean.device),
                       eps.to(mean.device))
@@ -82,7 +89,9 @@ class Trainer:
         u, eps = self.flow_draws(x, rngs)
         drop = keyed.uniform((), rngs).to(x.device) < cfg.label_dropout
         shift = int(keyed.rng("shift", self.seed, step).integers(cfg.position_shift))
-        loss = flow_matching_loss(self.model, x, labels.to(x.device), u, eps, drop, shift).mean()
+        with self.autocast():
+            loss = flow_matching_loss(self.model, x, labels.to(x.device), u, eps, drop,
+                                      shift).mean()
         norm = self.stepper(loss, self.optimizer, lr, cfg.grad_clip)
         self.ema.update(self.model)
         return {"loss": loss.item(), "lr": lr, "grad_norm": norm}

@@ -201,7 +201,7 @@ def flow_matching_loss(generator: Generator, tokens: Tensor, labels: Tensor, u: 
     z = generator.predict(tokens, labels, drop, shift)  # (B, N, d)
     t = u * (1 - 1e-5) + 1e-5
     x_t = torch.lerp(tokens, eps, t[..., None])  # t·ε + (1−t)·x
-    v = generator.head(x_t, t, z)
+    v = generator.head(x_t, t, z).float()
     return (v - (eps - tokens)).square().mean((0, 3))
 
 
