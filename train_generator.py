@@ -13,6 +13,7 @@ import torch
 
 from equimini import checkpoint, keyed
 from equimini.autoencoder import Tokenizer, add_noise
+from equimini.cache_latents import CachedLatents
 from equimini.cli import RunConfig, UserError, run
 from equimini.data import load_data, to_float
 from equimini.generator import Generator, flow_matching_loss, weight_decay_groups
@@ -27,6 +28,7 @@ class GeneratorRun(RunConfig):
     """The run's options, and those of the generator alone."""
 
     tokenizer: str = flag("runs/tokenizer/last.pt", "checkpoint of the trained tokenizer")
+    latents: str = flag("", "folder made by python -m equimini.cache_latents, in place of --data")
     precision: str = flag("float32", "arithmetic of the matrix products; bf16 (autocast) is several "
                           "times faster where the processor has it", choices=("float32", "bf16"))
     preview_cfg: float = flag(2.0, "guidance scale of the preview pictures; 1: none", min=0)
@@ -58,11 +60,13 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, self.opts.precision == "bf16")
 
     @torch.no_grad()
-    def tokens(self, images: torch.Tensor, rngs: list) -> torch.Tensor:
-        """uint8 images to normalised noisy tokens (B, N, C): the transformer's input and the
-        flow's target."""
-        with self.autocast():
-            mean = self.tokenizer.encode(to_float(images.to(self.device))).float()
+    def tokens(self, data: torch.Tensor, rngs: list) -> torch.Tensor:
+        """uint8 images (B, 3, H, W), or their cached means μ (B, N, C), to normalised noisy
+        tokens (B, N, C): the transformer's input and the flow's target."""
+        mean = data.to(self.device)
+        if data.dtype == torch.uint8:
+            with self.autocast():
+                mean = self.tokenizer.encode(to_float(mean)).float()
         sigma, eps = keyed.normal((), rngs), keyed.normal(tuple(mean.shape[1:]), rngs)
         z = add_noise(mean, self.tokenizer.config.noise, sigma.to(mean.device),
                       eps.to(mean.device))
@@ -75,17 +79,17 @@ class Trainer:
         eps = keyed.normal((m, *x.shape[1:]), rngs).transpose(0, 1)
         return u.to(x.device), eps.to(x.device)
 
-    def step(self, step: int, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    def step(self, step: int, data: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         """One step of the generator (Eq. 8).
 
-        images: (B, 3, H, W) uint8; labels: (B,).  Returns the scalars to log.
+        data: as in `tokens`; labels: (B,).  Returns the scalars to log.
         """
         cfg = self.cfg
-        rngs = [keyed.rng("flow", self.seed, step, i) for i in range(len(images))]
+        rngs = [keyed.rng("flow", self.seed, step, i) for i in range(len(data))]
         keyed.seed_torch(self.seed, 1, step)  # dropout
         lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps)
 
-        x = self.tokens(images, rngs)  # (B, N, C)
+        x = self.tokens(data, rngs)  # (B, N, C)
         u, eps = self.flow_draws(x, rngs)
         drop = keyed.uniform((), rngs).to(x.device) < cfg.label_dropout
         shift = int(keyed.rng("shift", self.seed, step).integers(cfg.position_shift))
@@ -118,9 +122,9 @@ class Trainer:
     def validate(self, loader) -> dict:
         """Loss of the EMA generator, always with the same noise, and the same per column."""
         total, count = 0.0, 0
-        for images, labels, indices in loader:
+        for data, labels, indices in loader:
             rngs = [keyed.rng("validation", int(i)) for i in indices]
-            x = self.tokens(images, rngs)
+            x = self.tokens(data, rngs)
             u, eps = self.flow_draws(x, rngs)
             loss = flow_matching_loss(self.ema.model, x, labels.to(x.device), u, eps)  # (B, N)
             total, count = total + loss.double().sum(0).cpu(), count + len(x)
@@ -145,7 +149,12 @@ class Trainer:
 def main() -> None:
     setup = set_up("generator", __doc__.split("\n")[0], GeneratorRun(out="runs/generator"))
     tokenizer = checkpoint.load_tokenizer(setup.run.tokenizer)
-    train, val, classes = load_data(setup.run, tokenizer.config)
+    if setup.run.latents:
+        train, val = (CachedLatents(setup.run.latents, split, tokenizer, setup.run.seed)
+                      for split in ("train", "val"))
+        classes = train.classes
+    else:
+        train, val, classes = load_data(setup.run, tokenizer.config)
     trainer = Trainer(setup, tokenizer, classes)
     millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     print(f"generator {setup.preset}: {millions:.2f} M parameters, tokens of "

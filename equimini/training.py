@@ -229,8 +229,8 @@ class Trainer(Protocol):
 
     stepper: Stepper
 
-    def step(self, step: int, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """One training step on uint8 images (B, 3, H, W); returns `loss`, `lr` and more."""
+    def step(self, step: int, data: Tensor, labels: Tensor) -> dict[str, float]:
+        """One training step on a batch; returns `loss`, `lr` and more."""
 
     def validate(self, loader: DataLoader) -> dict[str, Any]:
         """Scores on held-out images, `val_loss` among them."""
@@ -267,8 +267,8 @@ def fit(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
     log, stop, step = Log(out / "log.jsonl", setup.start), StopRequest(), setup.start
     progress = Progress(step, cfg.steps, cfg.batch_size, kind)
     val_loader = fixed_loader(val, cfg.batch_size, opts.val_images)
-    for images, labels, _ in training_loader(train, cfg.batch_size, opts, step, cfg.steps):
-        scalars = trainer.step(step, images, labels)
+    for data, labels, _ in training_loader(train, cfg.batch_size, opts, step, cfg.steps):
+        scalars = trainer.step(step, data, labels)
         step += 1
         progress.step({k: scalars[k] for k in ("loss", "lr")})
         last = step == cfg.steps

@@ -14,7 +14,7 @@ from equimini.presets import GeneratorConfig, TokenizerConfig
 SMALL_TOKENIZER = TokenizerConfig(
     image_size=32, base_channels=8, multipliers=(1, 2, 2), blocks=1, attention_rows=(8,),
     norm_groups=4, z_channels=4, token_channels=6, semantic_channels=8)
-SMALL_GENERATOR = GeneratorConfig(layers=3, width=32, heads=2, window=3, class_tokens=4,
+SMALL_GENERATOR = GeneratorConfig(layers=3, embed_dim=32, heads=2, window=3, class_tokens=4,
                                   head_width=24, head_depth=2, dropout=0.1)
 
 

@@ -27,10 +27,10 @@ def test_folder_gives_classes_a_split_and_crops_of_the_right_size(picture_folder
 
 
 def test_wide_crops(picture_folder):
-    train, _, _ = load_data(run(data=str(picture_folder), crop_width=80), SMALL_TOKENIZER)
+    train, _, _ = load_data(run(data=str(picture_folder), width=80), SMALL_TOKENIZER)
     assert train[0, 0][0].shape == (3, 32, 80)
-    with pytest.raises(UserError, match="crop-width"):
-        load_data(run(data=str(picture_folder), crop_width=30), SMALL_TOKENIZER)
+    with pytest.raises(UserError, match="--width"):
+        load_data(run(data=str(picture_folder), width=30), SMALL_TOKENIZER)
 
 
 def test_crop_and_flip_are_a_function_of_epoch_and_index(picture_folder):
@@ -98,7 +98,7 @@ def test_exif_rotation_and_scaling(tmp_path):
 
 @pytest.mark.parametrize("kind", ("synthetic", "synthetic-object"))
 def test_built_in_data(kind):
-    train, val, classes = load_data(run(data=kind, val_images=16), SMALL_TOKENIZER)
+    train, val, classes = load_data(run(data=kind), SMALL_TOKENIZER)
     assert len(classes) >= 3
     image, label, _ = train[0, 4]
     assert image.shape == (3, 32, 32) and label == 4 % len(classes)

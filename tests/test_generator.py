@@ -25,7 +25,7 @@ def test_each_output_depends_on_exactly_its_receptive_field(generator):
 
 
 def test_window_as_long_as_the_image_sees_everything_before():
-    config = GeneratorConfig(layers=1, width=16, heads=2, window=99, head_width=8, head_depth=1)
+    config = GeneratorConfig(layers=1, embed_dim=16, heads=2, window=99, head_width=8, head_depth=1)
     model = randomize(Generator(config, 2, 3)).eval()
     tokens = torch.randn(1, 6, 3, requires_grad=True)
     grad, = torch.autograd.grad(model.predict(tokens, LABELS[:1])[0, 5].sum(), tokens)
@@ -58,7 +58,7 @@ def test_cached_equals_uncached(generator, chunks):
 
 
 def test_window_of_one_caches_nothing():
-    config = GeneratorConfig(layers=2, width=16, heads=2, window=1, head_width=8, head_depth=1)
+    config = GeneratorConfig(layers=2, embed_dim=16, heads=2, window=1, head_width=8, head_depth=1)
     model, cache = randomize(Generator(config, 2, 3)).eval(), []
     tokens, context = torch.randn(1, 4, 3), None
     context = model.encode_classes(LABELS[:1])

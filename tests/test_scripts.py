@@ -14,14 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from equimini import load_generator, load_tokenizer
+from equimini import keyed, load_generator, load_tokenizer
+from equimini.cli import RunConfig
+from equimini.data import load_data, to_float
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ("--image-size 32 --base-channels 8 --norm-groups 4 --z-channels 8 "
              "--attention-rows 8 --token-channels 8 --batch-size 4 --stats-images 16 "
              "--disc-channels 8 --disc-layers 2 --adv-start 2 --workers 0 --val-images 8 "
              "--val-every 3 --preview-every 4 --save-every 3 --log-every 1").split()
-GENERATOR = ("--layers 2 --width 32 --heads 2 --head-width 32 --head-depth 1 --batch-size 4 "
+GENERATOR = ("--layers 2 --embed-dim 32 --heads 2 --head-width 32 --head-depth 1 --batch-size 4 "
              "--dropout 0.1 --workers 0 --val-images 8 --val-every 3 --preview-every 4 "
              "--preview-steps 2 --save-every 3 --log-every 1").split()
 
@@ -148,11 +150,39 @@ def test_a_folder_of_pictures_is_enough(picture_folder, tmp_path):
     assert load_generator(tmp_path / "runs/generator/last.pt").classes == ["cat", "dog", "eel"]
 
 
+def test_cached_latents_train_and_belong_to_one_tokenizer(runs, picture_folder, monkeypatch,
+                                                          capsys):
+    module = ROOT / "equimini" / "cache_latents.py"
+    cache = ["--data", picture_folder, "--workers", 0, "--crops", 2]
+    call(module, *cache, cwd=runs)
+    views = np.load(runs / "runs/latents/train-00000.npy")
+    assert views.shape == (11, 4, 8, 8)  # pictures, 2 crops x 2 mirrors, columns, channels
+    tokenizer = load_tokenizer(runs / "runs/tokenizer/last.pt")
+    train, _, _ = load_data(RunConfig(data=str(picture_folder)), tokenizer.config)
+    image, _ = train.view(3, keyed.rng("cache", 0, 3, 1), flip=True)
+    torch.testing.assert_close(torch.from_numpy(views[3, 3]),
+                               tokenizer.encode(to_float(image)[None])[0], rtol=1e-4, atol=1e-4)
+    # a shard that is lost is made again, the others stay
+    before = (runs / "runs/latents/val-00000.npy").stat().st_mtime_ns
+    (runs / "runs/latents/train-00000.npy").unlink()
+    call(module, *cache, cwd=runs)
+    assert np.array_equal(np.load(runs / "runs/latents/train-00000.npy"), views)
+    assert (runs / "runs/latents/val-00000.npy").stat().st_mtime_ns == before
+    call("train_generator.py", *GENERATOR, "--steps", 2, "--latents", "runs/latents",
+         "--out", "runs/cached", cwd=runs)
+    assert load_generator(runs / "runs/cached/last.pt").classes == ["cat", "dog", "eel"]
+    call("train_tokenizer.py", *TOKENIZER, "--steps", 1, "--seed", 9, "--out", "runs/other",
+         cwd=runs)
+    assert "another tokenizer" in mistake(
+        "train_generator.py", *GENERATOR, "--latents", "runs/latents", "--tokenizer",
+        "runs/other/last.pt", "--out", "x", cwd=runs, monkeypatch=monkeypatch, capsys=capsys)
+
+
 @pytest.mark.parametrize("script, arguments, text", (
     ("train_tokenizer.py", ["--preset", "medium"], "tiny, small, base"),
     ("train_tokenizer.py", [], "--resume"),  # the folder holds a run already
     ("train_tokenizer.py", ["--data", "nowhere", "--out", "x"], "nowhere"),
-    ("train_tokenizer.py", ["--crop-width", "30", "--out", "x"], "crop-width"),
+    ("train_tokenizer.py", ["--width", "30", "--out", "x"], "--width"),
     ("train_tokenizer.py", ["--lr", "-1", "--out", "x"], "lr"),
     ("train_tokenizer.py", ["--resume", "--z-channels", "16"], "other sizes"),
     ("train_tokenizer.py", ["--out", "/proc/x"], "/proc/x"),
