@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from equimini import checkpoint, keyed
 from equimini.autoencoder import Tokenizer
 from equimini.cli import DataConfig, UserError, add_flags, output_folder, override, pick_device, run
 from equimini.data import load_data, to_float
+from equimini.files import replacing
 from equimini.presets import flag
 
 SHARD = 1024  # images per file
@@ -117,21 +117,6 @@ def read_meta(folder: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def write(path: Path, save: Any) -> None:
-    """Call save(file) on a temporary file, flush it, and rename it to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @torch.no_grad()
 def encode_split(tokenizer: Tokenizer, data: Dataset, split: str, cfg: CacheConfig, out: Path,
                  device: torch.device) -> np.ndarray:
@@ -148,8 +133,10 @@ def encode_split(tokenizer: Tokenizer, data: Dataset, split: str, cfg: CacheConf
                 means.append(tokenizer.encode(flat).unflatten(0, images.shape[:2]).cpu().numpy())
                 numbers += label.tolist()
                 bar.update(len(images))
-            write(path, lambda file: np.save(file, np.concatenate(means)))
-            write(label_path, lambda file: file.write(json.dumps(numbers).encode()))
+            with replacing(path) as file:
+                np.save(file, np.concatenate(means))
+            with replacing(label_path) as file:
+                file.write(json.dumps(numbers).encode())
         else:
             bar.update(last - first)
         labels += json.loads(label_path.read_text())
@@ -177,11 +164,14 @@ def main() -> None:
     elif begun.exists() and json.loads(begun.read_text()) != plan:
         raise UserError(f"{out} holds latents of other settings; choose another --out, or add "
                         "--overwrite")
-    write(begun, lambda file: file.write(json.dumps(plan).encode()))
+    with replacing(begun) as file:
+        file.write(json.dumps(plan).encode())
     labels = {split: encode_split(tokenizer, data, split, cfg, out, device)
               for split, data in (("train", train), ("val", val))}
-    write(out / "labels.npz", lambda file: np.savez(file, **labels))
-    write(out / "meta.json", lambda file: file.write(json.dumps(plan, indent=1).encode()))
+    with replacing(out / "labels.npz") as file:
+        np.savez(file, **labels)
+    with replacing(out / "meta.json") as file:
+        file.write(json.dumps(plan, indent=1).encode())
     size = sum(p.stat().st_size for p in out.glob("*.npy")) / 1e6
     print(f"done: {out}, {len(train)} + {len(val)} pictures, {size:.0f} MB")
 

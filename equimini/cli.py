@@ -49,6 +49,7 @@ class RunConfig(DataConfig):
     val_every: int = flag(500, "steps between validations", min=1)
     preview_every: int = flag(500, "steps between preview pictures", min=1)
     save_every: int = flag(500, "steps between checkpoints", min=1)
+    keep: int = flag(2, "checkpoints kept: last.pt, and the ones before it as last-1.pt, …", min=1)
     log_every: int = flag(10, "steps between lines of the log", min=1)
 
 

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import signal
 import time
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from equimini import checkpoint
 from equimini.data import fixed_loader, training_loader
 from equimini.cli import (RunConfig, UserError, add_flags, config_from_dict, output_folder,
                           override, pick_device)
+from equimini.files import replacing
 from equimini.presets import PRESETS, Checked
 
 
@@ -78,7 +78,7 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
     out = output_folder(getattr(args, "out", run.out))
     last, resumed = out / "last.pt", None
     if args.resume:
-        resumed = checkpoint.load(last, kind)
+        resumed = checkpoint.load_newest(last, kind)
         saved = resumed["config"]
         name, run, training = (saved["preset"], config_from_dict(type(run), saved["run"]),
                                config_from_dict(type(training), saved["training"]))
@@ -169,9 +169,8 @@ class Log:
             records = [line for line in path.read_text().splitlines(keepends=True)
                        if line.endswith("\n")]
             kept = [line for line in records if json.loads(line)["step"] <= start]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.write("".join(kept).encode())
         self.file = open(path, "a", buffering=1)
 
     def write(self, step: int, **scalars: float) -> None:
@@ -262,7 +261,8 @@ def fit(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
 
     def save(name: str, step: int) -> None:
         checkpoint.save(out / name, kind, {"config": setup.config(), "classes": classes,
-                                           "step": step, "best_loss": best, **trainer.state()})
+                                           "step": step, "best_loss": best, **trainer.state()},
+                        keep=opts.keep if name == "last.pt" else 1)
 
     log, stop, step = Log(out / "log.jsonl", setup.start), StopRequest(), setup.start
     progress = Progress(step, cfg.steps, cfg.batch_size, kind)

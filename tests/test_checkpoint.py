@@ -49,6 +49,38 @@ def test_what_cannot_be_read_is_one_clear_error(tokenizer, tmp_path):
         load_tokenizer(path)
 
 
+def test_a_flipped_byte_is_detected_anywhere_in_the_weights(tokenizer, tmp_path):
+    path = tmp_path / "t.pt"
+    checkpoint.save(path, "tokenizer", content(tokenizer))
+    whole = bytearray(path.read_bytes())
+    for place in range(len(whole) // 4, 3 * len(whole) // 4, len(whole) // 16):
+        whole[place] ^= 1
+        path.write_bytes(whole)
+        try:  # bytes between the records (padding) carry nothing: then all must be as it was
+            again = checkpoint.load(path, "tokenizer")
+        except UserError as error:
+            assert "damaged" in str(error)
+        else:
+            assert all(torch.equal(again["ema"][k], v) for k, v in tokenizer.state_dict().items())
+        whole[place] ^= 1
+
+
+def test_older_checkpoints_are_kept_and_used_when_the_last_is_damaged(tmp_path, capsys):
+    path = tmp_path / "last.pt"
+    for step in range(4):
+        checkpoint.save(path, "tokenizer", {"step": step}, keep=3)
+    assert sorted(os.listdir(tmp_path)) == ["last-1.pt", "last-2.pt", "last.pt"]
+    assert checkpoint.load_newest(path, "tokenizer")["step"] == 3
+    path.write_bytes(path.read_bytes()[:-50])
+    assert checkpoint.load_newest(path, "tokenizer")["step"] == 2
+    assert "last-1.pt" in capsys.readouterr().err
+    (tmp_path / "last-1.pt").write_bytes(b"")
+    assert checkpoint.load_newest(path, "tokenizer")["step"] == 1
+    (tmp_path / "last-2.pt").unlink()
+    with pytest.raises(UserError, match="last.pt is damaged"):
+        checkpoint.load_newest(path, "tokenizer")
+
+
 class Malicious:
     def __init__(self, path):
         self.path = path

@@ -79,7 +79,8 @@ def same(a, b):
 def test_training_leaves_checkpoints_log_and_previews(runs):
     for kind in ("tokenizer", "generator"):
         out = runs / "runs" / kind
-        assert {"last.pt", "best.pt", "log.jsonl", "previews"} == {p.name for p in out.iterdir()}
+        assert {p.name for p in out.iterdir()} == {"last.pt", "last-1.pt", "best.pt", "log.jsonl",
+                                                   "previews"}
         assert sorted(p.name for p in (out / "previews").iterdir()) == [
             "0000004.png", "0000006.png"]
         log = records(out / "log.jsonl")
