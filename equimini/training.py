@@ -77,6 +77,8 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
 
     out = output_folder(getattr(args, "out", run.out))
     last, resumed = out / "last.pt", None
+    for leftover in out.rglob(".*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink()
     if args.resume:
         resumed = checkpoint.load_newest(last, kind)
         saved = resumed["config"]

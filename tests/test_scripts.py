@@ -107,6 +107,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs, kind, flags):
         assert np.array_equal(*map(np.asarray, pair))
 
 
+def test_a_killed_run_resumes_bit_for_bit():
+    """A few kills; `python tests/kill_and_resume.py` does twenty of each script."""
+    call("tests/kill_and_resume.py", "--kills", 2, "--steps", 40, cwd=ROOT)
+
+
 def test_sigterm_writes_a_checkpoint_first(tmp_path, monkeypatch, capsys):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command("train_tokenizer.py", *TOKENIZER, "--steps", 100000,
