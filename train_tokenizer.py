@@ -13,24 +13,25 @@ from tqdm import tqdm
 
 from equimini import checkpoint, keyed
 from equimini.autoencoder import Tokenizer, add_noise, noise_variance
-from equimini.cli import RunConfig, UserError, run
-from equimini.data import fixed_loader, load_data, to_float, training_loader
+from equimini.cli import RunConfig, run
+from equimini.data import fixed_loader, load_data, to_float
 from equimini.discriminator import PatchGAN
 from equimini.images import grid, save_png
 from equimini.losses import (FeatureDistance, adaptive_weight, hinge_loss, kl_loss, psnr,
                              reconstruction_loss)
-from equimini.training import (Ema, Log, Progress, Setup, Stepper, StopRequest, set_up,
-                               warmup_decay_lr)
+from equimini.training import Ema, Setup, Stepper, fit, set_up, warmup_decay_lr
 
 
 class Trainer:
     """The tokenizer, its critic and their optimizers; one call of `step` is one training step."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, shown: torch.Tensor) -> None:
+        """shown: held-out images (n, 3, H, W) in [−1, 1], for the previews."""
         cfg, self.device, self.seed = setup.training, setup.device, setup.run.seed
         self.cfg, self.stepper, self.disc_stepper = cfg, Stepper(), Stepper()
         keyed.seed_torch(self.seed, 0)  # initial weights
         self.model = Tokenizer(setup.model).to(self.device)
+        self.shown = shown.to(self.device)
         self.ema = Ema(self.model, cfg.ema_decay, warmup=True)
         adam = dict(lr=cfg.lr, betas=(0.5, 0.9))
         self.optimizer = torch.optim.Adam(self.model.parameters(), **adam)
@@ -46,10 +47,10 @@ class Trainer:
         distance = self.cfg.perceptual_weight * self.distance(x, x_hat) if self.distance else 0.0
         return reconstruction_loss(x, x_hat, distance)
 
-    def step(self, step: int, images: torch.Tensor) -> dict[str, float]:
+    def step(self, step: int, images: torch.Tensor, _labels: torch.Tensor) -> dict[str, float]:
         """One step of the autoencoder, and one of the critic (Eq. 5).
 
-        images: (B, 3, H, W) uint8.  Returns the scalars to log.
+        images: (B, 3, H, W) uint8; labels are not used.  Returns the scalars to log.
         """
         cfg, x = self.cfg, to_float(images.to(self.device))
         keyed.seed_torch(self.seed, 1, step)  # dropout
@@ -103,19 +104,24 @@ class Trainer:
             self.disc.load_state_dict(state["disc"])
             self.disc_optimizer.load_state_dict(state["disc_optimizer"])
 
+    @torch.no_grad()
+    def validate(self, loader) -> dict[str, float]:
+        """Loss and PSNR of the EMA tokenizer's reconstructions (from the mode μ)."""
+        losses, decibels = [], []
+        for images, _, _ in loader:
+            x = to_float(images.to(self.device))
+            mean = self.ema.model.encode(x)
+            x_hat = self.ema.model.decode(mean)
+            loss = self.reconstruction(x, x_hat) + self.cfg.kl_weight * kl_loss(mean)
+            losses += [loss.item()] * len(x)
+            decibels += psnr(x, x_hat).tolist()
+        return {"val_loss": sum(losses) / len(losses), "val_psnr": sum(decibels) / len(decibels)}
 
-@torch.no_grad()
-def validate(trainer: Trainer, loader) -> dict[str, float]:
-    """Loss and PSNR of the EMA tokenizer's reconstructions (from the mode) of held-out images."""
-    tokenizer, losses, decibels = trainer.ema.model, [], []
-    for images, _, _ in loader:
-        x = to_float(images.to(trainer.device))
-        mean = tokenizer.encode(x)
-        x_hat = tokenizer.decode(mean)
-        loss = trainer.reconstruction(x, x_hat) + trainer.cfg.kl_weight * kl_loss(mean)
-        losses += [loss.item()] * len(x)
-        decibels += psnr(x, x_hat).tolist()
-    return {"val_loss": sum(losses) / len(losses), "val_psnr": sum(decibels) / len(decibels)}
+    @torch.no_grad()
+    def preview(self, path: Path) -> None:
+        """Held-out originals above their reconstructions."""
+        x_hat = self.ema.model.decode(self.ema.model.encode(self.shown))
+        save_png(grid([self.shown, x_hat], ["original", "decoded"]), path)
 
 
 @torch.no_grad()
@@ -146,70 +152,18 @@ def store_statistics(path: Path, loader, device: torch.device) -> None:
 
 def main() -> None:
     setup = set_up("tokenizer", __doc__.split("\n")[0], RunConfig(out="runs/tokenizer"))
-    cfg, opts, out = setup.training, setup.run, setup.out
-    size = setup.model.image_size
-    width = opts.crop_width or size
-    if width % setup.model.f or width < 2 * setup.model.f:
-        raise UserError(f"--crop-width must be a multiple of f = {setup.model.f} and at least "
-                        f"{2 * setup.model.f}, got {width}")
-    train, val, classes = load_data(opts, size, width)
-    trainer = Trainer(setup)
-    best = float("inf")
-    if setup.resumed:
-        trainer.load_state(setup.resumed)
-        best = setup.resumed["best_loss"]
-    loader = training_loader(train, cfg.batch_size, opts, setup.start, cfg.steps)
-    val_loader = fixed_loader(val, cfg.batch_size, opts.val_images)
-    shown = to_float(next(iter(fixed_loader(val, 8, 8)))[0]).to(setup.device)
-    previews = out / "previews"
-    previews.mkdir(exist_ok=True)
+    train, val, classes = load_data(setup.run, setup.model)
+    trainer = Trainer(setup, to_float(next(iter(fixed_loader(val, 8, 8)))[0]))
     millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-    print(f"tokenizer {setup.preset}: {millions:.2f} M parameters, images {size}x{width}, "
-          f"{setup.model.columns} columns per square, {len(train)} training and {len(val)} "
-          f"held-out images of {len(classes)} classes, on {setup.device}")
-
-    def save(name: str, step: int) -> None:
-        checkpoint.save(out / name, "tokenizer", {
-            "config": setup.config(), "classes": classes, "step": step, "best_loss": best,
-            **trainer.state()})
-
-    def preview(step: int) -> None:
-        with torch.no_grad():
-            x_hat = trainer.ema.model.decode(trainer.ema.model.encode(shown))
-        save_png(grid([shown, x_hat], ["original", "decoded"]), previews / f"{step:07d}.png")
-
-    log, stop = Log(out / "log.jsonl", setup.start), StopRequest()
-    progress = Progress(setup.start, cfg.steps, cfg.batch_size, "tokenizer")
-    step = setup.start
-    for images, _, _ in loader:
-        scalars = trainer.step(step, images)
-        step += 1
-        progress.step({k: scalars[k] for k in ("loss", "lr")})
-        if step % opts.log_every == 0:
-            log.write(step, **scalars, skipped=trainer.stepper.skipped,
-                      images_per_s=progress.rate)
-        if step % opts.val_every == 0 or step == cfg.steps:
-            scores = validate(trainer, val_loader)
-            log.write(step, **scores)
-            progress.bar.write(f"step {step}: validation loss {scores['val_loss']:.1f}, "
-                               f"PSNR {scores['val_psnr']:.2f} dB")
-            if scores["val_loss"] < best:
-                best = scores["val_loss"]
-                save("best.pt", step)
-        if step % opts.preview_every == 0 or step == cfg.steps:
-            preview(step)
-        if step % opts.save_every == 0 or stop.asked:
-            save("last.pt", step)
-        if stop.asked:
-            print(f"stopped at step {step}; go on with --resume (with --steps {step}, it only "
-                  "measures the latents' statistics, so that a generator can use it)")
-            return
-    progress.bar.close()
-    save("last.pt", step)
-    stats = fixed_loader(train, cfg.batch_size, cfg.stats_images, opts.workers)
-    for path in filter(Path.exists, (out / "best.pt", out / "last.pt")):
-        store_statistics(path, stats, setup.device)
-    print(f"done: {out / 'last.pt'}; pictures in {previews}")
+    print(f"tokenizer {setup.preset}: {millions:.2f} M parameters, {setup.model.columns} columns "
+          f"per {setup.model.image_size}x{setup.model.image_size} image, {len(train)} training "
+          f"and {len(val)} held-out images of {len(classes)} classes, on {setup.device}")
+    if fit("tokenizer", setup, trainer, train, val, classes):
+        cfg = setup.training
+        stats = fixed_loader(train, cfg.batch_size, cfg.stats_images, setup.run.workers)
+        for path in filter(Path.exists, (setup.out / "best.pt", setup.out / "last.pt")):
+            store_statistics(path, stats, setup.device)
+        print(f"done: {setup.out}/last.pt; pictures in {setup.out}/previews")
 
 
 if __name__ == "__main__":

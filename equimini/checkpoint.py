@@ -4,38 +4,72 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from equimini.cli import UserError, config_from_dict
-from equimini.presets import TokenizerConfig
 from equimini.autoencoder import Tokenizer
+from equimini.cli import UserError, config_from_dict, first_line
+from equimini.files import replacing
+from equimini.presets import TokenizerConfig
 
 FORMAT = 1  # of the dict's layout
 
 
-def save(path: Path | str, kind: str, content: dict[str, Any]) -> None:
+def save(path: Path | str, kind: str, content: dict[str, Any], keep: int = 1) -> None:
     """Write a checkpoint under a temporary name, flush it to disk, then rename it to `path`.
 
     kind: 'tokenizer' or 'generator'.  content: tensors, numbers, strings, lists and dicts only.
-    Raises UserError if the disk is full or cannot be written; an older file then stays as it is.
+    keep: how many to keep; older ones are path-1, path-2, … (before the suffix).
+    Raises UserError if the disk is full or cannot be written; older files then stay.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with replacing(path) as file:
+        torch.save({**content, "equimini": kind, "format": FORMAT}, file)
+        _rotate(path, keep)
+
+
+def older(path: Path, i: int) -> Path:
+    """Where the checkpoint before the last i ones is kept: last.pt, last-1.pt, last-2.pt, …"""
+    return path.with_name(f"{path.stem}-{i}{path.suffix}") if i else path
+
+
+def _rotate(path: Path, keep: int) -> None:
+    """Give the present file a second name, so that `path` itself exists at every moment."""
+    if keep < 2 or not path.exists():
+        return
+    for i in range(keep - 1, 1, -1):
+        if older(path, i - 1).exists():
+            os.replace(older(path, i - 1), older(path, i))
+    older(path, 1).unlink(missing_ok=True)
     try:
-        with open(temporary, "wb") as file:
-            torch.save({**content, "equimini": kind, "format": FORMAT}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise UserError(f"cannot write {path}: {error}; what was there before is still "
-                        "there") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        os.link(path, older(path, 1))
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, older(path, 1))
+
+
+def load_newest(path: Path, kind: str) -> dict[str, Any]:
+    """The checkpoint at `path`, or, with a message, the newest older one that can be read.
+
+    Raises the first one's UserError if there is none.
+    """
+    try:
+        return load(path, kind)
+    except UserError as first:
+        for i in range(1, 1000):
+            if not older(path, i).exists():
+                raise
+            try:
+                content = load(older(path, i), kind)
+            except UserError:
+                continue
+            print(f"{first}; going on from the one before it, {older(path, i)}", file=sys.stderr)
+            return content
+        raise
 
 
 def load(path: Path | str, kind: str) -> dict[str, Any]:
@@ -48,13 +82,16 @@ def load(path: Path | str, kind: str) -> dict[str, Any]:
         raise UserError(f"there is no checkpoint {path}; train one with train_{kind}.py, or give "
                         "the path of one")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # reads every record and compares its checksum
+        if damaged:
+            raise UserError(f"{path} is damaged: {damaged} does not match its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not an equimini checkpoint (it holds more than tensors and "
                         "plain values, which is not read)") from None
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged or no checkpoint: "
-                        f"{str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{path} is damaged or no checkpoint: {first_line(error)}") from None
     if not isinstance(content, dict) or "equimini" not in content:
         raise UserError(f"{path} is not an equimini checkpoint")
     if content["equimini"] != kind:

@@ -20,25 +20,36 @@ class UserError(Exception):
     """Something the user can mend; the message says what is wrong and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
 @dataclasses.dataclass(frozen=True)
-class RunConfig(Checked):
-    """Where a training reads and writes, and how often it reports."""
+class DataConfig(Checked):
+    """Which pictures are read, and where the results go."""
 
     data: str = flag("synthetic", "folder of class sub-folders of images, one flat folder, or "
                      "'synthetic' / 'synthetic-object' (drawn by code)")
     val_data: str = flag("", "folder of held-out images; empty: --val-fraction of --data")
     val_fraction: float = flag(0.05, "share of --data that is held out", min=0.001, max=0.5)
-    crop_width: int = flag(0, "width of the training crops, in pixels, a multiple of f; 0: "
-                           "square", min=0)
-    out: str = flag("", "folder for checkpoints, log and previews")
+    width: int = flag(0, "width of the crops, in pixels, a multiple of f; 0: square", min=0)
+    out: str = flag("", "folder to write to")
     seed: int = flag(0, "seed of everything random", min=0)
     workers: int = flag(1, "processes that load images; 0: none but the main one", min=0)
     device: str = flag("auto", "where to compute: auto (CUDA, then MPS, then CPU), cpu, cuda, "
                        "cuda:N, mps")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(DataConfig):
+    """What both trainings need beyond the method: data, and how often they report."""
+
     val_images: int = flag(512, "held-out images per validation, at most", min=1)
     val_every: int = flag(500, "steps between validations", min=1)
     preview_every: int = flag(500, "steps between preview pictures", min=1)
     save_every: int = flag(500, "steps between checkpoints", min=1)
+    keep: int = flag(2, "checkpoints kept: last.pt, and the ones before it as last-1.pt, …", min=1)
     log_every: int = flag(10, "steps between lines of the log", min=1)
 
 
@@ -106,8 +117,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}); try --device auto")
+        raise UserError(f"--device {name} cannot be used here ({first_line(error)}); try "
+                        "--device auto") from None
     return device
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from equimini import keyed, synthetic
-from equimini.cli import RunConfig, UserError
+from equimini.cli import DataConfig, RunConfig, UserError
+from equimini.presets import TokenizerConfig
 
 Item = tuple[Tensor, int, int]  # image (3, H, W) uint8, class number, index
 SYNTHETIC_IMAGES = 20_000  # scrolls in the built-in training set
@@ -31,6 +32,8 @@ class ImageFolder(Dataset[Item]):
     centre.  A file that cannot be read is reported once and replaced by the next one.
     """
 
+    mirrors = 2  # views that a cache keeps of every crop
+
     def __init__(self, files: list[tuple[Path, int]], classes: list[str], height: int,
                  width: int, seed: int, augment: bool) -> None:
         self.files, self.classes = files, classes
@@ -43,32 +46,35 @@ class ImageFolder(Dataset[Item]):
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
+        draw = keyed.rng("crop", self.seed, epoch, index) if self.augment else None
+        return *self.view(index, draw, flip=bool(draw.integers(2)) if draw else False), index
+
+    def view(self, index: int, draw: np.random.Generator | None,
+             flip: bool) -> tuple[Tensor, int]:
+        """Picture `index`, cropped at random (draw None: at the centre), and its class."""
         for step in range(len(self)):
             path, label = self.files[(index + step) % len(self)]
             try:
                 if path not in self.bad:
-                    image = load_image(path, self.height, self.width)
-                    return self._crop(image, epoch, index), label, index
+                    x = np.array(load_image(path, self.height, self.width))
+                    return self._crop(torch.from_numpy(x).permute(2, 0, 1), draw, flip), label
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 self.bad.add(path)
                 warnings.warn(f"cannot read {path}, using the next picture instead: {error}",
                               stacklevel=2)
         raise UserError(f"none of the {len(self)} pictures can be read, {path} among them")
 
-    def _crop(self, image: Image.Image, epoch: int, index: int) -> Tensor:
-        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, h, w)
+    def _crop(self, x: Tensor, draw: np.random.Generator | None, flip: bool) -> Tensor:
         room = x.shape[1] - self.height, x.shape[2] - self.width
-        if not self.augment:
-            top, left, flip = room[0] // 2, room[1] // 2, False
-        else:
-            draw = keyed.rng("crop", self.seed, epoch, index)
-            top, left, flip = (int(draw.integers(n + 1)) for n in (*room, 1))
+        top, left = (int(draw.integers(n + 1)) if draw else n // 2 for n in room)
         x = x[:, top:top + self.height, left:left + self.width]
         return (x.flip(2) if flip else x).contiguous()
 
 
 class Synthetic(Dataset[Item]):
     """Landscapes drawn by `equimini.synthetic`; classes in turn, the same for the same index."""
+
+    mirrors = 1  # a scroll's mirror image is another scroll
 
     def __init__(self, kind: str, indices: range, height: int, width: int, seed: int) -> None:
         self.draw = synthetic.with_object if kind == "synthetic-object" else synthetic.landscape
@@ -80,11 +86,15 @@ class Synthetic(Dataset[Item]):
         return len(self.indices)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
-        index = self.indices[key[1]]
-        label = index % len(self.classes)
-        image = self.draw(index, label=label, height=self.height, width=self.width,
+        return *self.view(key[1], None, False), key[1]
+
+    def view(self, index: int, draw: None, flip: bool) -> tuple[Tensor, int]:
+        """Picture `index` and its class; there is nothing to crop or mirror."""
+        number = self.indices[index]
+        label = number % len(self.classes)
+        image = self.draw(number, label=label, height=self.height, width=self.width,
                           seed=self.seed)
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), label, key[1]
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), label
 
 
 def load_image(path: Path | str, height: int, width: int | None = None) -> Image.Image:
@@ -143,13 +153,18 @@ def find_images(folder: str) -> tuple[list[tuple[Path, int]], list[str]]:
     return [(p, classes.index(n)) for p, n in zip(images, names)], classes
 
 
-def load_data(run: RunConfig, height: int, width: int) -> tuple[Dataset, Dataset, list[str]]:
+def load_data(run: DataConfig, tokenizer: TokenizerConfig) -> tuple[Dataset, Dataset, list[str]]:
     """Training set, validation set and class names for a run.
 
-    height, width: of the crops, in pixels.  Raises UserError for folders that do not serve.
+    Crops are as high as the tokenizer's images and --width wide (0: square).  Raises
+    UserError for folders that do not serve, or a width that the tokenizer does not take.
     """
+    height, width = tokenizer.image_size, run.width or tokenizer.image_size
+    if width % tokenizer.f or width < 2 * tokenizer.f:
+        raise UserError(f"--width must be a multiple of f = {tokenizer.f} and at least "
+                        f"{2 * tokenizer.f}, got {width}")
     if run.data in ("synthetic", "synthetic-object"):
-        n_val = max(run.val_images, int(SYNTHETIC_IMAGES * run.val_fraction))
+        n_val = round(SYNTHETIC_IMAGES * run.val_fraction)
         train = Synthetic(run.data, range(SYNTHETIC_IMAGES), height, width, run.seed)
         val = Synthetic(run.data, range(SYNTHETIC_IMAGES, SYNTHETIC_IMAGES + n_val), height,
                         width, run.seed)

@@ -38,8 +38,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.heads, self.window, self.dropout = config.heads, config.window, config.dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width)  # rows: all q, all k, all v
-        self.proj = nn.Linear(config.width, config.width)
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)  # rows: all q, all k, all v
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor, rope: Rope,
                 past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
@@ -65,7 +65,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
-        d = config.width
+        d = config.embed_dim
         self.heads, self.dropout = config.heads, config.dropout
         self.q, self.k, self.v, self.proj = (nn.Linear(d, d) for _ in range(4))
 
@@ -86,7 +86,7 @@ class MLP(nn.Sequential):
     """Linear, GELU, Linear at four times the width, with dropout after both."""
 
     def __init__(self, config: GeneratorConfig) -> None:
-        d = config.width
+        d = config.embed_dim
         super().__init__(nn.Linear(d, 4 * d), nn.GELU(), nn.Dropout(config.dropout),
                          nn.Linear(4 * d, d), nn.Dropout(config.dropout))
 
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
-        d = config.width
+        d = config.embed_dim
         self.norm1, self.attn = nn.LayerNorm(d, eps=1e-6), SelfAttention(config)
         self.cross_norm = nn.LayerNorm(d, eps=1e-5)  # of the image tokens
         self.class_norm = nn.LayerNorm(d, eps=1e-5)  # of the class tokens
@@ -126,7 +126,7 @@ class Generator(nn.Module):
     def __init__(self, config: GeneratorConfig, num_classes: int, channels: int) -> None:
         super().__init__()
         self.config, self.num_classes, self.channels = config, num_classes, channels
-        d = config.width
+        d = config.embed_dim
         self.class_table = nn.Embedding(num_classes, d)
         self.no_class = nn.Parameter(torch.empty(1, d))
         self.class_embed = nn.Parameter(torch.empty(1, config.class_tokens, d))
@@ -171,7 +171,7 @@ class Generator(nn.Module):
         x = self.norm_in(self.x_in(tokens))
         known = cache[0][0].shape[1] if cache else 0
         positions = torch.arange(position - known, position + x.shape[1], device=x.device)
-        rope = rope_tables(positions, self.config.width // self.config.heads)
+        rope = rope_tables(positions, self.config.embed_dim // self.config.heads)
         pasts = list(cache) if cache else [None] * len(self.blocks)
         for i, block in enumerate(self.blocks):
             x, pasts[i] = block(x, context.keys_values[i], rope, pasts[i])
@@ -201,7 +201,7 @@ def flow_matching_loss(generator: Generator, tokens: Tensor, labels: Tensor, u: 
     z = generator.predict(tokens, labels, drop, shift)  # (B, N, d)
     t = u * (1 - 1e-5) + 1e-5
     x_t = torch.lerp(tokens, eps, t[..., None])  # t·ε + (1−t)·x
-    v = generator.head(x_t, t, z)
+    v = generator.head(x_t, t, z).float()
     return (v - (eps - tokens)).square().mean((0, 3))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from equimini.files import replacing
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -19,14 +20,9 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def save_png(image: np.ndarray | Image.Image, path: Path | str) -> None:
     """Write a picture under a temporary name, then rename it, so that it is never half there."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    try:
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        picture.save(file, format="PNG")
 
 
 def grid(rows: list[Tensor], labels: list[str] | None = None, gap: int = 2) -> Image.Image:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equimini.cli import UserError
+from equimini.cli import UserError, first_line
 
 
 def kl_loss(mean: Tensor) -> Tensor:
@@ -59,10 +59,12 @@ class FeatureDistance(nn.Module):
     def __init__(self, path: str) -> None:
         super().__init__()
         try:
-            self.net = torch.jit.load(path, map_location="cpu").eval().requires_grad_(False)
+            self.net = torch.jit.load(path, map_location="cpu").eval()
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"cannot load the perceptual network {path} as TorchScript: "
-                            f"{str(error).strip().splitlines()[-1]}") from None
+                            f"{first_line(error)}") from None
+        for parameter in self.net.parameters():
+            parameter.requires_grad_(False)
 
     def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
         """Distance per image, (B,); gradients flow into x_hat only."""

@@ -116,7 +116,7 @@ class GeneratorConfig(Checked):
     """Architecture of the column generator; the defaults are the paper's `small`."""
 
     layers: int = flag(16, "transformer blocks", min=1)
-    width: int = flag(512, "channels of the transformer", min=4)
+    embed_dim: int = flag(512, "channels (width d) of the transformer", min=4)
     heads: int = flag(8, "attention heads", min=1)
     window: int = flag(4, "columns that a column attends to, itself counted", min=1)
     class_tokens: int = flag(16, "learned tokens that carry the class", min=1)
@@ -126,9 +126,9 @@ class GeneratorConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width % (2 * self.heads):
-            raise ValueError(f"width must be a multiple of 2 * heads = {2 * self.heads} (rotary "
-                             f"pairs), got {self.width}")
+        if self.embed_dim % (2 * self.heads):
+            raise ValueError(f"embed-dim must be a multiple of 2 * heads = {2 * self.heads} "
+                             f"(rotary pairs), got {self.embed_dim}")
 
 
 @dataclass(frozen=True)
@@ -172,13 +172,13 @@ def _tiny() -> Preset:
             steps=2000, batch_size=16, lr=1e-3, warmup_steps=100, lr_decay=0.3,
             lr_decay_every=700, ema_decay=0.995, kl_weight=0.01, disc_channels=32,
             adv_start=1500, stats_images=4096),
-        GeneratorConfig(layers=4, width=256, heads=4, head_width=256, head_depth=6, dropout=0.0),
+        GeneratorConfig(layers=4, embed_dim=256, heads=4, head_width=256, head_depth=6, dropout=0.0),
         GeneratorTraining(steps=3000, batch_size=64, lr=1e-3, warmup_steps=100, ema_decay=0.998))
 
 
-def _paper(layers: int, width: int, heads: int, head_width: int) -> Preset:
-    generator = GeneratorConfig(layers=layers, width=width, heads=heads, head_width=head_width)
-    return Preset(generator=generator)
+def _paper(layers: int, embed_dim: int, heads: int, head_width: int) -> Preset:
+    return Preset(generator=GeneratorConfig(layers=layers, embed_dim=embed_dim, heads=heads,
+                                            head_width=head_width))
 
 
 PRESETS: dict[str, Preset] = {
@@ -188,3 +188,60 @@ PRESETS: dict[str, Preset] = {
     "large": _paper(32, 1024, 16, 1280),
     "huge": _paper(40, 1280, 16, 1536),
 }
+
+
+def parameters(module: Any) -> int:
+    """Number of weights of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def measure(preset: Preset, num_classes: int = 1000) -> dict[str, float]:
+    """Parameters in millions and GFLOPs of a preset, counted on the meta device.
+
+    Compute is that of one forward pass over one square image: all columns and the class tokens
+    through the transformer, the flow head once per column, conditional branch, 2 FLOPs per
+    multiply-add, attention products of the visible pairs included.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from equimini.autoencoder import Tokenizer
+    from equimini.generator import Generator
+    shape = preset.tokenizer
+    with torch.device("meta"):
+        tokenizer = Tokenizer(shape)
+        generator = Generator(preset.generator, num_classes, shape.token_channels).eval()
+        tokens = torch.empty(1, shape.columns, shape.token_channels)
+        label, t = torch.zeros(1, dtype=torch.long), torch.empty(1, shape.columns)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            z = generator(tokens, generator.encode_classes(label))
+            generator.head(tokens, t, z)
+    parts = {"encoder": tokenizer.encoder, "to_tokens": tokenizer.to_tokens,
+             "from_tokens": tokenizer.from_tokens, "decoder": tokenizer.decoder,
+             "generator": generator}
+    return {**{name: parameters(part) / 1e6 for name, part in parts.items()},
+            "gflops": counter.get_total_flops() / 1e9}
+
+
+def main() -> None:
+    """Print the table of presets."""
+    head = ("preset", "image", "columns", "channels", "layers", "width", "heads", "window",
+            "head MLP", "generator", "GFLOPs", "encoder", "to tokens", "from tokens", "decoder")
+    rows = [head]
+    for name, preset in PRESETS.items():
+        t, g, m = preset.tokenizer, preset.generator, measure(preset)
+        rows.append((name, f"{t.image_size}x{t.image_size}", t.columns, t.token_channels,
+                     g.layers, g.embed_dim, g.heads, g.window, f"{g.head_width}x{g.head_depth}",
+                     *(f"{m[k]:.2f}" for k in ("generator", "gflops", "encoder", "to_tokens",
+                                               "from_tokens", "decoder"))))
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(head))]
+    for row in rows:
+        print("  ".join(str(v).rjust(w) for v, w in zip(row, widths)))
+    print("\ngenerator, encoder, to tokens, from tokens, decoder: parameters in millions (1000 "
+          "classes).\nGFLOPs: one forward pass over the columns and the 16 class tokens, flow "
+          "head once per column,\nconditional branch, 2 FLOPs per multiply-add, attention "
+          "included.")
+
+
+if __name__ == "__main__":
+    main()

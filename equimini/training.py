@@ -7,20 +7,22 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from equimini import checkpoint
+from equimini.data import fixed_loader, training_loader
 from equimini.cli import (RunConfig, UserError, add_flags, config_from_dict, output_folder,
                           override, pick_device)
+from equimini.files import replacing
 from equimini.presets import PRESETS, Checked
 
 
@@ -76,7 +78,7 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
     out = output_folder(getattr(args, "out", run.out))
     last, resumed = out / "last.pt", None
     if args.resume:
-        resumed = checkpoint.load(last, kind)
+        resumed = checkpoint.load_newest(last, kind)
         saved = resumed["config"]
         name, run, training = (saved["preset"], config_from_dict(type(run), saved["run"]),
                                config_from_dict(type(training), saved["training"]))
@@ -167,9 +169,8 @@ class Log:
             records = [line for line in path.read_text().splitlines(keepends=True)
                        if line.endswith("\n")]
             kept = [line for line in records if json.loads(line)["step"] <= start]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.write("".join(kept).encode())
         self.file = open(path, "a", buffering=1)
 
     def write(self, step: int, **scalars: float) -> None:
@@ -195,6 +196,14 @@ class Progress:
         self.bar.set_postfix({**shown, "img/s": f"{self.rate:.0f}"}, refresh=False)
         self.bar.update()
 
+    def write(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.bar.write(text)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self.bar.close()
+
 
 class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into a flag, so that a step is finished and saved.
@@ -212,3 +221,76 @@ class StopRequest:
             raise KeyboardInterrupt
         self.asked = True
         tqdm.write("stopping after this step; a checkpoint is written (again to stop at once)")
+
+
+class Trainer(Protocol):
+    """What `fit` needs of a training script: the method itself, without the machinery."""
+
+    stepper: Stepper
+
+    def step(self, step: int, data: Tensor, labels: Tensor) -> dict[str, float]:
+        """One training step on a batch; returns `loss`, `lr` and more."""
+
+    def validate(self, loader: DataLoader) -> dict[str, Any]:
+        """Scores on held-out images, `val_loss` among them."""
+
+    def preview(self, path: Path) -> None:
+        """Draw a picture of how far the training is."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+
+
+def fit(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
+        classes: list[str]) -> bool:
+    """The training loop of both scripts: steps, log, validations, previews, checkpoints.
+
+    Returns False if it was asked to stop before the last step (a checkpoint is written then).
+    """
+    cfg, opts, out, best = setup.training, setup.run, setup.out, math.inf
+    if setup.resumed:
+        if setup.resumed["classes"] != classes:
+            raise UserError(f"the run to resume has the classes {setup.resumed['classes']}, the "
+                            f"data has {classes}")
+        trainer.load_state(setup.resumed)
+        best = setup.resumed["best_loss"]
+    (out / "previews").mkdir(exist_ok=True)
+
+    def save(name: str, step: int) -> None:
+        checkpoint.save(out / name, kind, {"config": setup.config(), "classes": classes,
+                                           "step": step, "best_loss": best, **trainer.state()},
+                        keep=opts.keep if name == "last.pt" else 1)
+
+    log, stop, step = Log(out / "log.jsonl", setup.start), StopRequest(), setup.start
+    progress = Progress(step, cfg.steps, cfg.batch_size, kind)
+    val_loader = fixed_loader(val, cfg.batch_size, opts.val_images)
+    for data, labels, _ in training_loader(train, cfg.batch_size, opts, step, cfg.steps):
+        scalars = trainer.step(step, data, labels)
+        step += 1
+        progress.step({k: scalars[k] for k in ("loss", "lr")})
+        last = step == cfg.steps
+        if step % opts.log_every == 0:
+            log.write(step, **scalars, skipped=trainer.stepper.skipped,
+                      images_per_s=progress.rate)
+        if step % opts.val_every == 0 or last:
+            scores = trainer.validate(val_loader)
+            log.write(step, **scores)
+            numbers = {k: v for k, v in scores.items() if isinstance(v, float)}
+            progress.write(f"step {step}: " + ", ".join(
+                f"{k.removeprefix('val_')} {v:.5g}" for k, v in numbers.items()) + " (held out)")
+            if scores["val_loss"] < best:
+                best = scores["val_loss"]
+                save("best.pt", step)
+        if step % opts.preview_every == 0 or last:
+            trainer.preview(out / "previews" / f"{step:07d}.png")
+        if step % opts.save_every == 0 or last or stop.asked:
+            save("last.pt", step)
+        if stop.asked and not last:
+            progress.close()
+            print(f"stopped at step {step}; go on with --resume")
+            return False
+    progress.close()
+    return True

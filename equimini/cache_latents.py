@@ -1,0 +1,180 @@
+"""Encode a data set once: the tokenizer's means of every image, for both mirrors, on disk.
+
+    python -m equimini.cache_latents --tokenizer runs/tokenizer/last.pt --data my/pictures \\
+        --out my/latents
+    python train_generator.py --tokenizer runs/tokenizer/last.pt --latents my/latents
+
+The generator then trains without running the encoder.  The posterior's noise is added afresh at
+every use, so with one possible crop (square pictures) the training distribution is that of the
+images; for others, --crops K stores K random crops of each instead of the centre one.
+
+Layout of the folder: train-00000.npy, … and val-00000.npy, … are float32 arrays (images, views,
+columns, channels), a view being one crop and mirror; labels.npz holds the class numbers; meta.json,
+written last, the tokenizer's hash and the class names.  An interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from equimini import checkpoint, keyed
+from equimini.autoencoder import Tokenizer
+from equimini.cli import DataConfig, UserError, add_flags, output_folder, override, pick_device, run
+from equimini.data import load_data, to_float
+from equimini.files import replacing
+from equimini.presets import flag
+
+SHARD = 1024  # images per file
+
+
+@dataclass(frozen=True)
+class CacheConfig(DataConfig):
+    """What to encode, and where to."""
+
+    tokenizer: str = flag("runs/tokenizer/last.pt", "checkpoint of the trained tokenizer")
+    crops: int = flag(1, "random crops kept of every training picture; 1: the centre one", min=1)
+    batch_size: int = flag(64, "pictures encoded at a time", min=1)
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the tokenizer's weights and statistics."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Views(Dataset):
+    """Every stored view of the images first … last−1 of a data set, as uint8 (V, 3, H, W)."""
+
+    def __init__(self, data: Dataset, first: int, last: int, crops: int, augment: bool) -> None:
+        self.data, self.first, self.last = data, first, last
+        self.crops, self.mirrors = (crops, data.mirrors) if augment else (1, 1)
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        views, index = [], self.first + i
+        for crop in range(self.crops):
+            for mirror in range(self.mirrors):
+                draw = keyed.rng("cache", self.data.seed, index, crop) if self.crops > 1 else None
+                image, label = self.data.view(index, draw, bool(mirror))
+                views.append(image)
+        return torch.stack(views), label
+
+
+class CachedLatents(Dataset):
+    """Means μ (columns, channels) read from a cache; a random view of each image and epoch.
+
+    Raises UserError for a folder that is no complete cache, or one of another tokenizer.
+    """
+
+    def __init__(self, folder: str, split: str, tokenizer: Tokenizer, seed: int) -> None:
+        meta = read_meta(folder)
+        if meta["tokenizer"] != tokenizer_hash(tokenizer):
+            raise UserError(f"the latents in {folder} were made with another tokenizer; make them "
+                            "again with python -m equimini.cache_latents, or give the --tokenizer "
+                            "they belong to")
+        self.classes, self.split, self.seed = meta["classes"], split, seed
+        self.labels = np.load(Path(folder) / "labels.npz")[split]
+        files = sorted(Path(folder).glob(f"{split}-*.npy"))
+        self.shards = [np.load(path, mmap_mode="r") for path in files]
+        if sum(map(len, self.shards)) != len(self.labels):
+            raise UserError(f"{folder} lacks some of its {split} files; make it again with "
+                            "--overwrite")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
+        epoch, index = key
+        views = self.shards[index // SHARD][index % SHARD]  # (V, N, C)
+        draw = keyed.rng("view", self.seed, epoch, index) if self.split == "train" else None
+        mean = torch.from_numpy(np.array(views[int(draw.integers(len(views))) if draw else 0]))
+        if not mean.isfinite().all():
+            raise UserError(f"the cached latents of {self.split} picture {index} are not finite")
+        return mean, int(self.labels[index]), index
+
+
+def read_meta(folder: str) -> dict[str, Any]:
+    """The description of a finished cache; raises UserError if there is none."""
+    path = Path(folder) / "meta.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no finished cache of latents (it has no meta.json); make one "
+                        "with python -m equimini.cache_latents")
+    return json.loads(path.read_text())
+
+
+@torch.no_grad()
+def encode_split(tokenizer: Tokenizer, data: Dataset, split: str, cfg: CacheConfig, out: Path,
+                 device: torch.device) -> np.ndarray:
+    """Write the shards of one split that are not there yet; returns all labels."""
+    labels, bar = [], tqdm(total=len(data), desc=f"encoding {split}")
+    for s, first in enumerate(range(0, len(data), SHARD)):
+        last = min(first + SHARD, len(data))
+        path, label_path = out / f"{split}-{s:05d}.npy", out / f"{split}-{s:05d}.labels"
+        if not (path.exists() and label_path.exists()):
+            views = Views(data, first, last, cfg.crops, split == "train")
+            means, numbers = [], []
+            for images, label in DataLoader(views, cfg.batch_size, num_workers=cfg.workers):
+                flat = to_float(images.flatten(0, 1).to(device))
+                means.append(tokenizer.encode(flat).unflatten(0, images.shape[:2]).cpu().numpy())
+                numbers += label.tolist()
+                bar.update(len(images))
+            with replacing(path) as file:
+                np.save(file, np.concatenate(means))
+            with replacing(label_path) as file:
+                file.write(json.dumps(numbers).encode())
+        else:
+            bar.update(last - first)
+        labels += json.loads(label_path.read_text())
+    bar.close()
+    return np.array(labels)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--overwrite", action="store_true", help="start anew")
+    add_flags(parser, CacheConfig(out="runs/latents"), "options")
+    args = parser.parse_args()
+    cfg = override(CacheConfig(out="runs/latents"), args)
+    device, out = pick_device(cfg.device), output_folder(cfg.out)
+    tokenizer = checkpoint.load_tokenizer(cfg.tokenizer, device)
+    train, val, classes = load_data(cfg, tokenizer.config)
+    plan = {"tokenizer": tokenizer_hash(tokenizer), "classes": classes, "data": cfg.data,
+            "images": {"train": len(train), "val": len(val)}, "crops": cfg.crops,
+            "width": cfg.width, "seed": cfg.seed}
+    begun = out / "plan.json"
+    if args.overwrite:
+        for path in (*out.glob("*.npy"), *out.glob("*.labels"), *out.glob("*.json")):
+            path.unlink()
+    elif begun.exists() and json.loads(begun.read_text()) != plan:
+        raise UserError(f"{out} holds latents of other settings; choose another --out, or add "
+                        "--overwrite")
+    with replacing(begun) as file:
+        file.write(json.dumps(plan).encode())
+    labels = {split: encode_split(tokenizer, data, split, cfg, out, device)
+              for split, data in (("train", train), ("val", val))}
+    with replacing(out / "labels.npz") as file:
+        np.savez(file, **labels)
+    with replacing(out / "meta.json") as file:
+        file.write(json.dumps(plan, indent=1).encode())
+    size = sum(p.stat().st_size for p in out.glob("*.npy")) / 1e6
+    print(f"done: {out}, {len(train)} + {len(val)} pictures, {size:.0f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,58 @@
+"""Small models and folders that several tests share."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from equimini.autoencoder import Tokenizer
+from equimini.generator import Generator
+from equimini.presets import GeneratorConfig, TokenizerConfig
+
+SMALL_TOKENIZER = TokenizerConfig(
+    image_size=32, base_channels=8, multipliers=(1, 2, 2), blocks=1, attention_rows=(8,),
+    norm_groups=4, z_channels=4, token_channels=6, semantic_channels=8)
+SMALL_GENERATOR = GeneratorConfig(layers=3, embed_dim=32, heads=2, window=3, class_tokens=4,
+                                  head_width=24, head_depth=2, dropout=0.1)
+
+
+def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every parameter random (those that start at zero, too), so that nothing is hidden."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            scale = 0.3 if p.dim() == 1 else 1 / p[0].numel() ** 0.5
+            p.copy_(torch.randn(p.shape, generator=draw) * scale)
+    return module
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    model = randomize(Tokenizer(SMALL_TOKENIZER)).eval()
+    model.set_statistics(0.5, 2.0)
+    return model
+
+
+@pytest.fixture
+def generator() -> Generator:
+    return randomize(Generator(SMALL_GENERATOR, num_classes=3, channels=6)).eval()
+
+
+@pytest.fixture
+def no_dropout() -> Generator:
+    config = dataclasses.replace(SMALL_GENERATOR, dropout=0.0)
+    return randomize(Generator(config, num_classes=3, channels=6))
+
+
+@pytest.fixture
+def picture_folder(tmp_path):
+    """Three classes with four pictures each, of different sizes."""
+    draw = np.random.default_rng(0)
+    for name in ("cat", "dog", "eel"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = draw.integers(0, 256, (40 + 7 * i, 70 - 5 * i, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
+    return tmp_path / "pictures"

@@ -1,0 +1,111 @@
+"""Checkpoint files."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from equimini import checkpoint, load_tokenizer
+from equimini.cli import UserError
+from tests.conftest import SMALL_TOKENIZER
+
+
+def content(tokenizer):
+    return {"config": {"preset": "small", "model": dataclasses.asdict(SMALL_TOKENIZER)},
+            "ema": tokenizer.state_dict(), "model": tokenizer.state_dict(), "step": 7}
+
+
+def test_round_trip(tokenizer, tmp_path):
+    path = tmp_path / "t.pt"
+    checkpoint.save(path, "tokenizer", content(tokenizer))
+    again = load_tokenizer(path)
+    x = torch.rand(1, 3, 32, 24) * 2 - 1
+    assert torch.equal(again.encode(x), tokenizer.encode(x))
+    assert torch.equal(again.latent_std, tokenizer.latent_std) and not again.training
+    assert checkpoint.load(path, "tokenizer")["step"] == 7
+    assert os.listdir(tmp_path) == ["t.pt"]
+
+
+def test_what_cannot_be_read_is_one_clear_error(tokenizer, tmp_path):
+    path = tmp_path / "t.pt"
+    checkpoint.save(path, "tokenizer", content(tokenizer))
+    with pytest.raises(UserError, match="not a generator"):
+        checkpoint.load(path, "generator")
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_tokenizer(tmp_path / "missing.pt")
+    whole = path.read_bytes()
+    for broken in (whole[:1000], whole[:-200], b"", b"hello"):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match="t.pt"):
+            load_tokenizer(path)
+    torch.save({"weights": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="not an equimini checkpoint"):
+        load_tokenizer(path)
+    wrong = content(tokenizer)
+    wrong["ema"] = {k: v for k, v in wrong["ema"].items() if "conv_in" not in k}
+    checkpoint.save(path, "tokenizer", wrong)
+    with pytest.raises(UserError, match="do not fit"):
+        load_tokenizer(path)
+
+
+def test_a_flipped_byte_is_detected_anywhere_in_the_weights(tokenizer, tmp_path):
+    path = tmp_path / "t.pt"
+    checkpoint.save(path, "tokenizer", content(tokenizer))
+    whole = bytearray(path.read_bytes())
+    for place in range(len(whole) // 4, 3 * len(whole) // 4, len(whole) // 16):
+        whole[place] ^= 1
+        path.write_bytes(whole)
+        try:  # bytes between the records (padding) carry nothing: then all must be as it was
+            again = checkpoint.load(path, "tokenizer")
+        except UserError as error:
+            assert "damaged" in str(error)
+        else:
+            assert all(torch.equal(again["ema"][k], v) for k, v in tokenizer.state_dict().items())
+        whole[place] ^= 1
+
+
+def test_older_checkpoints_are_kept_and_used_when_the_last_is_damaged(tmp_path, capsys):
+    path = tmp_path / "last.pt"
+    for step in range(4):
+        checkpoint.save(path, "tokenizer", {"step": step}, keep=3)
+    assert sorted(os.listdir(tmp_path)) == ["last-1.pt", "last-2.pt", "last.pt"]
+    assert checkpoint.load_newest(path, "tokenizer")["step"] == 3
+    path.write_bytes(path.read_bytes()[:-50])
+    assert checkpoint.load_newest(path, "tokenizer")["step"] == 2
+    assert "last-1.pt" in capsys.readouterr().err
+    (tmp_path / "last-1.pt").write_bytes(b"")
+    assert checkpoint.load_newest(path, "tokenizer")["step"] == 1
+    (tmp_path / "last-2.pt").unlink()
+    with pytest.raises(UserError, match="last.pt is damaged"):
+        checkpoint.load_newest(path, "tokenizer")
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickled_call_is_not_run(tmp_path):
+    torch.save({"equimini": "tokenizer", "format": 1, "x": Malicious(tmp_path / "run")},
+               tmp_path / "t.pt")
+    with pytest.raises(UserError, match="not an equimini checkpoint"):
+        load_tokenizer(tmp_path / "t.pt")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "t.pt"
+    checkpoint.save(path, "tokenizer", content(tokenizer))
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoint.save(path, "tokenizer", content(tokenizer))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["t.pt"]

@@ -1,0 +1,127 @@
+"""Folders of pictures, the built-in data, and the order of batches."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from equimini.cli import RunConfig, UserError
+from equimini.data import (Batches, fixed_loader, load_data, load_image, to_float,
+                           training_loader)
+from tests.conftest import SMALL_TOKENIZER
+
+
+def run(**options) -> RunConfig:
+    return RunConfig(out="", workers=0, **options)
+
+
+def test_folder_gives_classes_a_split_and_crops_of_the_right_size(picture_folder):
+    train, val, classes = load_data(run(data=str(picture_folder), val_fraction=0.25),
+                                    SMALL_TOKENIZER)
+    assert classes == ["cat", "dog", "eel"]
+    assert len(train) == 9 and len(val) == 3
+    assert not {p for p, _ in train.files} & {p for p, _ in val.files}
+    image, label, index = train[0, 5]
+    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8 and index == 5
+    assert classes[label] == train.files[5][0].parent.name
+
+
+def test_wide_crops(picture_folder):
+    train, _, _ = load_data(run(data=str(picture_folder), width=80), SMALL_TOKENIZER)
+    assert train[0, 0][0].shape == (3, 32, 80)
+    with pytest.raises(UserError, match="--width"):
+        load_data(run(data=str(picture_folder), width=30), SMALL_TOKENIZER)
+
+
+def test_crop_and_flip_are_a_function_of_epoch_and_index(picture_folder):
+    train, val, _ = load_data(run(data=str(picture_folder)), SMALL_TOKENIZER)
+    views = [train[epoch, 2][0] for epoch in range(12)]
+    assert torch.equal(views[3], train[3, 2][0])
+    assert len({v.numpy().tobytes() for v in views}) > 3
+    assert torch.equal(val[0, 0][0], val[7, 0][0])  # held-out pictures are not augmented
+
+
+def test_flat_folder_is_one_class(picture_folder):
+    _, _, classes = load_data(run(data=str(picture_folder / "cat")), SMALL_TOKENIZER)
+    assert classes == ["cat"]
+
+
+def test_folders_that_do_not_serve(picture_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder, text in ((tmp_path / "nowhere", "does not exist"), (tmp_path / "empty", "no image")):
+        with pytest.raises(UserError, match=text):
+            load_data(run(data=str(folder)), SMALL_TOKENIZER)
+    with pytest.raises(UserError, match="val-data"):
+        load_data(run(data=str(picture_folder), val_data=str(picture_folder / "cat")),
+                  SMALL_TOKENIZER)
+    Image.new("RGB", (40, 40)).save(picture_folder / "loose.png")
+    with pytest.raises(UserError, match="loose.png"):
+        load_data(run(data=str(picture_folder)), SMALL_TOKENIZER)
+
+
+def test_unreadable_picture_is_named_and_replaced(picture_folder):
+    bad = picture_folder / "cat" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:100])
+    train, val, _ = load_data(run(data=str(picture_folder), val_fraction=0.01), SMALL_TOKENIZER)
+    files = [p for p, _ in train.files]
+    with pytest.warns(UserWarning, match="1.png"):
+        image, _, _ = train[0, files.index(bad)]
+    assert image.shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("mode", ("L", "RGBA", "LA", "P", "CMYK", "1", "I;16"))
+def test_picture_modes_become_rgb_with_white_behind(tmp_path, mode):
+    grey = np.full((40, 50), 51200 if mode == "I;16" else 200,
+                   np.uint16 if mode == "I;16" else np.uint8)
+    image = Image.fromarray(grey)
+    if mode in ("RGBA", "LA"):
+        image = image.convert(mode)
+        image.putalpha(0)
+    elif mode != "I;16":
+        image = image.convert(mode)
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    image.save(path)
+    pixels = np.asarray(load_image(path, 40))
+    assert pixels.shape == (40, 50, 3)
+    expected = 255 if mode in ("RGBA", "LA") else 200
+    if mode != "1":
+        assert abs(pixels.astype(int) - expected).max() <= 1
+
+
+def test_exif_rotation_and_scaling(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (60, 20), "red").save(tmp_path / "x.jpg", exif=exif)
+    assert load_image(tmp_path / "x.jpg", 30).size == (10, 30)
+    assert load_image(tmp_path / "x.jpg", 32, 32).size == (32, 96)  # the crop just fits
+
+
+@pytest.mark.parametrize("kind", ("synthetic", "synthetic-object"))
+def test_built_in_data(kind):
+    train, val, classes = load_data(run(data=kind), SMALL_TOKENIZER)
+    assert len(classes) >= 3
+    image, label, _ = train[0, 4]
+    assert image.shape == (3, 32, 32) and label == 4 % len(classes)
+    assert torch.equal(image, train[1, 4][0])
+    assert not any(torch.equal(image, val[0, i][0]) for i in range(16))
+
+
+def test_batches_are_permutations_that_resume_anywhere():
+    whole = list(Batches(10, 4, seed=3, start=0, stop=10))
+    flat = [key for batch in whole for key in batch]
+    for epoch in range(4):
+        assert sorted(i for e, i in flat if e == epoch) == list(range(10))
+    assert list(Batches(10, 4, seed=3, start=6, stop=10)) == whole[6:]
+    assert list(Batches(10, 4, seed=4, start=0, stop=10)) != whole
+
+
+def test_loaders(picture_folder):
+    train, val, _ = load_data(run(data=str(picture_folder)), SMALL_TOKENIZER)
+    images, labels, indices = next(iter(training_loader(train, 5, run(), 2, 4)))
+    assert images.shape == (5, 3, 32, 32) and images.dtype == torch.uint8
+    again = next(iter(training_loader(train, 5, RunConfig(out="", workers=1), 2, 4)))
+    assert torch.equal(images, again[0]) and torch.equal(indices, again[2])
+    fixed = [batch[2].tolist() for batch in fixed_loader(train, 4, 6)]
+    assert [len(f) for f in fixed] == [4, 2] and len(set(sum(fixed, []))) == 6
+    x = to_float(torch.tensor([0, 255], dtype=torch.uint8))
+    assert x.tolist() == [-1, 1]

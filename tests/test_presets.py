@@ -1,0 +1,64 @@
+"""The numbers of the paper, and command lines made of them."""
+
+import argparse
+import dataclasses
+
+import pytest
+import torch
+
+from equimini.cli import UserError, add_flags, config_from_dict, override, pick_device
+from equimini.presets import (PRESETS, GeneratorConfig, GeneratorTraining, TokenizerConfig,
+                              TokenizerTraining, measure)
+
+
+@pytest.mark.parametrize("name, millions, gflops", (
+    ("small", 127.31, 5.14), ("base", 295.59, 13.08), ("large", 644.50, 29.22),
+    ("huge", 1203.21, 55.30)))
+def test_sizes_of_the_papers_models(name, millions, gflops):
+    m = measure(PRESETS[name])
+    assert round(m["generator"], 2) == millions
+    assert m["gflops"] == pytest.approx(gflops, abs=0.03)  # the visible pairs, not all 16 x 16
+    assert [round(m[k], 2) for k in ("encoder", "to_tokens", "from_tokens", "decoder")] == [
+        86.05, 3.15, 3.15, 121.55]
+
+
+def test_tiny_is_small_enough_for_a_cpu():
+    m, shape = measure(PRESETS["tiny"]), PRESETS["tiny"].tokenizer
+    assert (shape.image_size, shape.f, shape.columns) == (64, 4, 16)
+    assert m["generator"] < 8 and m["encoder"] + m["decoder"] + m["to_tokens"] * 2 < 4
+
+
+@pytest.mark.parametrize("config", (TokenizerConfig(), TokenizerTraining(), GeneratorConfig(),
+                                    GeneratorTraining()))
+def test_every_field_is_a_flag_with_help_and_survives_a_checkpoint(config):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, config, "model")
+    text = parser.format_help()
+    for field in dataclasses.fields(config):
+        assert "--" + field.name.replace("_", "-") in text and field.metadata["help"]
+    plain = {k: list(v) if isinstance(v, tuple) else v
+             for k, v in dataclasses.asdict(config).items()}
+    assert config_from_dict(type(config), plain) == config
+    with pytest.raises(UserError, match="differs"):
+        config_from_dict(type(config), plain | {"unknown": 1})
+
+
+def test_flags_override_and_are_checked():
+    parser = argparse.ArgumentParser()
+    add_flags(parser, TokenizerConfig(), "model")
+    args = parser.parse_args(["--multipliers", "1,2", "--noise", "0.5"])
+    config = override(TokenizerConfig(), args)
+    assert config.multipliers == (1, 2) and config.noise == 0.5 and config.f == 2
+    for flags in (["--base-channels", "-4"], ["--noise", "nan"], ["--image-size", "100"],
+                  ["--norm-groups", "48"]):
+        with pytest.raises(UserError, match=flags[0][2:]):
+            override(TokenizerConfig(), parser.parse_args(flags))
+
+
+def test_devices():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(UserError, match="--device"):
+        pick_device("cuda:77")
+    with pytest.raises(UserError, match="--device"):
+        pick_device("abacus")

@@ -1,0 +1,168 @@
+"""Train the column generator on the tokens of a trained tokenizer (equimini/generator.py).
+
+    python train_generator.py                          # after train_tokenizer.py, same data
+    python train_generator.py --data my/pictures --tokenizer runs/mine/last.pt --out runs/gen
+
+Writes last.pt, best.pt (lowest validation loss), log.jsonl and previews/ into --out.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from equimini import checkpoint, keyed
+from equimini.autoencoder import Tokenizer, add_noise
+from equimini.cache_latents import CachedLatents
+from equimini.cli import RunConfig, UserError, run
+from equimini.data import load_data, to_float
+from equimini.generator import Generator, flow_matching_loss, weight_decay_groups
+from equimini.images import grid, save_png
+from equimini.pipeline import ImageGenerator, tokenizer_content
+from equimini.presets import flag
+from equimini.training import Ema, Setup, Stepper, fit, set_up, warmup_decay_lr
+
+
+@dataclass(frozen=True)
+class GeneratorRun(RunConfig):
+    """The run's options, and those of the generator alone."""
+
+    tokenizer: str = flag("runs/tokenizer/last.pt", "checkpoint of the trained tokenizer")
+    latents: str = flag("", "folder made by python -m equimini.cache_latents, in place of --data")
+    precision: str = flag("float32", "arithmetic of the matrix products; bf16 (autocast) is several "
+                          "times faster where the processor has it", choices=("float32", "bf16"))
+    preview_cfg: float = flag(2.0, "guidance scale of the preview pictures; 1: none", min=0)
+    preview_steps: int = flag(25, "Euler steps per column of the preview pictures", min=1)
+
+
+class Trainer:
+    """The generator, its frozen tokenizer and the optimizer; `step` is one training step."""
+
+    def __init__(self, setup: Setup, tokenizer: Tokenizer, classes: list[str]) -> None:
+        self.cfg, self.opts, self.classes = setup.training, setup.run, classes
+        self.device, self.seed = setup.device, setup.run.seed
+        self.tokenizer = tokenizer.to(self.device)
+        if not self.tokenizer.has_statistics:
+            raise UserError(
+                f"{setup.run.tokenizer} has no latent statistics, because its training did not "
+                "end; end it with train_tokenizer.py --resume --steps (the steps it has done)")
+        keyed.seed_torch(self.seed, 0)  # initial weights
+        channels = self.tokenizer.config.token_channels
+        self.model = Generator(setup.model, len(classes), channels).to(self.device)
+        self.ema = Ema(self.model, self.cfg.ema_decay, warmup=False)
+        self.optimizer = torch.optim.AdamW(
+            weight_decay_groups(self.model, self.cfg.weight_decay), lr=self.cfg.lr,
+            betas=(0.9, 0.95))
+        self.stepper = Stepper()
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in bfloat16 where asked for; weights and the loss stay in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.opts.precision == "bf16")
+
+    @torch.no_grad()
+    def tokens(self, data: torch.Tensor, rngs: list) -> torch.Tensor:
+        """uint8 images (B, 3, H, W), or their cached means μ (B, N, C), to normalised noisy
+        tokens (B, N, C): the transformer's input and the flow's target."""
+        mean = data.to(self.device)
+        if data.dtype == torch.uint8:
+            with self.autocast():
+                mean = self.tokenizer.encode(to_float(mean)).float()
+        sigma, eps = keyed.normal((), rngs), keyed.normal(tuple(mean.shape[1:]), rngs)
+        z = add_noise(mean, self.tokenizer.config.noise, sigma.to(mean.device),
+                      eps.to(mean.device))
+        return self.tokenizer.normalize(z)
+
+    def flow_draws(self, x: torch.Tensor, rngs: list) -> tuple[torch.Tensor, torch.Tensor]:
+        """u (M, B, N) uniform and ε (M, B, N, C) normal, keyed per image."""
+        m = self.cfg.batch_multiplier
+        u = keyed.uniform((m, x.shape[1]), rngs).transpose(0, 1)
+        eps = keyed.normal((m, *x.shape[1:]), rngs).transpose(0, 1)
+        return u.to(x.device), eps.to(x.device)
+
+    def step(self, step: int, data: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """One step of the generator (Eq. 8).
+
+        data: as in `tokens`; labels: (B,).  Returns the scalars to log.
+        """
+        cfg = self.cfg
+        rngs = [keyed.rng("flow", self.seed, step, i) for i in range(len(data))]
+        keyed.seed_torch(self.seed, 1, step)  # dropout
+        lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps)
+
+        x = self.tokens(data, rngs)  # (B, N, C)
+        u, eps = self.flow_draws(x, rngs)
+        drop = keyed.uniform((), rngs).to(x.device) < cfg.label_dropout
+        shift = int(keyed.rng("shift", self.seed, step).integers(cfg.position_shift))
+        with self.autocast():
+            loss = flow_matching_loss(self.model, x, labels.to(x.device), u, eps, drop,
+                                      shift).mean()
+        norm = self.stepper(loss, self.optimizer, lr, cfg.grad_clip)
+        self.ema.update(self.model)
+        return {"loss": loss.item(), "lr": lr, "grad_norm": norm}
+
+    def state(self) -> dict:
+        """Everything a resumed run needs, and the tokenizer that sampling needs."""
+        return {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "skipped": self.stepper.skipped,
+                "tokenizer": tokenizer_content(self.tokenizer)}
+
+    def load_state(self, state: dict) -> None:
+        """The inverse of `state`; raises UserError if the run had another tokenizer."""
+        mine = self.tokenizer.state_dict()
+        theirs = state["tokenizer"]["weights"]
+        if mine.keys() != theirs.keys() or any(
+                not torch.equal(mine[k].cpu(), theirs[k]) for k in mine):
+            raise UserError("the run to resume was trained with another tokenizer than --tokenizer")
+        checkpoint.load_weights(self.model, state["model"], "last.pt")
+        checkpoint.load_weights(self.ema.model, state["ema"], "last.pt")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stepper.skipped = state["skipped"]
+
+    @torch.no_grad()
+    def validate(self, loader) -> dict:
+        """Loss of the EMA generator, always with the same noise, and the same per column."""
+        total, count = 0.0, 0
+        for data, labels, indices in loader:
+            rngs = [keyed.rng("validation", int(i)) for i in indices]
+            x = self.tokens(data, rngs)
+            u, eps = self.flow_draws(x, rngs)
+            loss = flow_matching_loss(self.ema.model, x, labels.to(x.device), u, eps)  # (B, N)
+            total, count = total + loss.double().sum(0).cpu(), count + len(x)
+        columns = total / count
+        return {"val_loss": columns.mean().item(),
+                "val_loss_per_column": [round(v, 6) for v in columns.tolist()]}
+
+    def preview(self, path: Path) -> None:
+        """Samples of up to eight classes: raw weights on the left, EMA weights on the right."""
+        names, sides = self.classes[:8], []
+        for model in (self.model.eval(), self.ema.model):
+            images = ImageGenerator(model, self.tokenizer, self.classes).sample(
+                [n for n in names for _ in range(4)], seed=self.seed, cfg=self.opts.preview_cfg,
+                steps=self.opts.preview_steps)
+            sides.append(images.unflatten(0, (len(names), 4)))
+        self.model.train()
+        gap = torch.ones_like(sides[0][:, :1])
+        sheet = torch.cat((sides[0], gap, sides[1]), 1)
+        save_png(grid(list(sheet), [f"{name} (raw, EMA)" for name in names]), path)
+
+
+def main() -> None:
+    setup = set_up("generator", __doc__.split("\n")[0], GeneratorRun(out="runs/generator"))
+    tokenizer = checkpoint.load_tokenizer(setup.run.tokenizer)
+    if setup.run.latents:
+        train, val = (CachedLatents(setup.run.latents, split, tokenizer, setup.run.seed)
+                      for split in ("train", "val"))
+        classes = train.classes
+    else:
+        train, val, classes = load_data(setup.run, tokenizer.config)
+    trainer = Trainer(setup, tokenizer, classes)
+    millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    print(f"generator {setup.preset}: {millions:.2f} M parameters, tokens of "
+          f"{tokenizer.config.token_channels} channels, {len(train)} training and {len(val)} "
+          f"held-out images of {len(classes)} classes, on {setup.device}")
+    if fit("generator", setup, trainer, train, val, classes):
+        print(f"done: {setup.out}/last.pt; pictures in {setup.out}/previews")
+
+
+if __name__ == "__main__":
+    run(main)
