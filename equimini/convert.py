@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from equimini import checkpoint
 from equimini.autoencoder import Tokenizer
-from equimini.cli import UserError, run
+from equimini.cli import UserError, first_line, run
 from equimini.foreign import ForeignFile, Stored, stored
 from equimini.generator import Generator
 from equimini.presets import GeneratorConfig, TokenizerConfig
@@ -143,7 +143,7 @@ def generator_config(sizes: Sizes, heads: int | None, window: int | None) -> Gen
     if heads is None and width % 64:
         raise UserError(f"--heads is needed: the width, {width}, is no multiple of 64")
     return make_config(
-        GeneratorConfig, layers=sizes.count("encoder_blocks.{}.norm1.weight"), width=width,
+        GeneratorConfig, layers=sizes.count("encoder_blocks.{}.norm1.weight"), embed_dim=width,
         heads=(16 if width == 1280 else width // 64) if heads is None else heads,
         window=4 if window is None else window,
         class_tokens=sizes.at("encoder_pos_embed_learned", 1),
@@ -198,7 +198,7 @@ def weight_shapes(make: Callable[[], nn.Module]) -> Shapes:
         with torch.device("meta"):
             return {name: tuple(p.shape) for name, p in make().named_parameters()}
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"its sizes are not those of a model: {error}") from None
+        raise UserError(f"its sizes are not those of a model: {first_line(error)}") from None
 
 
 def compare(expected: Shapes, keys: dict[str, str], shapes: Shapes) -> None:

@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from equimini.cli import UserError
+from equimini.cli import UserError, first_line
 
 MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of torch's format before 1.6
 DTYPES = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16,
@@ -131,10 +131,6 @@ def _sound(tensor: Stored) -> bool:
                                  and math.prod(tensor.shape) <= tensor.numel)
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 class ForeignFile:
     """A checkpoint written by torch.save (either format), opened for reading its tensors.
 
@@ -157,7 +153,7 @@ class ForeignFile:
         except Exception as error:  # a damaged pickle can raise anything
             self._file.close()
             raise UserError(f"{path} is damaged, or no file of torch.save: "
-                            f"{_reason(error)}") from None
+                            f"{first_line(error)}") from None
 
     def __enter__(self) -> ForeignFile:
         return self
@@ -220,6 +216,6 @@ class ForeignFile:
             flat = torch.frombuffer(self._latest[1], dtype=tensor.dtype)
             view = flat.as_strided(tensor.shape, tensor.stride, tensor.offset)
         except Exception as error:  # zipfile and zlib raise many kinds
-            raise UserError(f"{self.path} is damaged: {_reason(error)}") from None
+            raise UserError(f"{self.path} is damaged: {first_line(error)}") from None
         whole = view.is_contiguous() and view.numel() == tensor.numel
         return view if whole else view.clone(memory_format=torch.contiguous_format)

@@ -21,15 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import release_reference as reference
 import torch
 
 from equimini import checkpoint, convert
-from equimini.cli import UserError, config_from_dict
+from equimini.cli import UserError
 from equimini.foreign import ForeignFile, stored
-from equimini.generator import Generator
-from equimini.presets import GeneratorConfig
+from equimini.pipeline import load_generator
 from equimini.sampler import column_noise, sample_tokens
+from tests import release_reference as reference
 
 # Our float32 error over the reference's own, its root mean square and its largest value.  Both
 # sides are right up to rounding, but sum in orders of their own: the ratios scatter around 1.
@@ -134,15 +133,6 @@ def tokenizer_pt(shared, tmp_path):
     return tmp_path / "tokenizer.pt"
 
 
-def load_generator(path):
-    """The generator in one of our checkpoints, with its EMA weights."""
-    content = checkpoint.load(path, "generator")
-    generator = Generator(config_from_dict(GeneratorConfig, content["config"]["model"]),
-                          len(content["classes"]), content["tokenizer"]["config"]["token_channels"])
-    checkpoint.load_weights(generator, content["ema"], path)
-    return generator.eval()
-
-
 # ---- numbers ---------------------------------------------------------------------------------
 
 def assert_agrees(ours, compute, weights, *inputs):
@@ -186,7 +176,7 @@ def test_tokenizer_numerics(name, volume, tmp_path):
 def generator_weights(request, shared):
     """A converted generator, and the release's weights that it must have."""
     weights = random_generator(1, VOLUMES[request.param])
-    return load_generator(shared / f"{request.param}.pt"), weights
+    return load_generator(shared / f"{request.param}.pt").generator, weights
 
 
 @pytest.mark.parametrize("shift", [0, 11])
@@ -235,9 +225,8 @@ def test_sampling_numerics(generator_weights, guidance, schedule):
 
 @torch.no_grad()
 def test_generated_image_numerics(shared):
-    pipeline = pytest.importorskip("equimini.pipeline")
     weights, decoder = random_generator(1), random_tokenizer()
-    model = pipeline.load_generator(shared / "loud.pt")
+    model = load_generator(shared / "loud.pt")
     noise = torch.stack([column_noise([4], i, 16) for i in range(5)], 1)
     ours = model.sample(["class 1"], 5, seed=4, cfg=2.0, steps=4)
 
@@ -295,7 +284,7 @@ def test_paper_sizes():
         layers, width, head_width = sizes
         shapes = reference.generator_layout(layers, width, 1000, head_width=head_width)
         config, keys = convert.plan_generator(shapes)
-        assert (config.layers, config.width, config.head_width) == sizes
+        assert (config.layers, config.embed_dim, config.head_width) == sizes
         assert (config.heads, config.window, config.head_depth) == (heads, 4, 12)
         assert millions(shapes, keys) == total and set(keys.values()) == set(shapes)
 
