@@ -110,10 +110,18 @@ def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path
                         f"{str(error).splitlines()[1].strip()}") from None
 
 
+def weights_of(content: dict[str, Any], ema: bool, path: Any) -> dict[str, torch.Tensor]:
+    """The EMA or the raw weights; raises UserError for raw ones that the file does not hold."""
+    if not ema and "model" not in content:
+        raise UserError(f"{path} holds only one set of weights (a converted checkpoint); leave "
+                        "out --weights raw")
+    return content["ema" if ema else "model"]
+
+
 def tokenizer_from_dict(content: dict[str, Any], path: Any, ema: bool = True) -> Tokenizer:
     """The tokenizer of a loaded checkpoint, in eval mode, with the EMA (or the raw) weights."""
     tokenizer = Tokenizer(config_from_dict(TokenizerConfig, content["config"]["model"]))
-    load_weights(tokenizer, content["ema" if ema else "model"], path)
+    load_weights(tokenizer, weights_of(content, ema, path), path)
     return tokenizer.eval().requires_grad_(False)
 
 

@@ -92,6 +92,6 @@ def load_generator(path: Path | str, device: str | torch.device = "cpu",
          "ema": content["tokenizer"]["weights"]}, path)
     generator = Generator(config_from_dict(GeneratorConfig, content["config"]["model"]),
                           len(content["classes"]), tokenizer.config.token_channels)
-    checkpoint.load_weights(generator, content["ema" if ema else "model"], path)
+    checkpoint.load_weights(generator, checkpoint.weights_of(content, ema, path), path)
     generator.eval().requires_grad_(False)
     return ImageGenerator(generator.to(device), tokenizer.to(device), content["classes"])
