@@ -29,8 +29,9 @@ class GeneratorRun(RunConfig):
 
     tokenizer: str = flag("runs/tokenizer/last.pt", "checkpoint of the trained tokenizer")
     latents: str = flag("", "folder made by python -m equimini.cache_latents, in place of --data")
-    precision: str = flag("float32", "arithmetic of the matrix products; bf16 (autocast) is several "
-                          "times faster where the processor has it", choices=("float32", "bf16"))
+    precision: str = flag("float32", "arithmetic of the matrix products; bf16 (autocast) is "
+                          "several times faster where the processor has it",
+                          choices=("float32", "bf16"))
     preview_cfg: float = flag(2.0, "guidance scale of the preview pictures; 1: none", min=0)
     preview_steps: int = flag(25, "Euler steps per column of the preview pictures", min=1)
 

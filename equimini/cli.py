@@ -140,7 +140,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = str(error).rsplit("UserError: ", 1)[-1]  # a loader process wraps it in a traceback
+        print(f"error: {text.strip()}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -6,6 +6,7 @@ the seed and these two; `Batches` makes the order of the data a function of the 
 
 from __future__ import annotations
 
+import signal
 import warnings
 from pathlib import Path
 from typing import Iterator
@@ -153,7 +154,8 @@ def find_images(folder: str) -> tuple[list[tuple[Path, int]], list[str]]:
     return [(p, classes.index(n)) for p, n in zip(images, names)], classes
 
 
-def load_data(run: DataConfig, tokenizer: TokenizerConfig) -> tuple[Dataset, Dataset, list[str]]:
+def load_data(run: DataConfig,
+              tokenizer: TokenizerConfig) -> tuple[Dataset, Dataset, list[str]]:
     """Training set, validation set and class names for a run.
 
     Crops are as high as the tokenizer's images and --width wide (0: square).  Raises
@@ -217,7 +219,7 @@ def training_loader(data: Dataset, batch_size: int, run: RunConfig, start: int,
     """Batches (images uint8 (B, 3, H, W), labels (B,), indices (B,)) of steps start … stop−1."""
     sampler = Batches(len(data), batch_size, run.seed, start, stop)
     return DataLoader(data, batch_sampler=sampler, num_workers=run.workers,
-                      pin_memory=torch.cuda.is_available())
+                      worker_init_fn=_leave_signals, pin_memory=torch.cuda.is_available())
 
 
 def fixed_loader(data: Dataset, batch_size: int, count: int, workers: int = 0,
@@ -225,4 +227,11 @@ def fixed_loader(data: Dataset, batch_size: int, count: int, workers: int = 0,
     """The same `count` random items (at most all), in the same order, every time."""
     order = keyed.rng("subset", seed).permutation(len(data))[:count]
     keys = [(0, int(i)) for i in order]
-    return DataLoader(data, batch_size=batch_size, sampler=keys, num_workers=workers)
+    return DataLoader(data, batch_size=batch_size, sampler=keys, num_workers=workers,
+                      worker_init_fn=_leave_signals)
+
+
+def _leave_signals(_: int) -> None:
+    """In a worker: Ctrl-C is the main process's business, SIGTERM ends the worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -172,7 +172,8 @@ def _tiny() -> Preset:
             steps=2000, batch_size=16, lr=1e-3, warmup_steps=100, lr_decay=0.3,
             lr_decay_every=700, ema_decay=0.995, kl_weight=0.01, disc_channels=32,
             adv_start=1500, stats_images=4096),
-        GeneratorConfig(layers=4, embed_dim=256, heads=4, head_width=256, head_depth=6, dropout=0.0),
+        GeneratorConfig(layers=4, embed_dim=256, heads=4, head_width=256, head_depth=6,
+                        dropout=0.0),
         GeneratorTraining(steps=3000, batch_size=64, lr=1e-3, warmup_steps=100, ema_decay=0.998))
 
 

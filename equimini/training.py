@@ -57,8 +57,9 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
     model is not the one asked for.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="tiny")
-    name = first.parse_known_args(argv)[0].preset
+    first.add_argument("--preset")
+    asked = first.parse_known_args(argv)[0].preset
+    name = asked or "tiny"
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     preset = PRESETS[name]
@@ -82,6 +83,8 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
     if args.resume:
         resumed = checkpoint.load_newest(last, kind)
         saved = resumed["config"]
+        if asked not in (None, saved["preset"]):
+            raise UserError(f"{last} was trained with --preset {saved['preset']}, not {asked}")
         name, run, training = (saved["preset"], config_from_dict(type(run), saved["run"]),
                                config_from_dict(type(training), saved["training"]))
         model = config_from_dict(type(model), saved["model"])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,18 @@ def test_cached_latents_train_and_belong_to_one_tokenizer(runs, picture_folder, 
         "runs/other/last.pt", "--out", "x", cwd=runs, monkeypatch=monkeypatch, capsys=capsys)
 
 
+def test_a_folder_without_a_readable_picture_is_one_error(picture_folder, tmp_path, monkeypatch,
+                                                          capsys):
+    for path in picture_folder.rglob("*.png"):
+        path.write_bytes(b"no picture")
+    for workers in (0, 1):
+        with pytest.warns(UserWarning) if workers == 0 else nullcontext():
+            message = mistake("train_tokenizer.py", *TOKENIZER, "--data", picture_folder, "--out",
+                              tmp_path / "x", "--workers", workers, cwd=tmp_path,
+                              monkeypatch=monkeypatch, capsys=capsys)
+        assert "none of the" in message
+
+
 @pytest.mark.parametrize("script, arguments, text", (
     ("train_tokenizer.py", ["--preset", "medium"], "tiny, small, base"),
     ("train_tokenizer.py", [], "--resume"),  # the folder holds a run already
@@ -191,6 +204,7 @@ def test_cached_latents_train_and_belong_to_one_tokenizer(runs, picture_folder, 
     ("train_tokenizer.py", ["--width", "30", "--out", "x"], "--width"),
     ("train_tokenizer.py", ["--lr", "-1", "--out", "x"], "lr"),
     ("train_tokenizer.py", ["--resume", "--z-channels", "16"], "other sizes"),
+    ("train_tokenizer.py", ["--resume", "--preset", "small"], "--preset tiny"),
     ("train_tokenizer.py", ["--out", "/proc/x"], "/proc/x"),
     ("train_generator.py", ["--out", "x", "--tokenizer", "runs/generator/last.pt"], "generator"),
     ("train_generator.py", ["--resume", "--data", "synthetic-object"], "classes"),
