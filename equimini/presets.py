@@ -174,7 +174,7 @@ def _tiny() -> Preset:
             stats_images=1024),
         GeneratorConfig(layers=4, embed_dim=256, heads=4, head_width=256, head_depth=6,
                         dropout=0.0),
-        GeneratorTraining(steps=3000, batch_size=64, lr=1e-3, warmup_steps=100, ema_decay=0.998))
+        GeneratorTraining(steps=1000, batch_size=16, lr=1e-3, warmup_steps=50, ema_decay=0.99))
 
 
 def _paper(layers: int, embed_dim: int, heads: int, head_width: int) -> Preset:

@@ -262,6 +262,9 @@ def fit(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
                             f"data has {classes}")
         trainer.load_state(setup.resumed)
         best = setup.resumed["best_loss"]
+    else:  # what an older run left, which --overwrite gave up
+        for path in (*out.glob("last*.pt"), *out.glob("best.pt"), *out.glob("previews/*.png")):
+            path.unlink()
     (out / "previews").mkdir(exist_ok=True)
 
     def save(name: str, step: int) -> None:
