@@ -27,8 +27,8 @@ COMMON = ("--batch-size 4 --workers 0 --val-images 8 --val-every 7 --preview-eve
 FLAGS = {
     "tokenizer": COMMON + (
         "--image-size 32 --base-channels 8 --norm-groups 4 --z-channels 8 --attention-rows 8 "
-        "--token-channels 8 --stats-images 16 --disc-channels 8 --disc-layers 2 --adv-start 5 "
-        "--dropout 0.1").split(),
+        "--token-channels 8 --stats-images 16 --discriminator patchgan --disc-channels 8 "
+        "--disc-layers 2 --adv-start 5 --dropout 0.1").split(),
     "generator": COMMON + (
         "--layers 2 --embed-dim 32 --heads 2 --head-width 32 --head-depth 1 --dropout 0.1 "
         "--preview-steps 2").split()}

@@ -22,7 +22,7 @@ from equimini.data import load_data, to_float
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ("--image-size 32 --base-channels 8 --norm-groups 4 --z-channels 8 "
              "--attention-rows 8 --token-channels 8 --batch-size 4 --stats-images 16 "
-             "--disc-channels 8 --disc-layers 2 --adv-start 2 --workers 0 --val-images 8 "
+             "--discriminator patchgan --disc-channels 8 --disc-layers 2 --adv-start 2 --workers 0 --val-images 8 "
              "--val-every 3 --preview-every 4 --save-every 3 --log-every 1").split()
 GENERATOR = ("--layers 2 --embed-dim 32 --heads 2 --head-width 32 --head-depth 1 --batch-size 4 "
              "--dropout 0.1 --workers 0 --val-images 8 --val-every 3 --preview-every 4 "
