@@ -125,7 +125,7 @@ def reference_forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: 
     """Plain PyTorch: the output (B, Nq, H, D) and the log-sum-exp of every row, (B, H, Nq)."""
     _, _, p, lse = _probabilities(q, k, cos, sin, window, scale)
     if seed is not None:
-        p *= keep_mask(seed, p.shape, dropout_p) / (1 - dropout_p)
+        p *= keep_mask(seed, p.shape, dropout_p).to(p.dtype) / (1 - dropout_p)
     out = (p @ v.to(p.dtype).transpose(1, 2)).transpose(1, 2)  # (B, Nq, H, D)
     return out.to(v.dtype).contiguous(), lse
 
@@ -146,7 +146,7 @@ def reference_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     dp = grad @ v.transpose(-1, -2)  # (B, H, Nq, Nk)
     dropped = p
     if seed is not None:
-        keep = keep_mask(seed, p.shape, dropout_p) / (1 - dropout_p)
+        keep = keep_mask(seed, p.shape, dropout_p).to(p.dtype) / (1 - dropout_p)
         dropped, dp = p * keep, dp * keep
     dv = dropped.transpose(-1, -2) @ grad
     ds = (dp - (p * dp).sum(-1, keepdim=True)) * p * scale
