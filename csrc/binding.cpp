@@ -5,6 +5,8 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#include <deque>
+
 #include "cpu_kernels.h"
 #ifdef WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -21,7 +23,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 // The tensors of one call, in a layout that the kernels read; they live while the call runs.
 struct Call {
-  std::vector<Tensor> held;
+  std::deque<Tensor> held;  // a reference to an element outlives the next one's arrival
   Attention p{};
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cos,
@@ -30,11 +32,21 @@ struct Call {
     p.b = q.size(0), p.n_q = q.size(1), p.h = q.size(2), p.d = q.size(3), p.n_k = k.size(1);
     p.window = window, p.dropout_p = dropout_p, p.scale = scale;
     p.q = heads(q), p.k = heads(k), p.v = heads(v);
-    if (cos) p.cos = hold(*cos).const_data_ptr<float>(), p.sin = hold(*sin).const_data_ptr<float>();
+    if (cos) {
+      p.cos = static_cast<const float*>(rows(*cos));
+      p.sin = static_cast<const float*>(rows(*sin));
+    }
     if (seed) p.seed = seed->const_data_ptr<int64_t>();
   }
 
-  const Tensor& hold(const Tensor& x) { return held.emplace_back(x.contiguous()); }
+  const void* rows(const Tensor& x) {  // contiguous, from a multiple of 16 bytes on
+    const bool in_place = x.is_contiguous() && aligned(x);
+    return (in_place ? x : held.emplace_back(x.clone(at::MemoryFormat::Contiguous)))
+        .const_data_ptr();
+  }
+  static bool aligned(const Tensor& x) {
+    return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  }
 
   // Rows are read where they lie.  A copy is made where the last dimension is not contiguous,
   // or, for CUDA's 16-byte loads, where a row does not start at a multiple of 16 bytes.
@@ -42,10 +54,10 @@ struct Call {
     bool in_place = x.stride(3) == 1;
     if (x.is_cuda()) {
       const int64_t step = 16 / x.element_size();
-      in_place &= reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+      in_place &= aligned(x);
       for (int64_t dim = 0; dim < 3; dim++) in_place &= x.stride(dim) % step == 0;
     }
-    const Tensor& y = in_place ? x : hold(x.clone(at::MemoryFormat::Contiguous));
+    const Tensor& y = in_place ? x : held.emplace_back(x.clone(at::MemoryFormat::Contiguous));
     return {y.const_data_ptr(), y.stride(0), y.stride(1), y.stride(2)};
   }
 };
@@ -72,7 +84,11 @@ void run(const Attention& p, const Tensor& q) {
     const auto dtype = q.scalar_type() == at::kFloat      ? Dtype::float32
                        : q.scalar_type() == at::kBFloat16 ? Dtype::bfloat16
                                                           : Dtype::float16;
-    const int error = Backward ? cuda_backward(p, dtype, stream) : cuda_forward(p, dtype, stream);
+    const Tensor delta = Backward ? at::empty({p.b, p.h, p.n_q}, q.options().dtype(at::kFloat))
+                                  : Tensor();
+    const int error = Backward
+                          ? cuda_backward(p, dtype, stream, delta.mutable_data_ptr<float>())
+                          : cuda_forward(p, dtype, stream);
     TORCH_CHECK(error == 0, "window_attention: launching the CUDA kernel failed: ",
                 cuda_error_string(error));
     return;
@@ -86,7 +102,8 @@ void run(const Attention& p, const Tensor& q) {
   }
 }
 
-void check_dtype(const Tensor& q) {
+void check(const Tensor& q, const Tensor& k) {
+  TORCH_CHECK_VALUE(k.size(1) < (1 << 30), "k must hold fewer than 2^30 tokens, got ", k.size(1));
   TORCH_CHECK_TYPE(!(q.is_cuda() && q.scalar_type() == at::kDouble),
                    "q must be float32, bfloat16 or float16 on CUDA, got float64");
 }
@@ -95,7 +112,7 @@ std::tuple<Tensor, Tensor> window_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cos,
     const OptionalTensor& sin, const OptionalTensor& seed, int64_t window, double dropout_p,
     double scale) {
-  check_dtype(q);
+  check(q, k);
   Call call(q, k, v, cos, sin, seed, window, dropout_p, scale);
   const auto lse_dtype = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor out = at::empty(q.sizes(), q.options());
@@ -109,11 +126,11 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
     const Tensor& lse, const OptionalTensor& cos, const OptionalTensor& sin,
     const OptionalTensor& seed, int64_t window, double dropout_p, double scale) {
-  check_dtype(q);
+  check(q, k);
   Call call(q, k, v, cos, sin, seed, window, dropout_p, scale);
   call.p.grad = call.heads(grad);
-  call.p.out = const_cast<void*>(call.hold(out).const_data_ptr());
-  call.p.lse = const_cast<void*>(call.hold(lse).const_data_ptr());
+  call.p.out = const_cast<void*>(call.rows(out));
+  call.p.lse = const_cast<void*>(call.rows(lse));
   Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), q.options());
   Tensor dv = at::empty(k.sizes(), q.options());
   call.p.dq = dq.mutable_data_ptr();

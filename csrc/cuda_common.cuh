@@ -60,7 +60,7 @@ __device__ inline void store_eight(T* to, const float (&x)[8]) {
 struct Turn {
   float cos[4], sin[4];
 
-  __device__ Turn(const Attention& p, int64_t position, int slot) {
+  __device__ Turn(const Attention& p, int position, int slot) {
     const int64_t at = position * (p.d / 2) + 4 * slot;
     *reinterpret_cast<float4*>(cos) = *reinterpret_cast<const float4*>(p.cos + at);
     *reinterpret_cast<float4*>(sin) = *reinterpret_cast<const float4*>(p.sin + at);
@@ -79,7 +79,7 @@ struct Turn {
 // Eight values as floats, rotated if `rotated` and the problem has tables, times `by`.
 template <class T>
 __device__ inline void widen(float (&x)[8], const Eight<T>& raw, const Attention& p,
-                             int64_t position, int slot, bool rotated, float by) {
+                             int position, int slot, bool rotated, float by) {
 #pragma unroll
   for (int c = 0; c < 8; c++) x[c] = to_float(raw.value[c]) * by;
   if (rotated && p.cos) Turn(p, position, slot).rotate(x);
@@ -93,7 +93,7 @@ struct Dropout {
 
   __device__ explicit Dropout(const Attention& p)
       : on(p.seed != nullptr), below(p.drop_below()), factor(float(1 / (1 - p.dropout_p))) {}
-  __device__ float keep(uint32_t row, int64_t key) const {
+  __device__ float keep(uint32_t row, int key) const {
     return !on ? 1.0f : mix(row ^ uint32_t(key)) < below ? 0.0f : factor;
   }
 };
@@ -109,6 +109,7 @@ __device__ inline void* shared_memory() {
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
            void* stream, Arguments... arguments) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared > 48 * 1024) {  // more than every device grants unasked
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));

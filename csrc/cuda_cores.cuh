@@ -32,17 +32,18 @@
 namespace equimini {
 namespace cuda_cores {
 
-constexpr int kWarps = 4;        // in a block
-constexpr int kQuad = 4;         // rows that a group owns
-constexpr int kBufferRows = 32;  // of shared memory for a warp, each for two tensors
+constexpr int kWarps = 4;  // in a block
+constexpr int kQuad = 4;   // rows that a group owns
 
 template <int G>  // lanes in a group
 constexpr int kTile = kQuad * 32 / G;
+template <int G>  // rows of shared memory for a warp, each for two tensors
+constexpr int kBufferRows = 256 / G;
 
 // Rows of the buffer that this window needs, and bytes of shared memory for a block.
 template <int G>
 int buffer_rows(const Attention& p) {
-  return int(std::min<int64_t>(kBufferRows, kTile<G> + std::min(p.window, p.n_k) - 1));
+  return int(std::min<int64_t>(kBufferRows<G>, kTile<G> + std::min(p.window, p.n_k) - 1));
 }
 template <int G>
 size_t shared_bytes(int rows) {
@@ -53,19 +54,22 @@ size_t shared_bytes(int rows) {
 template <class T, int G>
 struct Tile {
   const Attention& p;
+  const int n_k, window, offset;  // p's, in the 32 bits that they fit
   int group, slot, rows;
-  int64_t b, h, start, mine;  // positions: the tile's first, the first of my four
+  int b, h, start, mine;      // start, mine: positions of the tile's and of my first row
   bool exists, active;        // active: my slot holds channels (D may be less than 8·G)
   float4 *x, *y;              // the buffer: rows × [half][slot]
   float *lse, *delta;         // of buffered queries
   const Dropout dropout;
 
-  __device__ Tile(const Attention& p, int rows, int64_t first) : p(p), rows(rows), dropout(p) {
+  __device__ Tile(const Attention& p, int rows, int first)
+      : p(p), n_k(int(p.n_k)), window(int(p.window)), offset(int(p.offset())), rows(rows),
+        dropout(p) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     group = lane / G, slot = lane % G;
-    const int64_t tiles = (p.n_k - first + kTile<G> - 1) / kTile<G>;
-    const int64_t item = int64_t(blockIdx.x) * kWarps + warp;
-    h = item % p.h, b = item / p.h / tiles, start = first + item / p.h % tiles * kTile<G>;
+    const int tiles = (n_k - first + kTile<G> - 1) / kTile<G>;
+    const int64_t item = int64_t(blockIdx.x) * kWarps + warp, line = item / p.h;
+    h = int(item % p.h), b = int(line / tiles), start = first + int(line % tiles) * kTile<G>;
     mine = start + group * kQuad;
     exists = b < p.b, active = slot * 8 < p.d;
     x = static_cast<float4*>(shared_memory()) + size_t(warp) * rows * 4 * G;
@@ -76,21 +80,20 @@ struct Tile {
   }
 
   // My 8 channels of the row at a position, or zeros where there is none.
-  __device__ Eight<T> fetch(const Heads& from, int64_t position, int64_t offset,
-                            int64_t end) const {
+  __device__ Eight<T> fetch(const Heads& from, int position, int offset, int end) const {
     if (!active || position < offset || position >= end) return Eight<T>{};
     return load_eight(from.row<T>(b, position - offset, h) + slot * 8);
   }
 
   // My four rows of `from`, whose first row stands at position `offset`.
-  __device__ void own(float (&to)[kQuad][8], const Heads& from, int64_t offset, bool rotated,
+  __device__ void own(float (&to)[kQuad][8], const Heads& from, int offset, bool rotated,
                       float by) const {
     Eight<T> raw[kQuad];
 #pragma unroll
-    for (int r = 0; r < kQuad; r++) raw[r] = fetch(from, mine + r, offset, p.n_k);
+    for (int r = 0; r < kQuad; r++) raw[r] = fetch(from, mine + r, offset, n_k);
 #pragma unroll
     for (int r = 0; r < kQuad; r++)
-      widen(to[r], raw[r], p, std::min(mine + r, p.n_k - 1), active ? slot : 0, rotated, by);
+      widen(to[r], raw[r], p, std::min(mine + r, n_k - 1), active ? slot : 0, rotated, by);
   }
 
   __device__ void put(float4* to, int row, const float (&v)[8]) const {
@@ -103,21 +106,21 @@ struct Tile {
   }
 
   // Fill the buffer with `count` rows from position `first` on: `turned` (rotated, times `by`)
-  // into x, `plain` into y.  Eight loads of a lane are in flight at once.
-  __device__ void fill(const Heads& turned, const Heads& plain, int64_t offset, float by,
-                       int64_t first, int count) const {
-    constexpr int kGroups = 32 / G;
+  // into x, `plain` into y.  A lane has eight 16-byte loads in flight at once.
+  __device__ void fill(const Heads& turned, const Heads& plain, int offset, float by, int first,
+                       int count) const {
+    constexpr int kGroups = 32 / G, kAtOnce = 8 / sizeof(T);  // 32 registers of loads in flight
     __syncwarp();  // nobody reads the old rows any more
-    for (int row = group; row < count; row += kQuad * kGroups) {
-      Eight<T> raw[2][kQuad];
+    for (int row = group; row < count; row += kAtOnce * kGroups) {
+      Eight<T> raw[2][kAtOnce];
 #pragma unroll
-      for (int r = 0; r < kQuad; r++) {
-        const int64_t end = first + count;
+      for (int r = 0; r < kAtOnce; r++) {
+        const int end = first + count;
         raw[0][r] = fetch(turned, first + row + r * kGroups, offset, end);
         raw[1][r] = fetch(plain, first + row + r * kGroups, offset, end);
       }
 #pragma unroll
-      for (int r = 0; r < kQuad; r++) {
+      for (int r = 0; r < kAtOnce; r++) {
         const int to = row + r * kGroups;
         if (to >= count) break;
         float v[8];
@@ -131,13 +134,13 @@ struct Tile {
   }
 
   // Log-sum-exp (base 2) and δ = out · dout of the buffered queries, which y holds dout of.
-  __device__ void fill_statistics(int64_t first, int count) const {
+  __device__ void fill_statistics(int first, int count) const {
     const Heads out{p.out, p.n_q * p.h * p.d, p.h * p.d, p.d};
     for (int at = 0; at < count; at += 32 / G) {
       const int row = std::min(at + group, count - 1);
       float dout[8];
       get(dout, y, row);
-      const float sum = dot(dout, fetch(out, first + row, p.offset(), p.n_k));
+      const float sum = dot(dout, fetch(out, first + row, offset, n_k));
       if (slot == 0) {
         delta[row] = sum;
         lse[row] = log_sum(first + row);
@@ -158,57 +161,57 @@ struct Tile {
     return sum;
   }
 
-  __device__ float* log_sum_at(int64_t position) const {
-    return static_cast<float*>(p.lse) + (b * p.h + h) * p.n_q + position - p.offset();
+  __device__ float* log_sum_at(int position) const {
+    return static_cast<float*>(p.lse) + (b * p.h + h) * p.n_q + position - offset;
   }
-  __device__ float log_sum(int64_t position) const { return *log_sum_at(position) * kLog2e; }
-  __device__ uint32_t dropout_row_at(int64_t position) const {
+  __device__ float log_sum(int position) const { return *log_sum_at(position) * kLog2e; }
+  __device__ uint32_t dropout_row_at(int position) const {
     return dropout.on ? dropout_row(*p.seed, uint32_t(b), uint32_t(h), uint32_t(position)) : 0;
   }
 
   // My slot of row `position` of a contiguous (B, length, H, D) result.
-  __device__ void write(void* to, int64_t position, int64_t offset, const float (&v)[8]) const {
+  __device__ void write(void* to, int position, int offset, const float (&v)[8]) const {
     if (active)
       store_eight(static_cast<T*>(to) +
-                      p.contiguous_row(b, position - offset, h, p.n_k - offset) + slot * 8, v);
+                      p.contiguous_row(b, position - offset, h, n_k - offset) + slot * 8, v);
   }
 };
 
 template <class T, int G>
-__global__ void __launch_bounds__(32 * kWarps) forward_kernel(Attention p, int rows) {
-  const Tile<T, G> tile(p, rows, p.offset());
+__global__ void __launch_bounds__(32 * kWarps, 3) forward_kernel(Attention p, int rows) {
+  const Tile<T, G> tile(p, rows, int(p.offset()));
   if (!tile.exists) return;
   float q[kQuad][8], sum[kQuad][8] = {}, m[kQuad], l[kQuad];
   uint32_t dropout_rows[kQuad];
-  tile.own(q, p.q, p.offset(), true, float(p.scale) * kLog2e);
+  tile.own(q, p.q, tile.offset, true, float(p.scale) * kLog2e);
 #pragma unroll
   for (int r = 0; r < kQuad; r++) {
     m[r] = kNothing, l[r] = 0;
     dropout_rows[r] = tile.dropout_row_at(tile.mine + r);
   }
 
-  const int64_t end = std::min(tile.start + kTile<G>, p.n_k);
-  const int64_t begin = std::max<int64_t>(0, tile.start - p.window + 1);
-  for (int64_t block = begin; block < end; block += rows) {
-    const int count = int(std::min<int64_t>(rows, end - block));
+  const int end = std::min(tile.start + kTile<G>, tile.n_k);
+  const int begin = std::max(0, tile.start - tile.window + 1);
+  for (int block = begin; block < end; block += rows) {
+    const int count = std::min(rows, end - block);
     tile.fill(p.k, p.v, 0, 1.0f, block, count);
-    const int64_t low = std::max(block, tile.mine - p.window + 1);
-    const int steps = int(std::min<int64_t>(p.window + kQuad - 1, count));
+    const int low = std::max(block, tile.mine - tile.window + 1);
+    const int steps = std::min(tile.window + kQuad - 1, count);
     for (int step = 0; step < steps; step += kQuad) {  // four keys at a time
       float s[kQuad][kQuad];
 #pragma unroll
       for (int c = 0; c < kQuad; c++) {
-        const int64_t key = low + step + c;
+        const int key = low + step + c;
         float k[8];
-        tile.get(k, tile.x, int(std::min<int64_t>(key - block, count - 1)));
+        tile.get(k, tile.x, std::min(key - block, count - 1));
 #pragma unroll
         for (int r = 0; r < kQuad; r++) {
           float partial = 0;
 #pragma unroll
           for (int i = 0; i < 8; i++) partial += q[r][i] * k[i];
           s[r][c] = tile.over_group(partial);
-          const int64_t behind = tile.mine + r - key;
-          if (behind < 0 || behind >= p.window || key >= block + count) s[r][c] = -INFINITY;
+          const int behind = tile.mine + r - key;
+          if (behind < 0 || behind >= tile.window || key >= block + count) s[r][c] = -INFINITY;
         }
       }
 #pragma unroll
@@ -231,7 +234,7 @@ __global__ void __launch_bounds__(32 * kWarps) forward_kernel(Attention p, int r
 #pragma unroll
       for (int c = 0; c < kQuad; c++) {
         float v[8];
-        tile.get(v, tile.y, int(std::min<int64_t>(low + step + c - block, count - 1)));
+        tile.get(v, tile.y, std::min(low + step + c - block, count - 1));
 #pragma unroll
         for (int r = 0; r < kQuad; r++)
 #pragma unroll
@@ -242,11 +245,11 @@ __global__ void __launch_bounds__(32 * kWarps) forward_kernel(Attention p, int r
 
 #pragma unroll
   for (int r = 0; r < kQuad; r++) {
-    const int64_t position = tile.mine + r;
-    if (position >= p.n_k) break;
+    const int position = tile.mine + r;
+    if (position >= tile.n_k) break;
 #pragma unroll
     for (int i = 0; i < 8; i++) sum[r][i] /= l[r];
-    tile.write(p.out, position, p.offset(), sum[r]);
+    tile.write(p.out, position, tile.offset, sum[r]);
     if (tile.slot == 0) *tile.log_sum_at(position) = (m[r] + log2f(l[r])) * kLn2;
   }
 }
@@ -265,23 +268,23 @@ __device__ void sweep(const Tile<T, G>& tile, const float (&a)[kQuad][8],
 #pragma unroll
   for (int r = 0; r < kQuad; r++)
     dropout_rows[r] = OverQueries ? 0 : tile.dropout_row_at(tile.mine + r);
-  const int64_t tile_end = std::min(tile.start + kTile<G>, p.n_k);
-  const int64_t begin = OverQueries ? std::max(tile.start, p.offset())
-                                    : std::max<int64_t>(0, tile.start - p.window + 1);
-  const int64_t end = OverQueries ? std::min(tile_end + p.window - 1, p.n_k) : tile_end;
-  for (int64_t block = begin; block < end; block += tile.rows) {
-    const int count = int(std::min<int64_t>(tile.rows, end - block));
+  const int tile_end = std::min(tile.start + kTile<G>, tile.n_k);
+  const int begin = OverQueries ? std::max(tile.start, tile.offset)
+                                    : std::max(0, tile.start - tile.window + 1);
+  const int end = OverQueries ? std::min(tile_end + tile.window - 1, tile.n_k) : tile_end;
+  for (int block = begin; block < end; block += tile.rows) {
+    const int count = std::min(tile.rows, end - block);
     if (OverQueries) {
-      tile.fill(p.q, p.grad, p.offset(), float(p.scale) * kLog2e, block, count);
+      tile.fill(p.q, p.grad, tile.offset, float(p.scale) * kLog2e, block, count);
       tile.fill_statistics(block, count);
     } else {
       tile.fill(p.k, p.v, 0, 1.0f, block, count);
     }
-    const int64_t low = std::max(block, OverQueries ? tile.mine : tile.mine - p.window + 1);
-    const int steps = int(std::min<int64_t>(p.window + kQuad - 1, count));
+    const int low = std::max(block, OverQueries ? tile.mine : tile.mine - tile.window + 1);
+    const int steps = std::min(tile.window + kQuad - 1, count);
     for (int step = 0; step < steps; step++) {
-      const int64_t other = low + step;
-      const int row = int(std::min<int64_t>(other - block, count - 1));
+      const int other = low + step;
+      const int row = std::min(other - block, count - 1);
       const uint32_t dropout_other = OverQueries ? tile.dropout_row_at(other) : 0;
       float x[8], y[8];
       tile.get(x, tile.x, row);
@@ -292,9 +295,9 @@ __device__ void sweep(const Tile<T, G>& tile, const float (&a)[kQuad][8],
 #pragma unroll
         for (int i = 0; i < 8; i++) s += a[r][i] * x[i], dp += b[r][i] * y[i];
         s = tile.over_group(s), dp = tile.over_group(dp);
-        const int64_t query = OverQueries ? other : tile.mine + r;
-        const int64_t key = OverQueries ? tile.mine + r : other;
-        const bool seen = query >= key && query - key < p.window && other < block + count;
+        const int query = OverQueries ? other : tile.mine + r;
+        const int key = OverQueries ? tile.mine + r : other;
+        const bool seen = query >= key && query - key < tile.window && other < block + count;
         const float weight = seen ? exp2f(s - (OverQueries ? tile.lse[row] : lse[r])) : 0.0f;
         const float keep = tile.dropout.keep(OverQueries ? dropout_other : dropout_rows[r], key);
         const float ds = weight * (dp * keep - (OverQueries ? tile.delta[row] : delta[r]));
@@ -309,31 +312,31 @@ __device__ void sweep(const Tile<T, G>& tile, const float (&a)[kQuad][8],
 }
 
 template <class T, int G>
-__global__ void __launch_bounds__(32 * kWarps) backward_kernel(Attention p, int rows) {
+__global__ void __launch_bounds__(32 * kWarps, 2) backward_kernel(Attention p, int rows) {
   const Tile<T, G> tile(p, rows, 0);
   if (!tile.exists) return;
   float a[kQuad][8], b[kQuad][8], lse[kQuad] = {}, delta[kQuad] = {};
   float gain_a[kQuad][8] = {}, gain_b[kQuad][8] = {};
 
-  if (tile.start + kTile<G> > p.offset()) {  // the tile holds queries
+  if (tile.start + kTile<G> > tile.offset) {  // the tile holds queries
     const Heads out{p.out, p.n_q * p.h * p.d, p.h * p.d, p.d};
-    tile.own(a, p.q, p.offset(), true, float(p.scale) * kLog2e);
-    tile.own(b, p.grad, p.offset(), false, 1.0f);
+    tile.own(a, p.q, tile.offset, true, float(p.scale) * kLog2e);
+    tile.own(b, p.grad, tile.offset, false, 1.0f);
 #pragma unroll
     for (int r = 0; r < kQuad; r++) {
-      const int64_t position = tile.mine + r;
-      delta[r] = tile.dot(b[r], tile.fetch(out, position, p.offset(), p.n_k));
-      if (position >= p.offset() && position < p.n_k) lse[r] = tile.log_sum(position);
+      const int position = tile.mine + r;
+      delta[r] = tile.dot(b[r], tile.fetch(out, position, tile.offset, tile.n_k));
+      if (position >= tile.offset && position < tile.n_k) lse[r] = tile.log_sum(position);
     }
     sweep<false>(tile, a, b, lse, delta, gain_a, gain_b);
 #pragma unroll
     for (int r = 0; r < kQuad; r++) {
-      const int64_t position = tile.mine + r;
-      if (position < p.offset() || position >= p.n_k) continue;
+      const int position = tile.mine + r;
+      if (position < tile.offset || position >= tile.n_k) continue;
 #pragma unroll
       for (int i = 0; i < 8; i++) gain_a[r][i] *= float(p.scale);
       if (p.cos && tile.active) Turn(p, position, tile.slot).rotate(gain_a[r], -1);
-      tile.write(p.dq, position, p.offset(), gain_a[r]);
+      tile.write(p.dq, position, tile.offset, gain_a[r]);
     }
   }
 
@@ -346,8 +349,8 @@ __global__ void __launch_bounds__(32 * kWarps) backward_kernel(Attention p, int 
   sweep<true>(tile, a, b, lse, delta, gain_a, gain_b);
 #pragma unroll
   for (int r = 0; r < kQuad; r++) {
-    const int64_t position = tile.mine + r;
-    if (position >= p.n_k) break;
+    const int position = tile.mine + r;
+    if (position >= tile.n_k) break;
 #pragma unroll
     for (int i = 0; i < 8; i++) gain_a[r][i] *= kLn2;  // q came times scale · log₂ e
     if (p.cos && tile.active) Turn(p, position, tile.slot).rotate(gain_a[r], -1);

@@ -39,31 +39,33 @@ struct Tile {
   static constexpr size_t kShared = kTile * kStride * sizeof(T) + 2 * kStream * sizeof(float);
 
   const Attention& p;
-  int lane;
-  int64_t b, h, start, first;  // positions: the block's first, the warp's first
+  const int n_k, window, offset;  // p's, in the 32 bits that they fit
+  int lane, b, h, start, first;   // start, first: positions of the block's and the warp's rows
   T *x, *y;
   float *lse, *delta;  // of the kStream rows, where these are queries
   const Dropout dropout;
 
-  __device__ Tile(const Attention& p, int64_t low) : p(p), dropout(p) {
-    const int64_t tiles = (p.n_k - low + kTile - 1) / kTile, item = blockIdx.x;
-    lane = threadIdx.x % 32;
-    h = item % p.h, b = item / p.h / tiles, start = low + item / p.h % tiles * kTile;
-    first = start + threadIdx.x / 32 * 16;
+  __device__ Tile(const Attention& p, int low)
+      : p(p), n_k(int(p.n_k)), window(int(p.window)), offset(int(p.offset())), dropout(p) {
+    const int tiles = (n_k - low + kTile - 1) / kTile;
+    const int64_t line = blockIdx.x / p.h;
+    h = int(blockIdx.x % p.h), b = int(line / tiles), start = low + int(line % tiles) * kTile;
+    lane = threadIdx.x % 32, first = start + int(threadIdx.x / 32) * 16;
     x = static_cast<T*>(shared_memory()), y = x + kStream * kStride;
     lse = reinterpret_cast<float*>(x + kTile * kStride), delta = lse + kStream;
   }
 
   // Copy `rows` rows from position `at` on to shared memory; zeros where there is none, because
   // a product with a weight of 0 must be 0.
-  __device__ void stage(T* to, const Heads& from, int rows, int64_t at, int64_t offset,
+  __device__ void stage(T* to, const Heads& from, int rows, int at, int offset,
                         bool rotated) const {
-#pragma unroll 2
+    constexpr int kAtOnce = K < 8 ? 2 : 1;  // at D = 128 the backward pass has no register left
+#pragma unroll kAtOnce
     for (int piece = threadIdx.x; piece < rows * 2 * K; piece += kThreads) {
       const int row = piece / (2 * K), slot = piece % (2 * K);
-      const int64_t position = at + row;
+      const int position = at + row;
       float v[8] = {};
-      if (slot * 8 < p.d && position >= offset && position < p.n_k)
+      if (slot * 8 < p.d && position >= offset && position < n_k)
         widen(v, load_eight(from.row<T>(b, position - offset, h) + slot * 8), p, position, slot,
               rotated, 1.0f);
       store_eight(to + row * kStride + slot * 8, v);
@@ -71,7 +73,7 @@ struct Tile {
   }
 
   // The warp's 16 rows of `from` as A operands.  The whole block takes part.
-  __device__ void own(uint32_t (&a)[K][4], const Heads& from, int64_t offset,
+  __device__ void own(uint32_t (&a)[K][4], const Heads& from, int offset,
                       bool rotated) const {
     __syncthreads();
     stage(x, from, kTile, start, offset, rotated);
@@ -119,21 +121,21 @@ struct Tile {
   }
 
   // Positions that element i of c[n] belongs to: mine, and of the 16 rows from `at` on.
-  __device__ int64_t mine(int i) const { return first + lane / 4 + i / 2 * 8; }
-  __device__ int64_t theirs(int64_t at, int n, int i) const {
+  __device__ int mine(int i) const { return first + lane / 4 + i / 2 * 8; }
+  __device__ int theirs(int at, int n, int i) const {
     return at + n * 8 + lane % 4 * 2 + i % 2;
   }
 
-  __device__ uint32_t dropout_row_at(int64_t position) const {
+  __device__ uint32_t dropout_row_at(int position) const {
     return dropout.on ? dropout_row(*p.seed, uint32_t(b), uint32_t(h), uint32_t(position)) : 0;
   }
-  __device__ int64_t statistics_at(int64_t position) const {
-    return (b * p.h + h) * p.n_q + position - p.offset();
+  __device__ int64_t statistics_at(int position) const {
+    return (b * p.h + h) * p.n_q + position - offset;
   }
 
   // Write the warp's 16 rows, times `by[row]`, rotated back if `rotated`, to a contiguous
   // (B, length, H, D); rows go through shared memory to be stored 16 bytes at a time.
-  __device__ void write(void* to, int64_t offset, float (&gain)[2 * K][4], const float (&by)[2],
+  __device__ void write(void* to, int offset, float (&gain)[2 * K][4], const float (&by)[2],
                         bool rotated) const {
     __syncthreads();  // nobody reads x and y any more
     T* rows = x + (first - start) * kStride;
@@ -142,9 +144,9 @@ struct Tile {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int channel = n * 8 + lane % 4 * 2;
-        const int64_t position = mine(2 * half);
+        const int position = mine(2 * half);
         float even = gain[n][2 * half] * by[half], odd = gain[n][2 * half + 1] * by[half];
-        if (rotated && p.cos && channel < p.d && position < p.n_k) {
+        if (rotated && p.cos && channel < p.d && position < n_k) {
           const int64_t at = (position * p.d + channel) / 2;
           const float turned = even * p.cos[at] + odd * p.sin[at];
           odd = odd * p.cos[at] - even * p.sin[at], even = turned;
@@ -155,10 +157,10 @@ struct Tile {
     __syncwarp();
     for (int piece = lane; piece < 16 * 2 * K; piece += 32) {
       const int row = piece / (2 * K), slot = piece % (2 * K);
-      const int64_t position = first + row;
-      if (slot * 8 < p.d && position >= offset && position < p.n_k)
+      const int position = first + row;
+      if (slot * 8 < p.d && position >= offset && position < n_k)
         *reinterpret_cast<uint4*>(static_cast<T*>(to) + slot * 8 +
-                                  p.contiguous_row(b, position - offset, h, p.n_k - offset)) =
+                                  p.contiguous_row(b, position - offset, h, n_k - offset)) =
             *reinterpret_cast<const uint4*>(rows + row * kStride + slot * 8);
     }
   }
@@ -167,17 +169,17 @@ struct Tile {
 template <class T, int K>
 __global__ void __launch_bounds__(kThreads) forward_kernel(Attention p) {
   constexpr int kPart = 16 * Tile<T, K>::kStride;  // 16 rows
-  const Tile<T, K> tile(p, p.offset());
+  const Tile<T, K> tile(p, int(p.offset()));
   uint32_t q[K][4], dropout_rows[2];
   float out[2 * K][4] = {}, m[2] = {kNothing, kNothing}, l[2] = {};
-  tile.own(q, p.q, p.offset(), true);
+  tile.own(q, p.q, tile.offset, true);
 #pragma unroll
   for (int r = 0; r < 2; r++) dropout_rows[r] = tile.dropout_row_at(tile.mine(2 * r));
   const float scale = float(p.scale) * kLog2e;
 
-  const int64_t end = std::min(tile.start + kTile, p.n_k);
-  const int64_t begin = std::max<int64_t>(0, tile.start - p.window + 1);
-  for (int64_t block = begin; block < end; block += kStream) {
+  const int end = std::min(tile.start + kTile, tile.n_k);
+  const int begin = std::max(0, tile.start - tile.window + 1);
+  for (int block = begin; block < end; block += kStream) {
     __syncthreads();
     tile.stage(tile.x, p.k, kStream, block, 0, true);
     tile.stage(tile.y, p.v, kStream, block, 0, false);
@@ -186,15 +188,15 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Attention p) {
     bool met[2];
 #pragma unroll
     for (int part = 0; part < 2; part++) {  // 16 keys each
-      const int64_t at = block + part * 16;
-      met[part] = at <= tile.first + 15 && at + 15 > tile.first - p.window;
+      const int at = block + part * 16;
+      met[part] = at <= tile.first + 15 && at + 15 > tile.first - tile.window;
       if (met[part]) tile.scores(s[part], q, tile.x + part * kPart);
 #pragma unroll
       for (int n = 0; n < 2; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const int64_t behind = tile.mine(i) - tile.theirs(at, n, i);
-          const bool seen = met[part] && behind >= 0 && behind < p.window;
+          const int behind = tile.mine(i) - tile.theirs(at, n, i);
+          const bool seen = met[part] && behind >= 0 && behind < tile.window;
           s[part][n][i] = seen ? s[part][n][i] * scale : -INFINITY;
           highest[i / 2] = fmaxf(highest[i / 2], s[part][n][i]);
         }
@@ -217,7 +219,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Attention p) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const float weight = exp2f(s[part][n][i] - m[i / 2]);
-          const int64_t key = tile.theirs(block + part * 16, n, i);
+          const int key = tile.theirs(block + part * 16, n, i);
           l[i / 2] += weight;
           s[part][n][i] = weight * tile.dropout.keep(dropout_rows[i / 2], key);
         }
@@ -231,11 +233,11 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Attention p) {
     l[r] += __shfl_xor_sync(kWarp, l[r], 1);
     l[r] += __shfl_xor_sync(kWarp, l[r], 2);
     by[r] = 1 / l[r];
-    const int64_t position = tile.mine(2 * r);
-    if (tile.lane % 4 == 0 && position < p.n_k)
+    const int position = tile.mine(2 * r);
+    if (tile.lane % 4 == 0 && position < tile.n_k)
       static_cast<float*>(p.lse)[tile.statistics_at(position)] = (m[r] + log2f(l[r])) * kLn2;
   }
-  tile.write(p.out, p.offset(), out, by, false);
+  tile.write(p.out, tile.offset, out, by, false);
 }
 
 // delta (B, H, Nq) = out · dout, 16 lanes to a row.
@@ -269,33 +271,33 @@ __device__ void sweep(const Tile<T, K>& tile, const float* delta, const uint32_t
   uint32_t own_dropout[2] = {};
 #pragma unroll
   for (int r = 0; r < 2 && !OverQueries; r++) {
-    const int64_t position = tile.mine(2 * r);
-    if (position < p.offset() || position >= p.n_k) continue;
+    const int position = tile.mine(2 * r);
+    if (position < tile.offset || position >= tile.n_k) continue;
     own_lse[r] = lse[tile.statistics_at(position)] * kLog2e;
     own_delta[r] = delta[tile.statistics_at(position)];
     own_dropout[r] = tile.dropout_row_at(position);
   }
   const float scale = float(p.scale) * kLog2e;
-  const int64_t tile_end = std::min(tile.start + kTile, p.n_k);
-  const int64_t begin = OverQueries ? std::max(tile.start, p.offset())
-                                    : std::max<int64_t>(0, tile.start - p.window + 1);
-  const int64_t end = OverQueries ? std::min(tile_end + p.window - 1, p.n_k) : tile_end;
-  for (int64_t block = begin; block < end; block += kStream) {
-    const int64_t offset = OverQueries ? p.offset() : 0;
+  const int tile_end = std::min(tile.start + kTile, tile.n_k);
+  const int begin = OverQueries ? std::max(tile.start, tile.offset)
+                                    : std::max(0, tile.start - tile.window + 1);
+  const int end = OverQueries ? std::min(tile_end + tile.window - 1, tile.n_k) : tile_end;
+  for (int block = begin; block < end; block += kStream) {
+    const int offset = OverQueries ? tile.offset : 0;
     __syncthreads();
     tile.stage(tile.x, OverQueries ? p.q : p.k, kStream, block, offset, true);
     tile.stage(tile.y, OverQueries ? p.grad : p.v, kStream, block, offset, false);
     if (OverQueries && threadIdx.x < kStream) {
-      const bool exists = block + threadIdx.x < p.n_k;
+      const bool exists = block + int(threadIdx.x) < tile.n_k;
       const int64_t at = tile.statistics_at(block + threadIdx.x);
       tile.lse[threadIdx.x] = exists ? lse[at] * kLog2e : 0.0f;
       tile.delta[threadIdx.x] = exists ? delta[at] : 0.0f;
     }
     __syncthreads();
     for (int part = 0; part < kStream; part += 16) {
-      const int64_t at = block + part;
-      const bool met = OverQueries ? at + 15 >= tile.first && at < tile.first + 15 + p.window
-                                   : at <= tile.first + 15 && at + 15 > tile.first - p.window;
+      const int at = block + part;
+      const bool met = OverQueries ? at + 15 >= tile.first && at < tile.first + 15 + tile.window
+                                   : at <= tile.first + 15 && at + 15 > tile.first - tile.window;
       if (!met) continue;
       float s[2][4], ds[2][4];
       tile.scores(s, a, tile.x + part * Tile<T, K>::kStride);
@@ -304,9 +306,9 @@ __device__ void sweep(const Tile<T, K>& tile, const float* delta, const uint32_t
       for (int n = 0; n < 2; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const int64_t mine = tile.mine(i), theirs = tile.theirs(at, n, i);
-          const int64_t query = OverQueries ? theirs : mine, key = OverQueries ? mine : theirs;
-          const bool seen = query >= key && query - key < p.window && theirs < end;
+          const int mine = tile.mine(i), theirs = tile.theirs(at, n, i);
+          const int query = OverQueries ? theirs : mine, key = OverQueries ? mine : theirs;
+          const bool seen = query >= key && query - key < tile.window && theirs < end;
           const float log_sum = OverQueries ? tile.lse[theirs - block] : own_lse[i / 2];
           const float delta_i = OverQueries ? tile.delta[theirs - block] : own_delta[i / 2];
           const uint32_t row = OverQueries ? tile.dropout_row_at(query) : own_dropout[i / 2];
@@ -328,11 +330,11 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Attention p, const f
   uint32_t a[K][4], b[K][4];
   float gain_a[2 * K][4] = {}, gain_b[2 * K][4] = {};
   const float scale[2] = {float(p.scale), float(p.scale)}, one[2] = {1, 1};
-  if (tile.start + kTile > p.offset()) {  // the tile holds queries
-    tile.own(a, p.q, p.offset(), true);
-    tile.own(b, p.grad, p.offset(), false);
+  if (tile.start + kTile > tile.offset) {  // the tile holds queries
+    tile.own(a, p.q, tile.offset, true);
+    tile.own(b, p.grad, tile.offset, false);
     sweep<false>(tile, delta, a, b, gain_a, gain_b);
-    tile.write(p.dq, p.offset(), gain_a, scale, true);
+    tile.write(p.dq, tile.offset, gain_a, scale, true);
   }
 #pragma unroll
   for (int n = 0; n < 2 * K; n++)
