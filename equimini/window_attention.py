@@ -1,18 +1,72 @@
-"""Windowed causal attention (Eq. 7): the operator, and its pure-PyTorch reference.
+"""Windowed causal attention (Eq. 7): the operator, its reference, and where a binary comes in.
 
 Query i sees the `window` keys that end at its own position, itself counted:
 
     o_i = softmax(q_i · K_{i−W+1..i}ᵀ · scale) · V_{i−W+1..i}
 
 so every token of the scroll looks back over the same distance and no position is special.
+
+Two operators are defined here, `equimini::window_attention` and its backward pass.  Their
+default implementation, for any device, is the plain PyTorch below, which is also the text
+to read first.  `equimini._kernels`, built from csrc/ where there is a compiler, adds C++ for
+CPUs and CUDA for NVIDIA GPUs to the same two operators; autograd, torch.compile and the FLOP
+counter see no difference.  `implementation(device)` says which one runs, and
+EQUIMINI_ATTENTION=reference in the environment leaves the binary out.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from equimini.rope import Rope, rotate
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, *, rope: Rope | None = None,
+                     dropout_p: float = 0.0, seed: Tensor | int | None = None,
+                     scale: float | None = None) -> Tensor:
+    """Windowed causal attention.
+
+    q: (B, Nq, H, D); k, v: (B, Nk, H, D) with Nk ≥ Nq, D a multiple of 8 up to 128.  Query i
+    stands at position Nk − Nq + i.  window counts the token itself: window ≥ Nk is full causal
+    attention, window = 1 returns v.  Slices of one packed (B, N, 3, H, D) projection are read
+    in place; a tensor whose last dimension is not contiguous is copied first.
+
+    rope: (cos, sin) tables of the Nk keys' positions, each (Nk, D/2) float32; q and k are
+    rotated as they are read.  dropout_p in [0, 1) drops attention weights; which ones is a
+    function of (seed, batch, head, position of the query, key) alone, the same in every
+    implementation.  seed: an int64 tensor of one element on q's device (so that a captured
+    CUDA graph can draw anew), an int, or None to draw one from torch's generator.
+    scale: 1/√D unless given.
+
+    Returns (B, Nq, H, D), contiguous, in q's dtype (under autocast: autocast's dtype); sums
+    and softmax run in float32 (float64 for float64, which the CUDA kernels do not take).
+    Raises ValueError or TypeError, naming the argument, for what does not fit.
+    """
+    device = q.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check(q, k, v, window, rope, dropout_p)
+    cos, sin = (None, None) if rope is None else rope
+    seed = _seed_tensor(seed, q.device) if dropout_p else None
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _FORWARD(q, k, v, cos, sin, seed, window, float(dropout_p), scale)[0]
+
+
+def implementation(device: torch.device | str = "cpu") -> str:
+    """Which code attends on this device: "C++", "CUDA", or "reference" (plain PyTorch)."""
+    name = torch.device(device).type
+    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(
+        "equimini::window_attention", name.upper()) if name in ("cpu", "cuda") else False
+    return {"cpu": "C++", "cuda": "CUDA"}[name] if compiled else "reference"
 
 
 def window_mask(n_q: int, n_k: int, window: int, device: torch.device | str = "cpu") -> Tensor:
@@ -22,41 +76,219 @@ def window_mask(n_q: int, n_k: int, window: int, device: torch.device | str = "c
     return (behind >= 0) & (behind < window)
 
 
-def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, *, rope: Rope | None = None,
-                     dropout_p: float = 0.0, scale: float | None = None) -> Tensor:
-    """Windowed causal attention.
+def keep_mask(seed: Tensor, shape: tuple[int, int, int, int], dropout_p: float) -> Tensor:
+    """(B, H, Nq, Nk) bool, True where dropout keeps the weight of a (query, key) pair.
 
-    q: (B, Nq, H, D); k, v: (B, Nk, H, D) with Nk ≥ Nq.  window counts the token itself:
-    window ≥ Nk is full causal attention, window = 1 returns v.  rope: tables of the Nk keys'
-    positions; the queries stand at the last Nq of them.  scale: 1/√D unless given.
-    Returns (B, Nq, H, D) in q's dtype; the softmax runs in float32 (float64 for float64).
-    Raises ValueError for shapes or a window that do not fit.
+    A chain of 32-bit hashes (MurmurHash3's finalizer) over seed, batch, head, position of the
+    query, key; a pair is dropped where the last one falls under dropout_p · 2³².  csrc/common.h
+    holds the same function.
     """
-    _check(q, k, v, window, rope)
-    (_, n_q, _, d), n_k = q.shape, k.shape[1]
-    scale = d ** -0.5 if scale is None else scale
-    if rope is not None:
-        cos, sin = rope
-        q, k = rotate(q, (cos[n_k - n_q:], sin[n_k - n_q:])), rotate(k, (cos, sin))
+    b, h, n_q, n_k = shape
+    b, h, i, j = (torch.arange(n, device=seed.device) for n in (b, h, n_q, n_k))
+    seed = seed.reshape(1, 1, 1, 1)
+    state = _mix((seed & 0xFFFFFFFF) ^ 0x9E3779B9)
+    state = _mix(state ^ (seed >> 32 & 0xFFFFFFFF))
+    state = _mix(state ^ b[:, None, None, None])
+    state = _mix(state ^ h[:, None, None])
+    state = _mix(state ^ (i + n_k - n_q)[:, None])
+    return _mix(state ^ j) >= int(dropout_p * 2**32)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """MurmurHash3's finalizer on 32-bit values held in int64 (products wrap around)."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+# The reference -----------------------------------------------------------------------------
+
+
+def _weights(q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, window: int,
+             scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotated q and k as (B, H, N, D); scores and their softmax, (B, H, Nq, Nk)."""
+    n_q, n_k = q.shape[1], k.shape[1]
     compute = torch.promote_types(q.dtype, torch.float32)
-    q, k, v_ = (x.transpose(1, 2).to(compute) for x in (q, k, v))  # (B, H, N, D)
+    q, k = q.to(compute), k.to(compute)
+    if cos is not None:
+        q, k = rotate(q, (cos[n_k - n_q:], sin[n_k - n_q:])), rotate(k, (cos, sin))
+    q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, N, D)
     s = (q * scale) @ k.transpose(-1, -2)  # (B, H, Nq, Nk)
-    s = s.masked_fill(~window_mask(n_q, n_k, window, q.device), float("-inf"))
-    p = torch.nn.functional.dropout(s.softmax(-1), dropout_p)
-    return (p @ v_).transpose(1, 2).to(v.dtype)  # (B, Nq, H, D)
+    s.masked_fill_(~window_mask(n_q, n_k, window, q.device), float("-inf"))
+    return q, k, s, s.softmax(-1)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int, rope: Rope | None) -> None:
+def _keep(seed: Tensor | None, p: Tensor, dropout_p: float) -> Tensor | float:
+    """What dropout multiplies the weights p with: 0 or 1/(1−dropout_p); 1 without a seed."""
+    if seed is None:
+        return 1.0
+    return keep_mask(seed, p.shape, dropout_p).to(p.dtype) / (1 - dropout_p)
+
+
+def reference_forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None,
+                      seed: Tensor | None, window: int, dropout_p: float,
+                      scale: float) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch: the output (B, Nq, H, D) and the log-sum-exp of every row, (B, H, Nq)."""
+    _, _, s, p = _weights(q, k, cos, sin, window, scale)
+    lse = s.amax(-1) - p.amax(-1).log()  # the largest weight is exp(largest score − lse)
+    if seed is not None:
+        p *= _keep(seed, p, dropout_p)
+    out = (p @ v.to(p.dtype).transpose(1, 2)).transpose(1, 2)  # (B, Nq, H, D)
+    return out.to(v.dtype).contiguous(), lse
+
+
+def reference_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                       cos: Tensor | None, sin: Tensor | None, seed: Tensor | None, window: int,
+                       dropout_p: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) from grad (B, Nq, H, D); the weights P are computed again.
+
+        dV = P̃ᵀ dO      dP̃ = dO Vᵀ      dS = P ∘ (dP − δ)      dQ = dS K · scale, dK = dSᵀ Q · scale
+
+    P̃ is P after dropout, dP the gradient before it, and δ_i = Σ_j P_ij dP_ij = o_i · do_i: the
+    kernels take P from lse and δ from out, which plain PyTorch has no need of.
+    """
+    n_q, n_k = q.shape[1], k.shape[1]
+    dtype = q.dtype
+    q, k, _, p = _weights(q, k, cos, sin, window, scale)
+    grad, v = (x.to(p.dtype).transpose(1, 2) for x in (grad, v))
+    keep = _keep(seed, p, dropout_p)
+    dp = grad @ v.transpose(-1, -2) * keep  # (B, H, Nq, Nk)
+    dv = (p * keep).transpose(-1, -2) @ grad
+    ds = (dp - (p * dp).sum(-1, keepdim=True)) * p * scale
+    dq, dk, dv = (x.transpose(1, 2) for x in (ds @ k, ds.transpose(-1, -2) @ q, dv))
+    if cos is not None:  # the gradient turns back by the same angle
+        dq, dk = rotate(dq, (cos[n_k - n_q:], -sin[n_k - n_q:])), rotate(dk, (cos, -sin))
+    return tuple(x.to(dtype).contiguous() for x in (dq, dk, dv))
+
+
+# The operators -----------------------------------------------------------------------------
+
+_FORWARD_OP = torch.library.custom_op(
+    "equimini::window_attention", mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? seed, "
+           "SymInt window, float dropout_p, float scale) -> (Tensor, Tensor)",
+)(lambda *args: reference_forward(*args))
+
+_BACKWARD_OP = torch.library.custom_op(
+    "equimini::window_attention_backward", mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cos, "
+           "Tensor? sin, Tensor? seed, SymInt window, float dropout_p, float scale) "
+           "-> (Tensor, Tensor, Tensor)",
+)(lambda *args: reference_backward(*args))
+
+_FORWARD = torch.ops.equimini.window_attention.default
+_BACKWARD = torch.ops.equimini.window_attention_backward.default
+
+
+@_FORWARD_OP.register_fake
+def _(q, k, v, cos, sin, seed, window, dropout_p, scale):
+    b, n_q, h, _ = q.shape
+    return (torch.empty_like(q, memory_format=torch.contiguous_format),
+            q.new_empty((b, h, n_q), dtype=torch.promote_types(q.dtype, torch.float32)))
+
+
+@_BACKWARD_OP.register_fake
+def _(grad, q, k, v, out, lse, cos, sin, seed, window, dropout_p, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, cos, sin, seed, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, cos, sin, seed)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _grad_lse):
+    none = (None,) * 6  # cos, sin, seed, window, dropout_p, scale
+    if grad is None:
+        return None, None, None, *none
+    return *_BACKWARD(grad, *ctx.saved_tensors, *ctx.rest), *none
+
+
+_FORWARD_OP.register_autograd(_backward, setup_context=_save)
+
+
+def visible_pairs(n_q: int, n_k: int, window: int) -> int:
+    """How many (query, key) pairs one head attends over: ones in window_mask."""
+    return sum(min(window, n_k - n_q + i + 1) for i in range(n_q))
+
+
+@register_flop_formula(torch.ops.equimini.window_attention)
+def _(q, k, v, cos, sin, seed, window, *args, **kwargs) -> int:
+    (b, n_q, h, d), n_k = q, k[1]
+    return 2 * 2 * b * h * d * visible_pairs(n_q, n_k, window)  # q·k and p·v
+
+
+@register_flop_formula(torch.ops.equimini.window_attention_backward)
+def _(grad, q, k, v, out, lse, cos, sin, seed, window, *args, **kwargs) -> int:
+    (b, n_q, h, d), n_k = q, k[1]
+    return 5 * 2 * b * h * d * visible_pairs(n_q, n_k, window)  # q·k again, dV, dP, dQ, dK
+
+
+# Arguments ---------------------------------------------------------------------------------
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int, rope: Rope | None,
+           dropout_p: float) -> None:
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"q and k must be (B, N, H, D), got {tuple(q.shape)}, {tuple(k.shape)}")
-    b, n_q, h, d = q.shape
-    if k.shape != (b, k.shape[1], h, d) or v.shape != k.shape:
+    (b, n_q, h, d), n_k = q.shape, k.shape[1]
+    if k.shape != (b, n_k, h, d) or v.shape != k.shape:
         raise ValueError(f"k and v must be (B={b}, Nk, H={h}, D={d}) like q, "
                          f"got {tuple(k.shape)}, {tuple(v.shape)}")
-    if k.shape[1] < n_q:
-        raise ValueError(f"k must hold at least as many tokens as q ({n_q}), got {k.shape[1]}")
+    if d % 8 or not 8 <= d <= 128:
+        raise ValueError(f"q's head size D must be a multiple of 8 up to 128, got {d}")
+    if n_k < n_q:
+        raise ValueError(f"k must hold at least as many tokens as q ({n_q}), got {n_k}")
     if window < 1:
         raise ValueError(f"window must be at least 1 (the token itself), got {window}")
-    if rope is not None and any(t.shape != (k.shape[1], d // 2) for t in rope):
-        raise ValueError(f"rope tables must be (Nk={k.shape[1]}, D/2={d // 2}), "
-                         f"got {[tuple(t.shape) for t in rope]}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise TypeError(f"q, k and v must share one of {[str(t)[6:] for t in DTYPES]}, "
+                        f"got {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(f"k and v must be on q's device ({q.device}), got {k.device}, {v.device}")
+    if rope is not None:
+        for name, table in zip(("cos", "sin"), rope, strict=True):
+            if table.shape != (n_k, d // 2):
+                raise ValueError(f"rope's {name} must be (Nk={n_k}, D/2={d // 2}), "
+                                 f"got {tuple(table.shape)}")
+            if table.dtype != torch.float32 or table.device != q.device:
+                raise TypeError(f"rope's {name} must be float32 on q's device ({q.device}), "
+                                f"got {table.dtype} on {table.device}")
+
+
+def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
+    """The dropout seed as an int64 tensor of one element on `device`."""
+    if seed is None:
+        return torch.randint(-2**63, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, int):
+        return torch.full((1,), seed, dtype=torch.int64, device=device)
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+        raise ValueError(f"seed must be one int64 on q's device ({device}), got "
+                         f"{tuple(seed.shape)} {seed.dtype} on {seed.device}")
+    return seed
+
+
+# The binary --------------------------------------------------------------------------------
+
+
+def _load_kernels() -> None:
+    """Add the compiled kernels to the operators, where they were built."""
+    choice = os.environ.get("EQUIMINI_ATTENTION", "")
+    if choice not in ("", "reference"):
+        raise ValueError(f"EQUIMINI_ATTENTION must be unset or 'reference', got {choice!r}")
+    if choice == "reference" or importlib.util.find_spec("equimini._kernels") is None:
+        return
+    try:
+        importlib.import_module("equimini._kernels")
+    except ImportError as error:
+        raise ImportError(
+            f"the compiled attention kernels are present but do not load: {error}. They may "
+            "have been built for another torch: reinstall equimini, or set "
+            "EQUIMINI_ATTENTION=reference to do without them.") from error
+
+
+_load_kernels()

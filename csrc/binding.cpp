@@ -1,0 +1,176 @@
+// The compiled kernels as implementations of the operators that window_attention.py defines:
+// describes the tensors to the kernels, and nothing more.  Shapes were checked in Python.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <Python.h>
+#include <torch/library.h>
+
+#include <deque>
+
+#include "cpu_kernels.h"
+#ifdef WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "cuda_kernels.h"
+#endif
+
+namespace equimini {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// The tensors of one call, in a layout that the kernels read; they live while the call runs.
+struct Call {
+  std::deque<Tensor> held;  // a reference to an element outlives the next one's arrival
+  Attention p{};
+
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cos,
+       const OptionalTensor& sin, const OptionalTensor& seed, int64_t window, double dropout_p,
+       double scale) {
+    p.b = q.size(0), p.n_q = q.size(1), p.h = q.size(2), p.d = q.size(3), p.n_k = k.size(1);
+    p.window = window, p.scale = scale, p.keep_factor = 1 / (1 - dropout_p);
+    p.drop_below = static_cast<uint32_t>(dropout_p * 4294967296.0);  // 2³²
+    p.q = heads(q), p.k = heads(k), p.v = heads(v);
+    if (cos) {
+      p.cos = static_cast<const float*>(rows(*cos));
+      p.sin = static_cast<const float*>(rows(*sin));
+    }
+    if (seed) p.seed = seed->const_data_ptr<int64_t>();
+  }
+
+  const void* rows(const Tensor& x) {  // contiguous, from a multiple of 16 bytes on
+    const bool in_place = x.is_contiguous() && aligned(x);
+    return (in_place ? x : held.emplace_back(x.clone(at::MemoryFormat::Contiguous)))
+        .const_data_ptr();
+  }
+  static bool aligned(const Tensor& x) {
+    return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  }
+
+  // Rows are read where they lie.  A copy is made where the last dimension is not contiguous,
+  // or, for CUDA's 16-byte loads, where a row does not start at a multiple of 16 bytes.
+  Heads heads(const Tensor& x) {
+    bool in_place = x.stride(3) == 1;
+    if (x.is_cuda()) {
+      const int64_t step = 16 / x.element_size();
+      in_place &= aligned(x);
+      for (int64_t dim = 0; dim < 3; dim++) in_place &= x.stride(dim) % step == 0;
+    }
+    const Tensor& y = in_place ? x : held.emplace_back(x.clone(at::MemoryFormat::Contiguous));
+    return {y.const_data_ptr(), y.stride(0), y.stride(1), y.stride(2)};
+  }
+};
+
+template <bool Backward, class T, class C>
+void run_cpu(const Attention& p) {
+  const int64_t items = Backward ? backward_items<C>(p) : forward_items<C>(p);
+  const int64_t pairs = p.b * p.h * p.n_q * (std::min(p.window, p.n_k) + kLanes<C>);
+  const int64_t item_cost = pairs * p.d / std::max<int64_t>(items, 1);
+  const int64_t grain = 1 + (1 << 18) / std::max<int64_t>(item_cost, 1);  // some 10 µs
+  at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    if constexpr (Backward) backward<T, C>(p, begin, end);
+    else forward<T, C>(p, begin, end);
+  });
+}
+
+template <bool Backward>
+void run(const Attention& p, const Tensor& q) {
+  if (q.numel() == 0) return;
+#ifdef WITH_CUDA
+  if (q.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(q.device());
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const auto dtype = q.scalar_type() == at::kFloat      ? Dtype::float32
+                       : q.scalar_type() == at::kBFloat16 ? Dtype::bfloat16
+                                                          : Dtype::float16;
+    const Tensor delta = Backward ? at::empty({p.b, p.h, p.n_q}, q.options().dtype(at::kFloat))
+                                  : Tensor();
+    const int error = Backward
+                          ? cuda_backward(p, dtype, stream, delta.mutable_data_ptr<float>())
+                          : cuda_forward(p, dtype, stream);
+    TORCH_CHECK(error == 0, "window_attention: launching the CUDA kernel failed: ",
+                cuda_error_string(error));
+    return;
+  }
+#endif
+  switch (q.scalar_type()) {
+    case at::kFloat: return run_cpu<Backward, float, float>(p);
+    case at::kDouble: return run_cpu<Backward, double, double>(p);
+    case at::kBFloat16: return run_cpu<Backward, c10::BFloat16, float>(p);
+    default: return run_cpu<Backward, c10::Half, float>(p);
+  }
+}
+
+void check(const Tensor& q, const Tensor& k) {
+  TORCH_CHECK_VALUE(k.size(1) < (1 << 30), "k must hold fewer than 2^30 tokens, got ", k.size(1));
+  TORCH_CHECK_TYPE(!(q.is_cuda() && q.scalar_type() == at::kDouble),
+                   "q must be float32, bfloat16 or float16 on CUDA, got float64");
+}
+
+std::tuple<Tensor, Tensor> window_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cos,
+    const OptionalTensor& sin, const OptionalTensor& seed, int64_t window, double dropout_p,
+    double scale) {
+  check(q, k);
+  Call call(q, k, v, cos, sin, seed, window, dropout_p, scale);
+  const auto lse_dtype = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  Tensor out = at::empty(q.sizes(), q.options());
+  Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_dtype));
+  call.p.out = out.mutable_data_ptr(), call.p.lse = lse.mutable_data_ptr();
+  run<false>(call.p, q);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> window_attention_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const OptionalTensor& cos, const OptionalTensor& sin,
+    const OptionalTensor& seed, int64_t window, double dropout_p, double scale) {
+  check(q, k);
+  Call call(q, k, v, cos, sin, seed, window, dropout_p, scale);
+  call.p.grad = call.heads(grad);
+  call.p.out = const_cast<void*>(call.rows(out));
+  call.p.lse = const_cast<void*>(call.rows(lse));
+  Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), q.options());
+  Tensor dv = at::empty(k.sizes(), q.options());
+  call.p.dq = dq.mutable_data_ptr();
+  call.p.dk = dk.mutable_data_ptr(), call.p.dv = dv.mutable_data_ptr();
+  if (q.numel() == 0) dk.zero_(), dv.zero_();
+  run<true>(call.p, q);
+  return {dq, dk, dv};
+}
+
+// A binary built for this machine's vector instructions must not run on one without them.
+void check_processor() {
+#if defined(__x86_64__)
+#if defined(__AVX512F__)
+  TORCH_CHECK(__builtin_cpu_supports("avx512f"), "built for a processor with AVX-512");
+#elif defined(__AVX2__)
+  TORCH_CHECK(__builtin_cpu_supports("avx2"), "built for a processor with AVX2");
+#endif
+#endif
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(equimini, CPU, m) {
+  check_processor();
+  m.impl("window_attention", window_attention);
+  m.impl("window_attention_backward", window_attention_backward);
+}
+
+#ifdef WITH_CUDA
+TORCH_LIBRARY_IMPL(equimini, CUDA, m) {
+  m.impl("window_attention", window_attention);
+  m.impl("window_attention_backward", window_attention_backward);
+}
+#endif
+
+}  // namespace equimini
+
+// Importing the module registers the kernels; it holds nothing else.
+PyMODINIT_FUNC PyInit__kernels() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}

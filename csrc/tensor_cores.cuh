@@ -1,0 +1,372 @@
+// Windowed attention on tensor cores, for bfloat16 and float16 and wider windows.
+//
+// From a window of about 16 on, arithmetic outgrows the bytes, and mma.sync (16×8×16) does it.
+// A block of 4 warps owns 64 positions of one sequence, a warp 16 of them.  Rows of the other
+// side (keys for queries; queries for keys) pass through shared memory 32 at a time, rotated and
+// rounded back to 16 bits on the way; a warp multiplies only those groups of 16 that touch its
+// band of W + 15 rows.  So the wanted part of the computed scores is W / (W + 30) at worst, where
+// tiles of 128×128 give W / (W + 255).
+//
+// Fragments (see matrix_multiply_add): a lane's pieces of the A operand and of B = rowsᵀ are
+// pairs of neighbouring channels of one row, so that both are plain 32-bit reads of shared
+// memory; rows are 8 elements longer than D, which spreads 8 rows × 4 pairs over all 32 banks.
+// Only the second product (P V, dS K, …) needs columns of rows, which ldmatrix transposes.  The
+// scores' accumulator, packed to 16 bits, already has the layout of that product's A operand.
+//
+// Forward is FlashAttention's recurrence.  Backward, as on the CUDA cores, sweeps twice, over
+// keys for dq and over queries for dk and dv, and every sum has one owner: no atomics.  The
+// log-sum-exp is read back; δ = out · dout comes from a small kernel that runs first.
+#pragma once
+#include "cuda_common.cuh"
+
+namespace equimini {
+namespace tensor_cores {
+
+constexpr int kThreads = 128;
+constexpr int kTile = 64;    // positions that a block owns, 16 for each warp
+constexpr int kStream = 32;  // rows of the other side in shared memory
+
+template <class T>
+__device__ inline uint32_t pack(float low, float high) {
+  struct alignas(4) Pair { T low, high; } pair{from_float<T>(low), from_float<T>(high)};
+  return *reinterpret_cast<uint32_t*>(&pair);
+}
+
+// A block's tile: which rows, and the shared memory: kStream rows x and y, or kTile rows.
+template <class T, int K>  // K: D in steps of 16, rounded up
+struct Tile {
+  static constexpr int kStride = 16 * K + 8;
+  static constexpr size_t kShared = kTile * kStride * sizeof(T) + 2 * kStream * sizeof(float);
+
+  const Attention& p;
+  const int n_k, window, offset;  // p's, in the 32 bits that they fit
+  int lane, b, h, start, first;   // start, first: positions of the block's and the warp's rows
+  T *x, *y;
+  float *lse, *delta;  // of the kStream rows, where these are queries
+  const Dropout dropout;
+
+  __device__ Tile(const Attention& p, int low)
+      : p(p), n_k(int(p.n_k)), window(int(p.window)), offset(int(p.offset())), dropout(p) {
+    const int tiles = (n_k - low + kTile - 1) / kTile;
+    const int heads = int(p.h), line = int(blockIdx.x) / heads;
+    h = int(blockIdx.x) % heads, b = line / tiles, start = low + line % tiles * kTile;
+    lane = threadIdx.x % 32, first = start + int(threadIdx.x / 32) * 16;
+    x = static_cast<T*>(shared_memory()), y = x + kStream * kStride;
+    lse = reinterpret_cast<float*>(x + kTile * kStride), delta = lse + kStream;
+  }
+
+  // Copy `rows` rows from position `at` on to shared memory; zeros where there is none, because
+  // a product with a weight of 0 must be 0.
+  __device__ void stage(T* to, const Heads& from, int rows, int at, int offset,
+                        bool rotated) const {
+    constexpr int kAtOnce = K < 8 ? 2 : 1;  // at D = 128 the backward pass has no register left
+#pragma unroll kAtOnce
+    for (int piece = threadIdx.x; piece < rows * 2 * K; piece += kThreads) {
+      const int row = piece / (2 * K), slot = piece % (2 * K);
+      const int position = at + row;
+      float v[8] = {};
+      if (slot * 8 < p.d && position >= offset && position < n_k)
+        widen(v, load_eight(from.row<T>(b, position - offset, h) + slot * 8), p, position, slot,
+              rotated, 1.0f);
+      store_eight(to + row * kStride + slot * 8, v);
+    }
+  }
+
+  // The warp's 16 rows of `from` as A operands.  The whole block takes part.
+  __device__ void own(uint32_t (&a)[K][4], const Heads& from, int offset,
+                      bool rotated) const {
+    __syncthreads();
+    stage(x, from, kTile, start, offset, rotated);
+    __syncthreads();
+    const T* rows = x + (first - start) * kStride;
+#pragma unroll
+    for (int k = 0; k < K; k++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) a[k][i] = word(rows, lane / 4 + i % 2 * 8, 2 * k + i / 2);
+  }
+
+  // This lane's pair of channels in a row's piece of 8.
+  __device__ uint32_t word(const T* rows, int row, int piece) const {
+    return *reinterpret_cast<const uint32_t*>(rows + row * kStride + piece * 8 + lane % 4 * 2);
+  }
+
+  // c[n] = a · rowsᵀ for 16 rows, n: the first or the second 8.
+  __device__ void scores(float (&c)[2][4], const uint32_t (&a)[K][4], const T* rows) const {
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) c[n][i] = 0;
+#pragma unroll
+      for (int k = 0; k < K; k++)
+        matrix_multiply_add<T>(c[n], a[k], word(rows, n * 8 + lane / 4, 2 * k),
+                               word(rows, n * 8 + lane / 4, 2 * k + 1));
+    }
+  }
+
+  // gain (16 × D) += weights (16 × 16, as `scores` leaves them) · rows (16 × D)
+  __device__ void accumulate(float (&gain)[2 * K][4], const float (&weights)[2][4],
+                             const T* rows) const {
+    const uint32_t a[4] = {pack<T>(weights[0][0], weights[0][1]),
+                           pack<T>(weights[0][2], weights[0][3]),
+                           pack<T>(weights[1][0], weights[1][1]),
+                           pack<T>(weights[1][2], weights[1][3])};
+#pragma unroll
+    for (int n = 0; n < 2 * K; n += 2) {  // 8 channels each
+      uint32_t columns[4];
+      load_transposed(columns, rows + (lane / 8 % 2 * 8 + lane % 8) * kStride + n * 8 +
+                                   lane / 16 * 8);
+      matrix_multiply_add<T>(gain[n], a, columns[0], columns[1]);
+      matrix_multiply_add<T>(gain[n + 1], a, columns[2], columns[3]);
+    }
+  }
+
+  // Positions that element i of c[n] belongs to: mine, and of the 16 rows from `at` on.
+  __device__ int mine(int i) const { return first + lane / 4 + i / 2 * 8; }
+  __device__ int theirs(int at, int n, int i) const {
+    return at + n * 8 + lane % 4 * 2 + i % 2;
+  }
+
+  __device__ uint32_t dropout_row_at(int position) const {
+    return dropout.on ? dropout_row(*p.seed, uint32_t(b), uint32_t(h), uint32_t(position)) : 0;
+  }
+  __device__ int64_t statistics_at(int position) const {
+    return (b * p.h + h) * p.n_q + position - offset;
+  }
+
+  // Write the warp's 16 rows, times `by[row]`, rotated back if `rotated`, to a contiguous
+  // (B, length, H, D); rows go through shared memory to be stored 16 bytes at a time.
+  __device__ void write(void* to, int offset, float (&gain)[2 * K][4], const float (&by)[2],
+                        bool rotated) const {
+    __syncthreads();  // nobody reads x and y any more
+    T* rows = x + (first - start) * kStride;
+#pragma unroll
+    for (int n = 0; n < 2 * K; n++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int channel = n * 8 + lane % 4 * 2;
+        const int position = mine(2 * half);
+        float even = gain[n][2 * half] * by[half], odd = gain[n][2 * half + 1] * by[half];
+        if (rotated && p.cos && channel < p.d && position < n_k) {
+          const int64_t at = (position * p.d + channel) / 2;
+          const float turned = even * p.cos[at] + odd * p.sin[at];
+          odd = odd * p.cos[at] - even * p.sin[at], even = turned;
+        }
+        *reinterpret_cast<uint32_t*>(rows + (lane / 4 + half * 8) * kStride + channel) =
+            pack<T>(even, odd);
+      }
+    __syncwarp();
+    for (int piece = lane; piece < 16 * 2 * K; piece += 32) {
+      const int row = piece / (2 * K), slot = piece % (2 * K);
+      const int position = first + row;
+      if (slot * 8 < p.d && position >= offset && position < n_k)
+        *reinterpret_cast<uint4*>(static_cast<T*>(to) + slot * 8 +
+                                  p.contiguous_row(b, position - offset, h, n_k - offset)) =
+            *reinterpret_cast<const uint4*>(rows + row * kStride + slot * 8);
+    }
+  }
+};
+
+template <class T, int K>
+__global__ void __launch_bounds__(kThreads) forward_kernel(Attention p) {
+  constexpr int kPart = 16 * Tile<T, K>::kStride;  // 16 rows
+  const Tile<T, K> tile(p, int(p.offset()));
+  uint32_t q[K][4], dropout_rows[2];
+  float out[2 * K][4] = {}, m[2] = {kNothing, kNothing}, l[2] = {};
+  tile.own(q, p.q, tile.offset, true);
+#pragma unroll
+  for (int r = 0; r < 2; r++) dropout_rows[r] = tile.dropout_row_at(tile.mine(2 * r));
+  const float scale = float(p.scale) * kLog2e;
+
+  const int end = std::min(tile.start + kTile, tile.n_k);
+  const int begin = std::max(0, tile.start - tile.window + 1);
+  for (int block = begin; block < end; block += kStream) {
+    __syncthreads();
+    tile.stage(tile.x, p.k, kStream, block, 0, true);
+    tile.stage(tile.y, p.v, kStream, block, 0, false);
+    __syncthreads();
+    float s[2][2][4], highest[2] = {m[0], m[1]};
+    bool met[2];
+#pragma unroll
+    for (int part = 0; part < 2; part++) {  // 16 keys each
+      const int at = block + part * 16;
+      met[part] = at <= tile.first + 15 && at + 15 > tile.first - tile.window;
+      if (met[part]) tile.scores(s[part], q, tile.x + part * kPart);
+#pragma unroll
+      for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int behind = tile.mine(i) - tile.theirs(at, n, i);
+          const bool seen = met[part] && behind >= 0 && behind < tile.window;
+          s[part][n][i] = seen ? s[part][n][i] * scale : -INFINITY;
+          highest[i / 2] = fmaxf(highest[i / 2], s[part][n][i]);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {  // a row's scores lie in four lanes
+      highest[r] = fmaxf(highest[r], __shfl_xor_sync(kWarp, highest[r], 1));
+      highest[r] = fmaxf(highest[r], __shfl_xor_sync(kWarp, highest[r], 2));
+      const float shrink = exp2f(m[r] - highest[r]);
+      m[r] = highest[r];
+      l[r] *= shrink;
+#pragma unroll
+      for (int n = 0; n < 2 * K; n++) out[n][2 * r] *= shrink, out[n][2 * r + 1] *= shrink;
+    }
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+      if (!met[part]) continue;
+#pragma unroll
+      for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const float weight = exp2f(s[part][n][i] - m[i / 2]);
+          const int key = tile.theirs(block + part * 16, n, i);
+          l[i / 2] += weight;
+          s[part][n][i] = weight * tile.dropout.keep(dropout_rows[i / 2], key);
+        }
+      tile.accumulate(out, s[part], tile.y + part * kPart);
+    }
+  }
+
+  float by[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    l[r] += __shfl_xor_sync(kWarp, l[r], 1);
+    l[r] += __shfl_xor_sync(kWarp, l[r], 2);
+    by[r] = 1 / l[r];
+    const int position = tile.mine(2 * r);
+    if (tile.lane % 4 == 0 && position < tile.n_k)
+      static_cast<float*>(p.lse)[tile.statistics_at(position)] = (m[r] + log2f(l[r])) * kLn2;
+  }
+  tile.write(p.out, tile.offset, out, by, false);
+}
+
+// delta (B, H, Nq) = out · dout, 16 lanes to a row.
+template <class T>
+__global__ void __launch_bounds__(kThreads) delta_kernel(Attention p, float* delta) {
+  const int64_t row = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 16;
+  const int slot = threadIdx.x % 16;
+  const int64_t h = row % p.h, i = row / p.h % p.n_q, b = row / p.h / p.n_q;
+  float sum = 0;
+  if (b < p.b && slot * 8 < p.d) {
+    const Eight<T> x = load_eight(static_cast<const T*>(p.out) + row * p.d + slot * 8);
+    const Eight<T> y = load_eight(p.grad.row<T>(b, i, h) + slot * 8);
+#pragma unroll
+    for (int c = 0; c < 8; c++) sum += to_float(x.value[c]) * to_float(y.value[c]);
+  }
+#pragma unroll
+  for (int step = 8; step; step /= 2) sum += __shfl_xor_sync(kWarp, sum, step);
+  if (b < p.b && slot == 0) delta[(b * p.h + h) * p.n_q + i] = sum;
+}
+
+// One sweep of the backward pass; see cuda_cores.cuh, where it is the same:
+//   over keys:    a, b = q, dout    x, y = k, v       gain_a = dq
+//   over queries: a, b = k, v       x, y = q, dout    gain_a = dk, gain_b = dv
+template <bool OverQueries, class T, int K>
+__device__ void sweep(const Tile<T, K>& tile, const float* delta, const uint32_t (&a)[K][4],
+                      const uint32_t (&b)[K][4], float (&gain_a)[2 * K][4],
+                      float (&gain_b)[2 * K][4]) {
+  const Attention& p = tile.p;
+  const float* lse = static_cast<const float*>(p.lse);
+  float own_lse[2] = {}, own_delta[2] = {};
+  uint32_t own_dropout[2] = {};
+#pragma unroll
+  for (int r = 0; r < 2 && !OverQueries; r++) {
+    const int position = tile.mine(2 * r);
+    if (position < tile.offset || position >= tile.n_k) continue;
+    own_lse[r] = lse[tile.statistics_at(position)] * kLog2e;
+    own_delta[r] = delta[tile.statistics_at(position)];
+    own_dropout[r] = tile.dropout_row_at(position);
+  }
+  const float scale = float(p.scale) * kLog2e;
+  const int tile_end = std::min(tile.start + kTile, tile.n_k);
+  const int begin = OverQueries ? std::max(tile.start, tile.offset)
+                                    : std::max(0, tile.start - tile.window + 1);
+  const int end = OverQueries ? std::min(tile_end + tile.window - 1, tile.n_k) : tile_end;
+  for (int block = begin; block < end; block += kStream) {
+    const int offset = OverQueries ? tile.offset : 0;
+    __syncthreads();
+    tile.stage(tile.x, OverQueries ? p.q : p.k, kStream, block, offset, true);
+    tile.stage(tile.y, OverQueries ? p.grad : p.v, kStream, block, offset, false);
+    if (OverQueries && threadIdx.x < kStream) {
+      const bool exists = block + int(threadIdx.x) < tile.n_k;
+      const int64_t at = tile.statistics_at(block + threadIdx.x);
+      tile.lse[threadIdx.x] = exists ? lse[at] * kLog2e : 0.0f;
+      tile.delta[threadIdx.x] = exists ? delta[at] : 0.0f;
+    }
+    __syncthreads();
+    for (int part = 0; part < kStream; part += 16) {
+      const int at = block + part;
+      const bool met = OverQueries ? at + 15 >= tile.first && at < tile.first + 15 + tile.window
+                                   : at <= tile.first + 15 && at + 15 > tile.first - tile.window;
+      if (!met) continue;
+      float s[2][4], ds[2][4];
+      tile.scores(s, a, tile.x + part * Tile<T, K>::kStride);
+      tile.scores(ds, b, tile.y + part * Tile<T, K>::kStride);
+#pragma unroll
+      for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int mine = tile.mine(i), theirs = tile.theirs(at, n, i);
+          const int query = OverQueries ? theirs : mine, key = OverQueries ? mine : theirs;
+          const bool seen = query >= key && query - key < tile.window && theirs < end;
+          const float log_sum = OverQueries ? tile.lse[theirs - block] : own_lse[i / 2];
+          const float delta_i = OverQueries ? tile.delta[theirs - block] : own_delta[i / 2];
+          const uint32_t row = OverQueries ? tile.dropout_row_at(query) : own_dropout[i / 2];
+          const float weight = seen ? exp2f(s[n][i] * scale - log_sum) : 0.0f;
+          const float keep = tile.dropout.keep(row, key);
+          s[n][i] = weight * keep;
+          ds[n][i] = weight * (ds[n][i] * keep - delta_i);
+        }
+      tile.accumulate(gain_a, ds, tile.x + part * Tile<T, K>::kStride);
+      if constexpr (OverQueries)
+        tile.accumulate(gain_b, s, tile.y + part * Tile<T, K>::kStride);
+    }
+  }
+}
+
+template <class T, int K>
+__global__ void __launch_bounds__(kThreads) backward_kernel(Attention p, const float* delta) {
+  const Tile<T, K> tile(p, 0);
+  uint32_t a[K][4], b[K][4];
+  float gain_a[2 * K][4] = {}, gain_b[2 * K][4] = {};
+  const float scale[2] = {float(p.scale), float(p.scale)}, one[2] = {1, 1};
+  if (tile.start + kTile > tile.offset) {  // the tile holds queries
+    tile.own(a, p.q, tile.offset, true);
+    tile.own(b, p.grad, tile.offset, false);
+    sweep<false>(tile, delta, a, b, gain_a, gain_b);
+    tile.write(p.dq, tile.offset, gain_a, scale, true);
+  }
+#pragma unroll
+  for (int n = 0; n < 2 * K; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) gain_a[n][i] = 0;
+  tile.own(a, p.k, 0, true);
+  tile.own(b, p.v, 0, false);
+  sweep<true>(tile, delta, a, b, gain_a, gain_b);
+  tile.write(p.dk, 0, gain_a, scale, true);
+  tile.write(p.dv, 0, gain_b, one, false);
+}
+
+template <class T, int K>
+int run(bool backward, const Attention& p, void* stream, float* delta) {
+  const int64_t tiles = ((backward ? p.n_k : p.n_q) + kTile - 1) / kTile;
+  const int64_t blocks = p.b * p.h * tiles;
+  if (blocks > INT32_MAX) return kTooLarge;
+  if (!backward)
+    return launch(forward_kernel<T, K>, blocks, kThreads, Tile<T, K>::kShared, stream, p);
+  const int64_t rows = p.b * p.h * p.n_q;
+  const int error = launch(delta_kernel<T>, (rows * 16 + kThreads - 1) / kThreads, kThreads, 0,
+                           stream, p, delta);
+  return error ? error : launch(backward_kernel<T, K>, blocks, kThreads, Tile<T, K>::kShared,
+                                stream, p, static_cast<const float*>(delta));
+}
+
+template <class T>
+int run(bool backward, const Attention& p, void* stream, float* delta) {
+  return p.d <= 64   ? run<T, 4>(backward, p, stream, delta)
+         : p.d <= 80 ? run<T, 5>(backward, p, stream, delta)
+                     : run<T, 8>(backward, p, stream, delta);
+}
+
+}  // namespace tensor_cores
+}  // namespace equimini

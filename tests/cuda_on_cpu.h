@@ -1,0 +1,277 @@
+// CUDA on the CPU, for tests: compiles the .cu files of csrc/ with g++ and runs their kernels.
+//
+// Every thread of a block is a fiber (ucontext).  A fiber runs until it reaches a barrier, a
+// shuffle or a tensor-core instruction, or returns; then the next one is drawn at random, so
+// that where a barrier is missing, readers overtake writers.  Blocks run in random order, too,
+// one after the other.  Shared memory has exactly the size of the launch (the address sanitizer
+// sees what lies beyond) and starts as NaNs.  What threads may not do is reported as the
+// launch's error: lanes of a warp that meet in different shuffles, a lane that returned while
+// others wait for it, a barrier that not all threads reach.
+#pragma once
+#define CUDA_ON_CPU
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <source_location>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+
+struct uint4 { uint32_t x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+struct __nv_bfloat16 { uint16_t bits; };
+inline float __bfloat162float(__nv_bfloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return {0x7fff};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
+}
+struct __half { _Float16 value; };
+inline float __half2float(__half x) { return float(x.value); }
+inline __half __float2half_rn(float x) { return {_Float16(x)}; }
+
+namespace cuda_on_cpu {
+
+struct Index { unsigned x; };
+
+// Where a thread waits: a barrier of the block, or something that lanes of a warp do together.
+struct Meeting {
+  const char* what;
+  unsigned line;
+  uint32_t mask;  // lanes that take part; 0 for the whole block
+  int argument;   // has to be the same in all of them
+  bool operator==(const Meeting&) const = default;
+};
+
+struct Fiber {
+  enum State { ready, waiting, done } state = ready;
+  ucontext_t context;
+  Meeting meeting{};
+  unsigned char given[32];  // what this lane puts into an exchange
+};
+
+struct Machine {
+  static constexpr size_t kStack = 256 * 1024;
+  std::mt19937 random{0};
+  std::string error;
+  std::vector<Fiber> fibers;
+  std::unique_ptr<unsigned char[]> shared, stacks;
+  size_t stack_count = 0;
+  ucontext_t scheduler;
+  int current = 0;
+  unsigned block = 0;
+  std::function<void()> kernel;
+};
+inline Machine machine;
+
+inline void fail(const std::string& why) {
+  if (machine.error.empty()) machine.error = why;
+}
+
+inline std::string describe(int thread) {
+  const Meeting& at = machine.fibers[thread].meeting;
+  std::ostringstream text;
+  text << "thread " << thread << " at " << at.what << " (line " << at.line << ", mask " << std::hex
+       << at.mask << std::dec << ", argument " << at.argument << ")";
+  return text.str();
+}
+
+// The current thread arrived.  If it was the last, all who wait with it go on.
+inline void arrive() {
+  auto& fibers = machine.fibers;
+  const Meeting& mine = fibers[machine.current].meeting;
+  const int first = mine.mask ? machine.current / 32 * 32 : 0;
+  const int last = mine.mask ? std::min<int>(first + 32, fibers.size()) : fibers.size();
+  bool complete = true;
+  for (int other = first; other < last; other++) {
+    if (mine.mask && !(mine.mask >> (other - first) & 1)) continue;
+    const Fiber& fiber = fibers[other];
+    if (fiber.state == Fiber::done && mine.mask)
+      return fail(describe(machine.current) + " waits for thread " + std::to_string(other) +
+                  ", which has returned");
+    const bool elsewhere = fiber.state == Fiber::waiting && fiber.meeting != mine;
+    const bool same_warp = other / 32 == machine.current / 32;
+    if (elsewhere && (same_warp || !fiber.meeting.mask))  // other warps may be at other things
+      return fail(describe(machine.current) + " meets " + describe(other));
+    complete &= fiber.state != Fiber::ready && !elsewhere;
+  }
+  for (int other = first; complete && other < last; other++)
+    if (fibers[other].state == Fiber::waiting && fibers[other].meeting == mine)
+      fibers[other].state = Fiber::ready;
+}
+
+inline void meet(const Meeting& meeting) {
+  Fiber& fiber = machine.fibers[machine.current];
+  fiber.meeting = meeting;
+  fiber.state = Fiber::waiting;
+  arrive();
+  swapcontext(&fiber.context, &machine.scheduler);
+}
+
+// Lanes give a value each and read those of others, then meet again before any value changes.
+template <class Value, class Read>
+auto exchange(const Meeting& meeting, const Value& value, Read read) {
+  static_assert(sizeof(Value) <= sizeof(Fiber::given));
+  std::memcpy(machine.fibers[machine.current].given, &value, sizeof(Value));
+  meet(meeting);
+  const int warp = machine.current / 32 * 32;
+  auto result = read([warp](int lane) {
+    Value given;
+    std::memcpy(&given, machine.fibers[warp + lane].given, sizeof(Value));
+    return given;
+  });
+  meet(meeting);
+  return result;
+}
+
+inline void fiber_main() {
+  machine.kernel();
+  machine.fibers[machine.current].state = Fiber::done;
+  for (auto& fiber : machine.fibers)  // a barrier may have waited for this thread alone
+    if (fiber.state == Fiber::waiting && !fiber.meeting.mask) {
+      const int self = machine.current;
+      machine.current = int(&fiber - machine.fibers.data());
+      arrive();
+      machine.current = self;
+      break;
+    }
+  swapcontext(&machine.fibers[machine.current].context, &machine.scheduler);
+}
+
+inline void run_block(int threads, size_t shared) {
+  machine.shared.reset(new unsigned char[shared]);
+  std::memset(machine.shared.get(), 0xff, shared);  // NaN as float, bfloat16 and float16
+  machine.fibers.assign(threads, Fiber{});
+  for (int thread = 0; thread < threads; thread++) {
+    ucontext_t& context = machine.fibers[thread].context;
+    getcontext(&context);
+    context.uc_stack = {machine.stacks.get() + thread * Machine::kStack, 0, Machine::kStack};
+    makecontext(&context, fiber_main, 0);
+  }
+  std::vector<int> ready;
+  while (machine.error.empty()) {
+    ready.clear();
+    bool all_done = true;
+    for (int thread = 0; thread < threads; thread++) {
+      all_done &= machine.fibers[thread].state == Fiber::done;
+      if (machine.fibers[thread].state == Fiber::ready) ready.push_back(thread);
+    }
+    if (all_done) return;
+    if (ready.empty()) {
+      for (int thread = 0; thread < threads; thread++)
+        if (machine.fibers[thread].state == Fiber::waiting)
+          return fail("stuck: " + describe(thread) + ", and not all it waits for come");
+    }
+    std::shuffle(ready.begin(), ready.end(), machine.random);
+    for (int thread : ready) {  // a fiber that becomes ready meanwhile waits for the next round
+      if (!machine.error.empty()) return;
+      machine.current = thread;
+      swapcontext(&machine.scheduler, &machine.fibers[thread].context);
+    }
+  }
+}
+
+}  // namespace cuda_on_cpu
+
+#define threadIdx (cuda_on_cpu::Index{unsigned(cuda_on_cpu::machine.current)})
+#define blockIdx (cuda_on_cpu::Index{cuda_on_cpu::machine.block})
+
+inline void __syncthreads(std::source_location at = std::source_location::current()) {
+  cuda_on_cpu::meet({"__syncthreads", at.line(), 0, 0});
+}
+inline void __syncwarp(std::source_location at = std::source_location::current()) {
+  cuda_on_cpu::meet({"__syncwarp", at.line(), 0xffffffffu, 0});
+}
+template <class T>
+T __shfl_xor_sync(uint32_t mask, T value, int lanes,
+                  std::source_location at = std::source_location::current()) {
+  const int lane = cuda_on_cpu::machine.current % 32;
+  return cuda_on_cpu::exchange({"__shfl_xor_sync", at.line(), mask, lanes}, value,
+                               [&](auto given) { return given(lane ^ lanes); });
+}
+
+namespace equimini {
+
+constexpr int kTooLarge = 9;
+
+inline void* shared_memory() { return cuda_on_cpu::machine.shared.get(); }
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, void*,
+           Arguments... arguments) {
+  auto& machine = cuda_on_cpu::machine;
+  machine.error.clear();
+  machine.kernel = [=] { kernel(arguments...); };
+  if (!machine.stacks) machine.stacks.reset(new unsigned char[1024 * machine.kStack]);
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), machine.random);
+  for (unsigned block : order) {
+    machine.block = block;
+    cuda_on_cpu::run_block(threads, shared);
+    if (!machine.error.empty()) return 1;
+  }
+  return 0;
+}
+
+template <class T>
+float half_of(uint32_t pair, int which) {
+  const uint16_t bits = uint16_t(pair >> (16 * which));
+  T value;
+  std::memcpy(&value, &bits, 2);
+  if constexpr (std::is_same_v<T, __half>) return __half2float(value);
+  else return __bfloat162float(value);
+}
+
+// mma.sync.m16n8k16; the layout is described beside the real one in cuda_common.cuh.
+template <class T>
+void matrix_multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                         std::source_location at = std::source_location::current()) {
+  struct Fragments { uint32_t a[4], b[2]; } mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  const int lane = cuda_on_cpu::machine.current % 32;
+  cuda_on_cpu::exchange({"mma", at.line(), 0xffffffffu, 0}, mine, [&](auto given) {
+    for (int i = 0; i < 4; i++)
+      for (int k = 0; k < 16; k++) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        c[i] += half_of<T>(given(row % 8 * 4 + k % 8 / 2).a[k / 8 * 2 + row / 8], k % 2) *
+                half_of<T>(given(column * 4 + k % 8 / 2).b[k / 8], k % 2);
+      }
+    return 0;
+  });
+}
+
+inline void load_transposed(uint32_t (&x)[4], const void* row,
+                            std::source_location at = std::source_location::current()) {
+  const int lane = cuda_on_cpu::machine.current % 32;
+  cuda_on_cpu::exchange({"ldmatrix", at.line(), 0xffffffffu, 0}, row, [&](auto given) {
+    for (int m = 0; m < 4; m++) {
+      const auto element = [&](int r) {
+        return uint32_t(static_cast<const uint16_t*>(given(8 * m + r))[lane / 4]);
+      };
+      x[m] = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
+    }
+    return 0;
+  });
+}
+
+}  // namespace equimini
