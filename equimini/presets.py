@@ -116,7 +116,7 @@ class GeneratorConfig(Checked):
     """Architecture of the column generator; the defaults are the paper's `small`."""
 
     layers: int = flag(16, "transformer blocks", min=1)
-    embed_dim: int = flag(512, "channels (width d) of the transformer", min=4)
+    embed_dim: int = flag(512, "channels (width d) of the transformer", min=8)
     heads: int = flag(8, "attention heads", min=1)
     window: int = flag(4, "columns that a column attends to, itself counted", min=1)
     class_tokens: int = flag(16, "learned tokens that carry the class", min=1)
@@ -126,9 +126,9 @@ class GeneratorConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.embed_dim % (2 * self.heads):
-            raise ValueError(f"embed-dim must be a multiple of 2 * heads = {2 * self.heads} "
-                             f"(rotary pairs), got {self.embed_dim}")
+        if self.embed_dim % (8 * self.heads) or self.embed_dim > 128 * self.heads:
+            raise ValueError(f"embed-dim / heads, the head size, must be a multiple of 8 up to "
+                             f"128, got {self.embed_dim} / {self.heads}")
 
 
 @dataclass(frozen=True)

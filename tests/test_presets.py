@@ -55,6 +55,12 @@ def test_flags_override_and_are_checked():
             override(TokenizerConfig(), parser.parse_args(flags))
 
 
+def test_impossible_head_sizes_are_refused():
+    for sizes in (dict(embed_dim=40, heads=4), dict(embed_dim=512, heads=2)):
+        with pytest.raises(ValueError, match="embed-dim"):
+            GeneratorConfig(**sizes)
+
+
 def test_devices():
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
