@@ -15,6 +15,8 @@ Python and attention runs as the PyTorch reference.  Environment:
 
 import os
 import shutil
+import sys
+from glob import glob
 
 from setuptools import setup
 
@@ -45,7 +47,8 @@ def build_choice() -> str:
 def without_kernels(choice: str, why: str) -> str:
     if choice:
         raise SystemExit(f"EQUIMINI_BUILD={choice}, but {why}")
-    print(f"equimini: installing without compiled attention kernels: {why}.")
+    if not {"egg_info", "dist_info"} & set(sys.argv):  # pip asks for metadata first: say it once
+        print(f"equimini: installing without compiled attention kernels: {why}.")
     return "none"
 
 
@@ -63,7 +66,7 @@ def extension(choice: str) -> dict:
         sources, kind = sources + ["csrc/cuda_kernels.cu"], cpp_extension.CUDAExtension
         macros = [("WITH_CUDA", None)]
     module = kind("equimini._kernels", sources, define_macros=macros,
-                  depends=["csrc/common.h", "csrc/cpu_kernels.h", "csrc/cuda_kernels.h"],
+                  depends=glob("csrc/*.h") + glob("csrc/*.cuh"),
                   extra_compile_args={"cxx": flags, "nvcc": ["-O3"]})
     return {"ext_modules": [module],
             "cmdclass": {"build_ext": cpp_extension.BuildExtension}}

@@ -134,8 +134,8 @@ void score_rows(C* scores, const C* keys, const C* strip, int64_t width, int64_t
 
 // A row of D values of type T becomes `width` values of type C: converted, rotated, times `by`.
 template <class T, class C>
-void load_row(C* to, const T* from, int64_t d, int64_t width, const float* cos, const float* sin,
-              C by = 1) {
+void load_row(C* __restrict to, const T* __restrict from, int64_t d, int64_t width,
+              const float* __restrict cos, const float* __restrict sin, C by = 1) {
   for (int64_t c = 0; c < d; c++) to[c] = static_cast<C>(from[c]) * by;
   for (int64_t c = d; c < width; c++) to[c] = 0;
   if (cos)
@@ -148,7 +148,8 @@ void load_row(C* to, const T* from, int64_t d, int64_t width, const float* cos, 
 
 // The way back: rotated by the opposite angle, times `by`, converted to T.  Changes `from`.
 template <class T, class C>
-void store_row(T* to, C* from, int64_t d, const float* cos, const float* sin, C by = 1) {
+void store_row(T* __restrict to, C* __restrict from, int64_t d, const float* __restrict cos,
+               const float* __restrict sin, C by = 1) {
   if (cos)
     for (int64_t c = 0; c < d / 2; c++) {
       const C even = from[2 * c], odd = from[2 * c + 1];

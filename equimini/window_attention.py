@@ -104,9 +104,9 @@ def _mix(x: Tensor) -> Tensor:
 # The reference -----------------------------------------------------------------------------
 
 
-def _probabilities(q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None,
-                   window: int, scale: float, lse: Tensor | None = None):
-    """Rotated q and k as (B, H, N, D), softmax weights (B, H, Nq, Nk) and their log-sum-exp."""
+def _weights(q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, window: int,
+             scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotated q and k as (B, H, N, D); scores and their softmax, (B, H, Nq, Nk)."""
     n_q, n_k = q.shape[1], k.shape[1]
     compute = torch.promote_types(q.dtype, torch.float32)
     q, k = q.to(compute), k.to(compute)
@@ -115,17 +115,24 @@ def _probabilities(q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None,
     q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, N, D)
     s = (q * scale) @ k.transpose(-1, -2)  # (B, H, Nq, Nk)
     s.masked_fill_(~window_mask(n_q, n_k, window, q.device), float("-inf"))
-    lse = s.logsumexp(-1) if lse is None else lse  # (B, H, Nq)
-    return q, k, s.sub_(lse[..., None]).exp_(), lse
+    return q, k, s, s.softmax(-1)
+
+
+def _keep(seed: Tensor | None, p: Tensor, dropout_p: float) -> Tensor | float:
+    """What dropout multiplies the weights p with: 0 or 1/(1−dropout_p); 1 without a seed."""
+    if seed is None:
+        return 1.0
+    return keep_mask(seed, p.shape, dropout_p).to(p.dtype) / (1 - dropout_p)
 
 
 def reference_forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None,
                       seed: Tensor | None, window: int, dropout_p: float,
                       scale: float) -> tuple[Tensor, Tensor]:
     """Plain PyTorch: the output (B, Nq, H, D) and the log-sum-exp of every row, (B, H, Nq)."""
-    _, _, p, lse = _probabilities(q, k, cos, sin, window, scale)
+    _, _, s, p = _weights(q, k, cos, sin, window, scale)
+    lse = s.amax(-1) - p.amax(-1).log()  # the largest weight is exp(largest score − lse)
     if seed is not None:
-        p *= keep_mask(seed, p.shape, dropout_p).to(p.dtype) / (1 - dropout_p)
+        p *= _keep(seed, p, dropout_p)
     out = (p @ v.to(p.dtype).transpose(1, 2)).transpose(1, 2)  # (B, Nq, H, D)
     return out.to(v.dtype).contiguous(), lse
 
@@ -133,22 +140,20 @@ def reference_forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: 
 def reference_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                        cos: Tensor | None, sin: Tensor | None, seed: Tensor | None, window: int,
                        dropout_p: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) from grad (B, Nq, H, D); weights are recomputed from lse.
+    """Gradients (dq, dk, dv) from grad (B, Nq, H, D); the weights P are computed again.
 
         dV = P̃ᵀ dO      dP̃ = dO Vᵀ      dS = P ∘ (dP − δ)      dQ = dS K · scale, dK = dSᵀ Q · scale
 
-    P̃ is P after dropout, dP the gradient before it, and δ_i = Σ_j P_ij dP_ij = o_i · do_i.
+    P̃ is P after dropout, dP the gradient before it, and δ_i = Σ_j P_ij dP_ij = o_i · do_i: the
+    kernels take P from lse and δ from out, which plain PyTorch has no need of.
     """
     n_q, n_k = q.shape[1], k.shape[1]
     dtype = q.dtype
-    q, k, p, _ = _probabilities(q, k, cos, sin, window, scale, lse)
+    q, k, _, p = _weights(q, k, cos, sin, window, scale)
     grad, v = (x.to(p.dtype).transpose(1, 2) for x in (grad, v))
-    dp = grad @ v.transpose(-1, -2)  # (B, H, Nq, Nk)
-    dropped = p
-    if seed is not None:
-        keep = keep_mask(seed, p.shape, dropout_p).to(p.dtype) / (1 - dropout_p)
-        dropped, dp = p * keep, dp * keep
-    dv = dropped.transpose(-1, -2) @ grad
+    keep = _keep(seed, p, dropout_p)
+    dp = grad @ v.transpose(-1, -2) * keep  # (B, H, Nq, Nk)
+    dv = (p * keep).transpose(-1, -2) @ grad
     ds = (dp - (p * dp).sum(-1, keepdim=True)) * p * scale
     dq, dk, dv = (x.transpose(1, 2) for x in (ds @ k, ds.transpose(-1, -2) @ q, dv))
     if cos is not None:  # the gradient turns back by the same angle
