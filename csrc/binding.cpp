@@ -30,7 +30,8 @@ struct Call {
        const OptionalTensor& sin, const OptionalTensor& seed, int64_t window, double dropout_p,
        double scale) {
     p.b = q.size(0), p.n_q = q.size(1), p.h = q.size(2), p.d = q.size(3), p.n_k = k.size(1);
-    p.window = window, p.dropout_p = dropout_p, p.scale = scale;
+    p.window = window, p.scale = scale, p.keep_factor = 1 / (1 - dropout_p);
+    p.drop_below = static_cast<uint32_t>(dropout_p * 4294967296.0);  // 2³²
     p.q = heads(q), p.k = heads(k), p.v = heads(v);
     if (cos) {
       p.cos = static_cast<const float*>(rows(*cos));

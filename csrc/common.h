@@ -31,14 +31,13 @@ struct Attention {
   const float *cos, *sin;    // (Nk, D/2), or null: no rotation
   const int64_t* seed;       // one number where the kernel runs, or null: no dropout
   int64_t b, n_q, n_k, h, d, window;
-  double scale, dropout_p;
+  double scale;              // of the scores
+  double keep_factor;        // 1 / (1 − dropout_p), what dropout multiplies kept weights with
+  uint32_t drop_below;       // dropout_p · 2³²: hashes under it are dropped
 
   HOST_DEVICE int64_t offset() const { return n_k - n_q; }  // query 0 stands at this position
   HOST_DEVICE int64_t contiguous_row(int64_t bi, int64_t n, int64_t hi, int64_t length) const {
     return ((bi * length + n) * h + hi) * d;  // where a row of (B, length, H, D) starts
-  }
-  HOST_DEVICE uint32_t drop_below() const {
-    return static_cast<uint32_t>(dropout_p * 4294967296.0);  // 2³²
   }
 };
 
@@ -50,7 +49,7 @@ HOST_DEVICE uint32_t mix(uint32_t x) {
 }
 
 // The weight of key j for the query at position i is dropped where
-// mix(dropout_row(seed, b, h, i) ^ j) < drop_below(); keep_mask in Python is the same function.
+// mix(dropout_row(seed, b, h, i) ^ j) < drop_below; keep_mask in Python is the same function.
 HOST_DEVICE uint32_t dropout_row(int64_t seed, uint32_t b, uint32_t h, uint32_t i) {
   uint32_t state = mix(static_cast<uint32_t>(seed) ^ 0x9E3779B9u);
   state = mix(state ^ static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32));

@@ -231,11 +231,10 @@ struct Head {
       rows[lane] = dropout_row(*p.seed, b, h, static_cast<uint32_t>(first + lane));
   }
   Vec keep(const uint32_t* rows, int64_t j) const {
-    const C factor = static_cast<C>(1 / (1 - p.dropout_p));
-    const uint32_t below = p.drop_below();
+    const C factor = static_cast<C>(p.keep_factor);
     Vec result;
     for (int lane = 0; lane < lanes; lane++)
-      result[lane] = mix(rows[lane] ^ static_cast<uint32_t>(j)) < below ? C(0) : factor;
+      result[lane] = mix(rows[lane] ^ static_cast<uint32_t>(j)) < p.drop_below ? C(0) : factor;
     return result;
   }
 };

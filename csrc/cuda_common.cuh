@@ -92,13 +92,15 @@ struct Dropout {
   float factor;
 
   __device__ explicit Dropout(const Attention& p)
-      : on(p.seed != nullptr), below(p.drop_below()), factor(float(1 / (1 - p.dropout_p))) {}
+      : on(p.seed != nullptr), below(p.drop_below), factor(float(p.keep_factor)) {}
   __device__ float keep(uint32_t row, int key) const {
     return !on ? 1.0f : mix(row ^ uint32_t(key)) < below ? 0.0f : factor;
   }
 };
 
 #ifdef __CUDACC__
+
+constexpr int kTooLarge = cudaErrorInvalidConfiguration;  // more work items than 32 bits count
 
 // Dynamic shared memory of the block.
 __device__ inline void* shared_memory() {
@@ -109,7 +111,6 @@ __device__ inline void* shared_memory() {
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
            void* stream, Arguments... arguments) {
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared > 48 * 1024) {  // more than every device grants unasked
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));

@@ -68,8 +68,8 @@ struct Tile {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     group = lane / G, slot = lane % G;
     const int tiles = (n_k - first + kTile<G> - 1) / kTile<G>;
-    const int64_t item = int64_t(blockIdx.x) * kWarps + warp, line = item / p.h;
-    h = int(item % p.h), b = int(line / tiles), start = first + int(line % tiles) * kTile<G>;
+    const int item = int(blockIdx.x) * kWarps + warp, heads = int(p.h), line = item / heads;
+    h = item % heads, b = line / tiles, start = first + line % tiles * kTile<G>;
     mine = start + group * kQuad;
     exists = b < p.b, active = slot * 8 < p.d;
     x = static_cast<float4*>(shared_memory()) + size_t(warp) * rows * 4 * G;
@@ -363,6 +363,7 @@ template <class T, int G>
 int run(bool backward, const Attention& p, void* stream) {
   const int64_t tiles = ((backward ? p.n_k : p.n_q) + kTile<G> - 1) / kTile<G>;
   const int64_t blocks = (p.b * p.h * tiles + kWarps - 1) / kWarps;
+  if (blocks * kWarps > INT32_MAX) return kTooLarge;
   const int rows = buffer_rows<G>(p);
   return launch(backward ? backward_kernel<T, G> : forward_kernel<T, G>, blocks, 32 * kWarps,
                 shared_bytes<G>(rows), stream, p, rows);

@@ -48,8 +48,8 @@ struct Tile {
   __device__ Tile(const Attention& p, int low)
       : p(p), n_k(int(p.n_k)), window(int(p.window)), offset(int(p.offset())), dropout(p) {
     const int tiles = (n_k - low + kTile - 1) / kTile;
-    const int64_t line = blockIdx.x / p.h;
-    h = int(blockIdx.x % p.h), b = int(line / tiles), start = low + int(line % tiles) * kTile;
+    const int heads = int(p.h), line = int(blockIdx.x) / heads;
+    h = int(blockIdx.x) % heads, b = line / tiles, start = low + line % tiles * kTile;
     lane = threadIdx.x % 32, first = start + int(threadIdx.x / 32) * 16;
     x = static_cast<T*>(shared_memory()), y = x + kStream * kStride;
     lse = reinterpret_cast<float*>(x + kTile * kStride), delta = lse + kStream;
@@ -351,6 +351,7 @@ template <class T, int K>
 int run(bool backward, const Attention& p, void* stream, float* delta) {
   const int64_t tiles = ((backward ? p.n_k : p.n_q) + kTile - 1) / kTile;
   const int64_t blocks = p.b * p.h * tiles;
+  if (blocks > INT32_MAX) return kTooLarge;
   if (!backward)
     return launch(forward_kernel<T, K>, blocks, kThreads, Tile<T, K>::kShared, stream, p);
   const int64_t rows = p.b * p.h * p.n_q;

@@ -212,6 +212,8 @@ T __shfl_xor_sync(uint32_t mask, T value, int lanes,
 
 namespace equimini {
 
+constexpr int kTooLarge = 9;
+
 inline void* shared_memory() { return cuda_on_cpu::machine.shared.get(); }
 
 template <class... Parameters, class... Arguments>

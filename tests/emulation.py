@@ -24,7 +24,8 @@ class Attention(ctypes.Structure):  # csrc/common.h
                 *((x, ctypes.c_void_p) for x in ("out", "lse", "dq", "dk", "dv", "cos", "sin",
                                                  "seed")),
                 *((x, ctypes.c_int64) for x in ("b", "n_q", "n_k", "h", "d", "window")),
-                ("scale", ctypes.c_double), ("dropout_p", ctypes.c_double)]
+                ("scale", ctypes.c_double), ("keep_factor", ctypes.c_double),
+                ("drop_below", ctypes.c_uint32)]
 
 
 class EmulatedKernels:
@@ -77,7 +78,8 @@ def describe(q, k, v, cos, sin, seed, window, dropout_p, scale, **tensors):
 
     b, n_q, h, d = q.shape
     p = Attention(heads(q), heads(k), heads(v), b=b, n_q=n_q, n_k=k.shape[1], h=h, d=d,
-                  window=window, scale=scale, dropout_p=dropout_p)
+                  window=window, scale=scale, keep_factor=1 / (1 - dropout_p),
+                  drop_below=int(dropout_p * 2**32))
     if "grad" in tensors:
         p.grad = heads(tensors.pop("grad"))
     for name, x in {**tensors, "cos": cos, "sin": sin, "seed": seed}.items():
