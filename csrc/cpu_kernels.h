@@ -179,17 +179,18 @@ struct Head {
 
   static int64_t padded(int64_t queries) { return (queries + lanes - 1) / lanes * lanes; }
 
-  // Rows of one head lie far apart, where no hardware prefetcher follows: ask a few rows ahead.
-  void prefetch(const Heads& x, int64_t n, int64_t length) const {
-    const char* row = reinterpret_cast<const char*>(x.row<T>(b, std::min(n + 8, length - 1), h));
+  // Rows of one head lie far apart, where no hardware prefetcher follows.  The next work item is
+  // the next head, whose row lies right behind this one: ask for it a whole item ahead.
+  void prefetch(const Heads& x, int64_t n) const {
+    const char* row = reinterpret_cast<const char*>(x.row<T>(b, n, std::min(h + 1, p.h - 1)));
     for (int64_t byte = 0; byte < p.d * int64_t(sizeof(T)); byte += 64)
       __builtin_prefetch(row + byte);
   }
 
   void load_keys(C* k, C* v, int64_t first, int64_t count) const {
     for (int64_t j = 0; j < count; j++) {
-      prefetch(p.k, first + j, p.n_k);
-      prefetch(p.v, first + j, p.n_k);
+      prefetch(p.k, first + j);
+      prefetch(p.v, first + j);
       load_row(k + j * width, p.k.row<T>(b, first + j, h), p.d, width, cos(first + j),
                sin(first + j));
       load_row<T, C>(v + j * width, p.v.row<T>(b, first + j, h), p.d, width, nullptr, nullptr);
@@ -199,7 +200,7 @@ struct Head {
   // Queries at positions first … first + count, times scale; the rest of the last strip is 0.
   void load_queries(C* q, int64_t first, int64_t count) const {
     for (int64_t i = 0; i < count; i++) {
-      prefetch(p.q, first + i - p.offset(), p.n_q);
+      prefetch(p.q, first + i - p.offset());
       load_row(q + i * width, p.q.row<T>(b, first + i - p.offset(), h), p.d, width, cos(first + i),
                sin(first + i), static_cast<C>(p.scale));
     }
@@ -429,6 +430,7 @@ void load_query_tile(const Head<T, C>& head, const Tiles<C>& t, int64_t start, i
   for (int64_t i = 0; i < stop - start; i++) {
     const int64_t query = start + i - p.offset();
     const T* o = static_cast<const T*>(p.out) + p.contiguous_row(head.b, query, head.h, p.n_q);
+    head.prefetch(p.grad, query);
     load_row<T, C>(t.grad + i * head.width, p.grad.row<T>(head.b, query, head.h), p.d, head.width,
                    nullptr, nullptr);
     t.lse[i] = static_cast<const C*>(p.lse)[(head.b * p.h + head.h) * p.n_q + query];

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -101,9 +102,11 @@ def test_faults_are_caught(tmp_path: Path):
         (copy / file).write_text(pattern.sub(lambda _: new.replace("> window", "> tile.window"),
                                              text, count=1))
         builds[fault] = copy
-    for fault, copy in builds.items():
+    with ThreadPool() as pool:
+        built = pool.map(lambda copy: EmulatedKernels(copy, csrc=copy, flags=("-O0",)),
+                         builds.values())
+    for fault, kernels in zip(builds, built):
         file, report = FAULTS[fault][0], FAULTS[fault][3]
-        kernels = EmulatedKernels(copy, csrc=copy, flags=("-O0",))
         path = "tensor cores" if file == "tensor_cores.cuh" else "cuda cores"
         kernels.path = path
         with pytest.raises((AssertionError, RuntimeError), match=report):
