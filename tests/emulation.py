@@ -34,8 +34,9 @@ class EmulatedKernels:
     def __init__(self, build: Path, path: str = "automatic", csrc: Path = CSRC,
                  flags: tuple[str, ...] = ("-O1",)):
         library = build / "libcuda_on_cpu.so"
-        subprocess.run(["g++", "-std=c++20", *flags, "-shared", "-fPIC", "-I", str(csrc), "-I", str(TESTS),
-                        str(TESTS / "cuda_on_cpu.cpp"), "-o", str(library)], check=True)
+        subprocess.run(["g++", "-std=c++20", *flags, "-shared", "-fPIC", "-I", str(csrc),
+                        "-I", str(TESTS), str(TESTS / "cuda_on_cpu.cpp"), "-o", str(library)],
+                       check=True)
         self.library = ctypes.CDLL(str(library))
         self.library.error_string.restype = ctypes.c_char_p
         self.path = path
