@@ -201,7 +201,8 @@ def measure(preset: Preset, num_classes: int = 1000) -> dict[str, float]:
 
     Compute is that of one forward pass over one square image: all columns and the class tokens
     through the transformer, the flow head once per column, conditional branch, 2 FLOPs per
-    multiply-add, attention products of the visible pairs included.
+    multiply-add.  `gflops` has the attention's products (q·k and p·v of the pairs in the window,
+    and of every column with every class token), `linear_gflops` leaves them out.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -221,27 +222,30 @@ def measure(preset: Preset, num_classes: int = 1000) -> dict[str, float]:
              "from_tokens": tokenizer.from_tokens, "decoder": tokenizer.decoder,
              "generator": generator}
     return {**{name: parameters(part) / 1e6 for name, part in parts.items()},
-            "gflops": counter.get_total_flops() / 1e9}
+            "gflops": counter.get_total_flops() / 1e9,
+            "linear_gflops": sum(counter.get_flop_counts()["Global"].get(op, 0) for op in (
+                torch.ops.aten.addmm, torch.ops.aten.mm)) / 1e9}
 
 
 def main() -> None:
     """Print the table of presets."""
     head = ("preset", "image", "columns", "channels", "layers", "width", "heads", "window",
-            "head MLP", "generator", "GFLOPs", "encoder", "to tokens", "from tokens", "decoder")
+            "head MLP", "generator", "GFLOPs", "linear", "encoder", "to tokens", "from tokens",
+            "decoder")
     rows = [head]
     for name, preset in PRESETS.items():
         t, g, m = preset.tokenizer, preset.generator, measure(preset)
         rows.append((name, f"{t.image_size}x{t.image_size}", t.columns, t.token_channels,
                      g.layers, g.embed_dim, g.heads, g.window, f"{g.head_width}x{g.head_depth}",
-                     *(f"{m[k]:.2f}" for k in ("generator", "gflops", "encoder", "to_tokens",
-                                               "from_tokens", "decoder"))))
+                     *(f"{m[k]:.2f}" for k in ("generator", "gflops", "linear_gflops", "encoder",
+                                               "to_tokens", "from_tokens", "decoder"))))
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(head))]
     for row in rows:
         print("  ".join(str(v).rjust(w) for v, w in zip(row, widths)))
     print("\ngenerator, encoder, to tokens, from tokens, decoder: parameters in millions (1000 "
           "classes).\nGFLOPs: one forward pass over the columns and the 16 class tokens, flow "
-          "head once per column,\nconditional branch, 2 FLOPs per multiply-add, attention "
-          "included.")
+          "head once per column,\nconditional branch, 2 FLOPs per multiply-add; linear: "
+          "without the attention's products.")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,17 @@ from equimini.presets import (PRESETS, GeneratorConfig, GeneratorTraining, Token
                               TokenizerTraining, measure)
 
 
-@pytest.mark.parametrize("name, millions, gflops", (
-    ("small", 127.31, 5.14), ("base", 295.59, 13.08), ("large", 644.50, 29.22),
-    ("huge", 1203.21, 55.30)))
-def test_sizes_of_the_papers_models(name, millions, gflops):
-    m = measure(PRESETS[name])
+@pytest.mark.parametrize("name, millions, linear", (
+    ("small", 127.31, 5.12), ("base", 295.59, 13.04), ("large", 644.50, 29.15),
+    ("huge", 1203.21, 55.20)))
+def test_sizes_of_the_papers_models(name, millions, linear):
+    m, g = measure(PRESETS[name]), PRESETS[name].generator
     assert round(m["generator"], 2) == millions
-    assert m["gflops"] == pytest.approx(gflops, abs=0.03)  # the visible pairs, not all 16 x 16
+    assert round(m["linear_gflops"], 2) == linear
+    pairs = sum(min(i + 1, 4) for i in range(16)) + 16 * 16  # in the window; with the class
+    assert pairs == 58 + 256
+    attention = g.layers * pairs * g.embed_dim * 2 * 2 / 1e9  # q·k and p·v, 2 per multiply-add
+    assert m["gflops"] == pytest.approx(m["linear_gflops"] + attention, rel=1e-9)
     assert [round(m[k], 2) for k in ("encoder", "to_tokens", "from_tokens", "decoder")] == [
         86.05, 3.15, 3.15, 121.55]
 
