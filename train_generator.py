@@ -43,10 +43,6 @@ class Trainer:
         self.cfg, self.opts, self.classes = setup.training, setup.run, classes
         self.device, self.seed = setup.device, setup.run.seed
         self.tokenizer = tokenizer.to(self.device)
-        if not self.tokenizer.has_statistics:
-            raise UserError(
-                f"{setup.run.tokenizer} has no latent statistics, because its training did not "
-                "end; end it with train_tokenizer.py --resume --steps (the steps it has done)")
         keyed.seed_torch(self.seed, 0)  # initial weights
         channels = self.tokenizer.config.token_channels
         self.model = Generator(setup.model, len(classes), channels).to(self.device)
@@ -128,7 +124,7 @@ class Trainer:
             x = self.tokens(data, rngs)
             u, eps = self.flow_draws(x, rngs)
             loss = flow_matching_loss(self.ema.model, x, labels.to(x.device), u, eps)  # (B, N)
-            total, count = total + loss.double().sum(0).cpu(), count + len(x)
+            total, count = total + loss.cpu().double().sum(0), count + len(x)
         columns = total / count
         return {"val_loss": columns.mean().item(),
                 "val_loss_per_column": [round(v, 6) for v in columns.tolist()]}
@@ -150,7 +146,11 @@ class Trainer:
 def main() -> None:
     setup = set_up("generator", __doc__.split("\n")[0], GeneratorRun(out="runs/generator"))
     tokenizer = checkpoint.load_tokenizer(setup.run.tokenizer)
+    checkpoint.check_statistics(tokenizer, setup.run.tokenizer)
     if setup.run.latents:
+        if (setup.run.data, setup.run.val_data, setup.run.width) != ("synthetic", "", 0):
+            raise UserError("--latents holds the data already; leave out --data, --val-data and "
+                            "--width")
         train, val = (CachedLatents(setup.run.latents, split, tokenizer, setup.run.seed)
                       for split in ("train", "val"))
         classes = train.classes
@@ -161,8 +161,8 @@ def main() -> None:
     print(f"generator {setup.preset}: {millions:.2f} M parameters, tokens of "
           f"{tokenizer.config.token_channels} channels, {len(train)} training and {len(val)} "
           f"held-out images of {len(classes)} classes, on {setup.device}")
-    if fit("generator", setup, trainer, train, val, classes):
-        print(f"done: {setup.out}/last.pt; pictures in {setup.out}/previews")
+    fit("generator", setup, trainer, train, val, classes)
+    print(f"done: {setup.out}/last.pt; pictures in {setup.out}/previews")
 
 
 if __name__ == "__main__":

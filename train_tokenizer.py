@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from equimini import checkpoint, keyed
 from equimini.autoencoder import Tokenizer, add_noise, noise_variance
-from equimini.cli import RunConfig, run
+from equimini.cli import RunConfig, UserError, run
 from equimini.data import fixed_loader, load_data, to_float
 from equimini.discriminator import PatchGAN
 from equimini.images import grid, save_png
 from equimini.losses import (FeatureDistance, adaptive_weight, hinge_loss, kl_loss, psnr,
                              reconstruction_loss)
+from equimini.presets import TokenizerTraining
 from equimini.training import Ema, Setup, Stepper, fit, set_up, warmup_decay_lr
 
 
@@ -37,7 +38,11 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.model.parameters(), **adam)
         self.disc = self.disc_optimizer = self.distance = None
         if cfg.discriminator == "patchgan" and cfg.adv_weight:
-            self.disc = PatchGAN(cfg.disc_channels, cfg.disc_layers).to(self.device)
+            if cfg.adv_start >= cfg.steps and not setup.resumed:
+                raise UserError(f"the discriminator would start at step {cfg.adv_start}, after the "
+                                f"last of {cfg.steps}; give a lower --adv-start, or "
+                                "--discriminator none")
+            self.disc = make_critic(cfg, shown).to(self.device)
             self.disc_optimizer = torch.optim.Adam(self.disc.parameters(), **adam)
         if cfg.perceptual_net:
             self.distance = FeatureDistance(cfg.perceptual_net).to(self.device)
@@ -79,8 +84,8 @@ class Trainer:
             self.disc.requires_grad_(True)
             real, fake = self.disc(x), self.disc(x_hat.detach())
             disc_loss = hinge_loss(real, fake)
-            self.disc_stepper(disc_loss, self.disc_optimizer, cfg.lr, cfg.grad_clip)
-            scalars |= {"disc_loss": disc_loss.item(), "logit_real": real.mean().item(),
+            norm = self.disc_stepper(disc_loss, self.disc_optimizer, cfg.lr, cfg.grad_clip)
+            scalars |= {"disc_loss": disc_loss.item(), "disc_grad_norm": norm, "logit_real": real.mean().item(),
                         "logit_fake": fake.mean().item()}
         return {"loss": loss.item(), **scalars}
 
@@ -124,6 +129,18 @@ class Trainer:
         save_png(grid([self.shown, x_hat], ["original", "decoded"]), path)
 
 
+def make_critic(cfg: TokenizerTraining, images: torch.Tensor) -> PatchGAN:
+    """The discriminator; raises UserError if the pictures are too small for its layers."""
+    critic = PatchGAN(cfg.disc_channels, cfg.disc_layers)
+    try:
+        with torch.no_grad():
+            critic.eval()(images[:1])
+    except RuntimeError:
+        raise UserError(f"pictures of {images.shape[2]}x{images.shape[3]} pixels are too small for "
+                        f"--disc-layers {cfg.disc_layers}; give fewer") from None
+    return critic.train()
+
+
 @torch.no_grad()
 def measure_statistics(tokenizer: Tokenizer, loader, device: torch.device) -> None:
     """Store mean and std, per channel, of the noisy latents z = μ + σ·ε over the images.
@@ -132,7 +149,7 @@ def measure_statistics(tokenizer: Tokenizer, loader, device: torch.device) -> No
     """
     total, squares, count = 0.0, 0.0, 0
     for images, _, _ in loader:
-        mean = tokenizer.encode(to_float(images.to(device))).double().flatten(0, 1).cpu()
+        mean = tokenizer.encode(to_float(images.to(device))).flatten(0, 1).cpu().double()
         total, squares = total + mean.sum(0), squares + mean.square().sum(0)
         count += len(mean)
     mean = total / count
@@ -152,18 +169,21 @@ def store_statistics(path: Path, loader, device: torch.device) -> None:
 
 def main() -> None:
     setup = set_up("tokenizer", __doc__.split("\n")[0], RunConfig(out="runs/tokenizer"))
+    if setup.model.semantic_channels:
+        raise UserError("--semantic-channels: no loss trains the semantic head yet; it is for "
+                        "converted checkpoints")
     train, val, classes = load_data(setup.run, setup.model)
     trainer = Trainer(setup, to_float(next(iter(fixed_loader(val, 8, 8)))[0]))
     millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     print(f"tokenizer {setup.preset}: {millions:.2f} M parameters, {setup.model.columns} columns "
           f"per {setup.model.image_size}x{setup.model.image_size} image, {len(train)} training "
           f"and {len(val)} held-out images of {len(classes)} classes, on {setup.device}")
-    if fit("tokenizer", setup, trainer, train, val, classes):
-        cfg = setup.training
-        stats = fixed_loader(train, cfg.batch_size, cfg.stats_images, setup.run.workers)
-        for path in filter(Path.exists, (setup.out / "best.pt", setup.out / "last.pt")):
-            store_statistics(path, stats, setup.device)
-        print(f"done: {setup.out}/last.pt; pictures in {setup.out}/previews")
+    fit("tokenizer", setup, trainer, train, val, classes)
+    cfg = setup.training
+    stats = fixed_loader(train, cfg.batch_size, cfg.stats_images, setup.run.workers)
+    for path in filter(Path.exists, (setup.out / "best.pt", setup.out / "last.pt")):
+        store_statistics(path, stats, setup.device)
+    print(f"done: {setup.out}/last.pt; pictures in {setup.out}/previews")
 
 
 if __name__ == "__main__":

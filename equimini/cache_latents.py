@@ -153,13 +153,19 @@ def main() -> None:
     cfg = override(CacheConfig(out="runs/latents"), args)
     device, out = pick_device(cfg.device), output_folder(cfg.out)
     tokenizer = checkpoint.load_tokenizer(cfg.tokenizer, device)
+    checkpoint.check_statistics(tokenizer, cfg.tokenizer)
+    if cfg.crops > 1 and cfg.data.startswith("synthetic"):
+        raise UserError("--crops is for pictures; the built-in data has nothing to crop")
     train, val, classes = load_data(cfg, tokenizer.config)
     plan = {"tokenizer": tokenizer_hash(tokenizer), "classes": classes, "data": cfg.data,
             "images": {"train": len(train), "val": len(val)}, "crops": cfg.crops,
-            "width": cfg.width, "seed": cfg.seed}
+            "width": cfg.width, "seed": cfg.seed, "val_data": cfg.val_data,
+            "val_fraction": cfg.val_fraction}
     begun = out / "plan.json"
     if args.overwrite:
-        for path in (*out.glob("*.npy"), *out.glob("*.labels"), *out.glob("*.json")):
+        own = ("train-[0-9]*.npy", "val-[0-9]*.npy", "train-[0-9]*.labels", "val-[0-9]*.labels",
+               "labels.npz", "meta.json", "plan.json")
+        for path in (path for pattern in own for path in out.glob(pattern)):
             path.unlink()
     elif begun.exists() and json.loads(begun.read_text()) != plan:
         raise UserError(f"{out} holds latents of other settings; choose another --out, or add "

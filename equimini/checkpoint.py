@@ -30,6 +30,8 @@ def save(path: Path | str, kind: str, content: dict[str, Any], keep: int = 1) ->
     path = Path(path)
     with replacing(path) as file:
         torch.save({**content, "equimini": kind, "format": FORMAT}, file)
+        file.flush()
+        os.fsync(file.fileno())  # a full disk shows here, before the older ones are moved
         _rotate(path, keep)
 
 
@@ -123,6 +125,15 @@ def tokenizer_from_dict(content: dict[str, Any], path: Any, ema: bool = True) ->
     tokenizer = Tokenizer(config_from_dict(TokenizerConfig, content["config"]["model"]))
     load_weights(tokenizer, weights_of(content, ema, path), path)
     return tokenizer.eval().requires_grad_(False)
+
+
+def check_statistics(tokenizer: Tokenizer, path: Any) -> None:
+    """Raise UserError for a tokenizer whose latents have not been measured."""
+    if not tokenizer.has_statistics:
+        raise UserError(
+            f"{path} has no latent statistics, because its training did not end; end it with "
+            f"train_tokenizer.py --out {Path(path).parent} --resume --steps "
+            f"{load(path, 'tokenizer')['step']}")
 
 
 def load_tokenizer(path: Path | str, device: str | torch.device = "cpu",

@@ -35,7 +35,7 @@ class DataConfig(Checked):
     val_fraction: float = flag(0.05, "share of --data that is held out", min=0.001, max=0.5)
     width: int = flag(0, "width of the crops, in pixels, a multiple of f; 0: square", min=0)
     out: str = flag("", "folder to write to")
-    seed: int = flag(0, "seed of everything random", min=0)
+    seed: int = flag(0, "seed of everything random", min=0, max=2**32 - 1)
     workers: int = flag(1, "processes that load images; 0: none but the main one", min=0)
     device: str = flag("auto", "where to compute: auto (CUDA, then MPS, then CPU), cpu, cuda, "
                        "cuda:N, mps")

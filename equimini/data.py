@@ -6,6 +6,7 @@ the seed and these two; `Batches` makes the order of the data a function of the 
 
 from __future__ import annotations
 
+import os
 import signal
 import warnings
 from pathlib import Path
@@ -59,7 +60,7 @@ class ImageFolder(Dataset[Item]):
                 if path not in self.bad:
                     x = np.array(load_image(path, self.height, self.width))
                     return self._crop(torch.from_numpy(x).permute(2, 0, 1), draw, flip), label
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            except Exception as error:  # Pillow's decoders raise many kinds on damaged files
                 self.bad.add(path)
                 warnings.warn(f"cannot read {path}, using the next picture instead: {error}",
                               stacklevel=2)
@@ -105,10 +106,13 @@ def load_image(path: Path | str, height: int, width: int | None = None) -> Image
     Raises OSError (or Pillow's own errors) for a file that is no readable image.
     """
     with Image.open(path) as opened:
-        opened.draft("RGB", (4 * height, 4 * height))  # lets JPEG decode smaller
+        side = 4 * max(height, width or 0)
+        opened.draft("RGB", (side, side))  # lets JPEG decode smaller
         image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode.startswith("I"):  # 16 bits a pixel, or more of which 16 are used
+            pixels = np.asarray(image).astype(np.int64)
+            image = Image.fromarray((pixels >> (8 if pixels.max() > 255 else 0)).clip(0, 255)
+                                    .astype(np.uint8))
         if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -118,11 +122,6 @@ def load_image(path: Path | str, height: int, width: int | None = None) -> Image
         scale = max(scale, width / image.width)
     size = max(round(image.width * scale), width or 1), max(round(image.height * scale), height)
     return image.resize(size, Image.Resampling.BICUBIC) if size != image.size else image
-
-
-def image_to_tensor(image: Image.Image) -> Tensor:
-    """A PIL image as (3, H, W) float32 in [−1, 1]."""
-    return to_float(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -139,7 +138,8 @@ def find_images(folder: str) -> tuple[list[tuple[Path, int]], list[str]]:
     if not root.is_dir():
         raise UserError(f"the data folder {folder} does not exist (or is no folder)")
     endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images = sorted(p for p in root.rglob("*") if p.suffix.lower() in endings and p.is_file())
+    images = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
+                    for name in names if Path(name).suffix.lower() in endings)
     if not images:
         raise UserError(f"no image files in {folder}; expected {folder}/CLASS/picture.jpg, or "
                         f"pictures directly in {folder}")
@@ -166,6 +166,9 @@ def load_data(run: DataConfig,
         raise UserError(f"--width must be a multiple of f = {tokenizer.f} and at least "
                         f"{2 * tokenizer.f}, got {width}")
     if run.data in ("synthetic", "synthetic-object"):
+        if run.val_data:
+            raise UserError("--val-data goes with a folder as --data; the built-in data has its "
+                            "own held-out pictures")
         n_val = round(SYNTHETIC_IMAGES * run.val_fraction)
         train = Synthetic(run.data, range(SYNTHETIC_IMAGES), height, width, run.seed)
         val = Synthetic(run.data, range(SYNTHETIC_IMAGES, SYNTHETIC_IMAGES + n_val), height,
@@ -174,7 +177,8 @@ def load_data(run: DataConfig,
     files, classes = find_images(run.data)
     if run.val_data:
         val_files, val_classes = find_images(run.val_data)
-        if val_classes != classes:
+        flat = all(Path(p).parent == Path(run.val_data) for p, _ in val_files)
+        if not (flat and len(classes) == 1) and val_classes != classes:
             raise UserError(f"--val-data has the classes {val_classes}, --data has {classes}")
     else:
         order = keyed.rng("split", run.seed).permutation(len(files))
@@ -232,6 +236,6 @@ def fixed_loader(data: Dataset, batch_size: int, count: int, workers: int = 0,
 
 
 def _leave_signals(_: int) -> None:
-    """In a worker: Ctrl-C is the main process's business, SIGTERM ends the worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """In a worker: stopping is the main process's business; it ends its workers itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -10,6 +10,24 @@ from typing import BinaryIO, Iterator
 from equimini.cli import UserError, first_line
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of `replacing` whose process is dead (killed while it wrote)."""
+    for path in folder.glob(".*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdecimal() and not _alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextmanager
 def replacing(path: Path | str) -> Iterator[BinaryIO]:
     """A temporary file to write to, flushed to disk and renamed to `path` at the end.

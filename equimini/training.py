@@ -11,7 +11,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Callable, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from equimini import checkpoint
 from equimini.data import fixed_loader, training_loader
 from equimini.cli import (RunConfig, UserError, add_flags, config_from_dict, output_folder,
                           override, pick_device)
-from equimini.files import replacing
+from equimini.files import remove_leftovers, replacing
 from equimini.presets import PRESETS, Checked
 
 
@@ -36,12 +36,10 @@ class Setup:
     run: RunConfig
     device: torch.device
     out: Path
-    resumed: dict[str, Any] | None
+    resumed: dict[str, Any] | None  # dropped once it is loaded
 
-    @property
-    def start(self) -> int:
-        """The first step to train."""
-        return self.resumed["step"] if self.resumed else 0
+    def __post_init__(self) -> None:
+        self.start = self.resumed["step"] if self.resumed else 0  # the first step to train
 
     def config(self) -> dict[str, Any]:
         """The configuration as plain values, for the checkpoint."""
@@ -78,8 +76,8 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
 
     out = output_folder(getattr(args, "out", run.out))
     last, resumed = out / "last.pt", None
-    for leftover in out.rglob(".*.tmp"):  # of a process that was killed while it wrote
-        leftover.unlink()
+    if args.resume and args.overwrite:
+        raise UserError("give --resume or --overwrite, not both")
     if args.resume:
         resumed = checkpoint.load_newest(last, kind)
         saved = resumed["config"]
@@ -91,12 +89,20 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
         if override(model, args) != model:
             raise UserError(f"{last} holds a model of other sizes than asked for; leave the "
                             "model's flags out to resume it, or choose another --out")
-    elif last.exists() and not args.overwrite:
+    elif own_files(out) and not args.overwrite:
         raise UserError(f"{out} holds a run already; add --resume to go on with it, --overwrite "
                         "to start anew, or choose another folder with --out")
+    for folder in (out, out / "previews"):
+        remove_leftovers(folder)
     run = override(run, args)
     return Setup(name, override(model, args), override(training, args), run,
                  pick_device(run.device), out, resumed)
+
+
+def own_files(out: Path) -> list[Path]:
+    """What a training leaves in its folder, but for the log."""
+    patterns = ("last.pt", "last-[0-9]*.pt", "best.pt", "previews/[0-9]*.png")
+    return [path for pattern in patterns for path in out.glob(pattern)]
 
 
 class Ema:
@@ -213,18 +219,24 @@ class Progress:
 class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into a flag, so that a step is finished and saved.
 
-    A second one interrupts at once.
+    A second one interrupts at once.  A context: the usual handlers are back at its end.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        self.asked = 0  # the signal's number
+
+    def __enter__(self) -> StopRequest:
+        self.usual = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.asked:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = number
         tqdm.write("stopping after this step; a checkpoint is written (again to stop at once)")
 
 
@@ -250,30 +262,42 @@ class Trainer(Protocol):
 
 
 def fit(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
-        classes: list[str]) -> bool:
-    """The training loop of both scripts: steps, log, validations, previews, checkpoints.
+        classes: list[str]) -> None:
+    """The training of both scripts, from the first step or the resumed one to the last.
 
-    Returns False if it was asked to stop before the last step (a checkpoint is written then).
+    Asked to stop by Ctrl-C or SIGTERM, it writes a checkpoint after the step and exits with the
+    shell's code for that signal (130, 143), so that a chain of commands ends there.
     """
-    cfg, opts, out, best = setup.training, setup.run, setup.out, math.inf
+    out, best = setup.out, math.inf
     if setup.resumed:
         if setup.resumed["classes"] != classes:
             raise UserError(f"the run to resume has the classes {setup.resumed['classes']}, the "
                             f"data has {classes}")
         trainer.load_state(setup.resumed)
-        best = setup.resumed["best_loss"]
-    else:  # what an older run left, which --overwrite gave up
-        for path in (*out.glob("last*.pt"), *out.glob("best.pt"), *out.glob("previews/*.png")):
+        best, setup.resumed = setup.resumed["best_loss"], None
+    else:  # what an older run left, given up by --overwrite
+        for path in own_files(out):
             path.unlink()
     (out / "previews").mkdir(exist_ok=True)
 
-    def save(name: str, step: int) -> None:
+    def save(name: str, step: int, best: float) -> None:
         checkpoint.save(out / name, kind, {"config": setup.config(), "classes": classes,
                                            "step": step, "best_loss": best, **trainer.state()},
-                        keep=opts.keep if name == "last.pt" else 1)
+                        keep=setup.run.keep if name == "last.pt" else 1)
 
-    log, stop, step = Log(out / "log.jsonl", setup.start), StopRequest(), setup.start
-    progress = Progress(step, cfg.steps, cfg.batch_size, kind)
+    with StopRequest() as stop:
+        step = train_steps(kind, setup, trainer, train, val, best, save, stop)
+    if step < setup.training.steps:
+        print(f"stopped at step {step}; go on with --resume")
+        raise SystemExit(128 + stop.asked)
+
+
+def train_steps(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
+                best: float, save: Callable[[str, int, float], None], stop: StopRequest) -> int:
+    """The loop: steps, log, validations, previews, checkpoints.  Returns the steps done."""
+    cfg, opts, step = setup.training, setup.run, setup.start
+    log, progress = Log(setup.out / "log.jsonl", step), Progress(step, cfg.steps, cfg.batch_size,
+                                                                 kind)
     val_loader = fixed_loader(val, cfg.batch_size, opts.val_images)
     for data, labels, _ in training_loader(train, cfg.batch_size, opts, step, cfg.steps):
         scalars = trainer.step(step, data, labels)
@@ -291,14 +315,12 @@ def fit(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
                 f"{k.removeprefix('val_')} {v:.5g}" for k, v in numbers.items()) + " (held out)")
             if scores["val_loss"] < best:
                 best = scores["val_loss"]
-                save("best.pt", step)
+                save("best.pt", step, best)
         if step % opts.preview_every == 0 or last:
-            trainer.preview(out / "previews" / f"{step:07d}.png")
+            trainer.preview(setup.out / "previews" / f"{step:07d}.png")
         if step % opts.save_every == 0 or last or stop.asked:
-            save("last.pt", step)
-        if stop.asked and not last:
-            progress.close()
-            print(f"stopped at step {step}; go on with --resume")
-            return False
+            save("last.pt", step, best)
+        if stop.asked:
+            break
     progress.close()
-    return True
+    return step

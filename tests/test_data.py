@@ -41,9 +41,20 @@ def test_crop_and_flip_are_a_function_of_epoch_and_index(picture_folder):
     assert torch.equal(val[0, 0][0], val[7, 0][0])  # held-out pictures are not augmented
 
 
-def test_flat_folder_is_one_class(picture_folder):
+def test_flat_folder_is_one_class_also_with_a_flat_val_data(picture_folder):
     _, _, classes = load_data(run(data=str(picture_folder / "cat")), SMALL_TOKENIZER)
     assert classes == ["cat"]
+    _, val, classes = load_data(run(data=str(picture_folder / "cat"),
+                                    val_data=str(picture_folder / "dog")), SMALL_TOKENIZER)
+    assert classes == ["cat"] and len(val) == 4
+
+
+def test_class_folders_may_be_links(picture_folder, tmp_path):
+    (tmp_path / "links").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "links" / name).symlink_to(picture_folder / name)
+    train, val, classes = load_data(run(data=str(tmp_path / "links")), SMALL_TOKENIZER)
+    assert classes == ["cat", "dog"] and len(train) + len(val) == 8
 
 
 def test_folders_that_do_not_serve(picture_folder, tmp_path):

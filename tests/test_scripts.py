@@ -116,16 +116,18 @@ def test_a_killed_run_resumes_bit_for_bit():
 def test_sigterm_writes_a_checkpoint_first(tmp_path, monkeypatch, capsys):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command("train_tokenizer.py", *TOKENIZER, "--steps", 100000,
-                                       "--val-every", 100000, "--save-every", 100000),
+                                       "--val-every", 100000, "--save-every", 100000,
+                                       "--workers", 1),
                                cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)
+                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
     log = tmp_path / "runs/tokenizer/log.jsonl"
     deadline = time.time() + 120
     while not (log.exists() and log.stat().st_size) and time.time() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # the loader's process gets it, too
     output, _ = process.communicate(timeout=120)
-    assert "--resume" in output and process.returncode == 0
+    assert "--resume" in output and "Traceback" not in output
+    assert process.returncode == 128 + signal.SIGTERM
     step = torch.load(tmp_path / "runs/tokenizer/last.pt", weights_only=True)["step"]
     assert step == records(log)[-1]["step"]
     # a generator refuses it until its statistics are measured
@@ -152,7 +154,7 @@ def test_sampling_writes_a_sheet_and_single_files(runs):
 
 
 def test_a_folder_of_pictures_is_enough(picture_folder, tmp_path):
-    call("train_tokenizer.py", *TOKENIZER, "--steps", 2, "--data", picture_folder, cwd=tmp_path)
+    call("train_tokenizer.py", *TOKENIZER, "--steps", 3, "--data", picture_folder, cwd=tmp_path)
     call("train_generator.py", *GENERATOR, "--steps", 2, "--data", picture_folder, cwd=tmp_path)
     assert load_generator(tmp_path / "runs/generator/last.pt").classes == ["cat", "dog", "eel"]
 
@@ -178,7 +180,7 @@ def test_cached_latents_train_and_belong_to_one_tokenizer(runs, picture_folder, 
     call("train_generator.py", *GENERATOR, "--steps", 2, "--latents", "runs/latents",
          "--out", "runs/cached", cwd=runs)
     assert load_generator(runs / "runs/cached/last.pt").classes == ["cat", "dog", "eel"]
-    call("train_tokenizer.py", *TOKENIZER, "--steps", 1, "--seed", 9, "--out", "runs/other",
+    call("train_tokenizer.py", *TOKENIZER, "--steps", 3, "--seed", 9, "--out", "runs/other",
          cwd=runs)
     assert "another tokenizer" in mistake(
         "train_generator.py", *GENERATOR, "--latents", "runs/latents", "--tokenizer",
@@ -205,6 +207,11 @@ def test_a_folder_without_a_readable_picture_is_one_error(picture_folder, tmp_pa
     ("train_tokenizer.py", ["--lr", "-1", "--out", "x"], "lr"),
     ("train_tokenizer.py", ["--resume", "--z-channels", "16"], "other sizes"),
     ("train_tokenizer.py", ["--resume", "--preset", "small"], "--preset tiny"),
+    ("train_tokenizer.py", ["--resume", "--overwrite"], "not both"),
+    ("train_tokenizer.py", ["--out", "x", "--discriminator", "patchgan"], "--adv-start"),
+    ("train_tokenizer.py", ["--out", "x", "--semantic-channels", "8"], "semantic"),
+    ("train_tokenizer.py", ["--out", "x", "--val-data", "nowhere"], "--val-data"),
+    ("train_generator.py", ["--out", "x", "--latents", "y", "--width", "64"], "--latents"),
     ("train_tokenizer.py", ["--out", "/proc/x"], "/proc/x"),
     ("train_generator.py", ["--out", "x", "--tokenizer", "runs/generator/last.pt"], "generator"),
     ("train_generator.py", ["--resume", "--data", "synthetic-object"], "classes"),
