@@ -169,12 +169,12 @@ def _tiny() -> Preset:
             image_size=64, base_channels=16, multipliers=(1, 2, 4), blocks=1, norm_groups=8,
             attention_rows=(16,), z_channels=32, token_channels=64, noise=0.5),
         TokenizerTraining(
-            steps=500, batch_size=16, lr=2e-3, warmup_steps=50, lr_decay=0.3, lr_decay_every=300,
+            steps=800, batch_size=16, lr=2e-3, warmup_steps=50, lr_decay=0.3, lr_decay_every=500,
             ema_decay=0.995, kl_weight=0.01, discriminator="none", disc_channels=32,
-            stats_images=1024),
+            adv_start=350, stats_images=1024),
         GeneratorConfig(layers=4, embed_dim=256, heads=4, head_width=256, head_depth=6,
                         dropout=0.0),
-        GeneratorTraining(steps=1000, batch_size=16, lr=1e-3, warmup_steps=50, ema_decay=0.99))
+        GeneratorTraining(steps=800, batch_size=16, lr=1e-3, warmup_steps=50, ema_decay=0.99))
 
 
 def _paper(layers: int, embed_dim: int, heads: int, head_width: int) -> Preset:
