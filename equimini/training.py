@@ -89,7 +89,7 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
         if override(model, args) != model:
             raise UserError(f"{last} holds a model of other sizes than asked for; leave the "
                             "model's flags out to resume it, or choose another --out")
-    elif own_files(out) and not args.overwrite:
+    elif any(path.suffix == ".pt" for path in own_files(out)) and not args.overwrite:
         raise UserError(f"{out} holds a run already; add --resume to go on with it, --overwrite "
                         "to start anew, or choose another folder with --out")
     for folder in (out, out / "previews"):
