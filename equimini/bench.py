@@ -83,6 +83,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of (B, N, H, D) each
 
 
 def sdpa(n: int, window: int, device: str) -> Attend:
+    """Torch's scaled_dot_product_attention with the window as a mask."""
     mask = window_mask(n, n, window, device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -215,6 +216,7 @@ def attention_line(row: dict) -> str:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m equimini.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="what")

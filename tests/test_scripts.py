@@ -18,6 +18,7 @@ from PIL import Image
 from equimini import keyed, load_generator, load_tokenizer
 from equimini.cli import RunConfig
 from equimini.data import load_data, to_float
+from tests.test_losses import TwoMaps
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ("--image-size 32 --base-channels 8 --norm-groups 4 --z-channels 8 "
@@ -153,9 +154,14 @@ def test_sampling_writes_a_sheet_and_single_files(runs):
     assert abs(pixels - one).max() <= 1
 
 
-def test_a_folder_of_pictures_is_enough(picture_folder, tmp_path):
-    call("train_tokenizer.py", *TOKENIZER, "--steps", 3, "--data", picture_folder, cwd=tmp_path)
-    call("train_generator.py", *GENERATOR, "--steps", 2, "--data", picture_folder, cwd=tmp_path)
+def test_a_folder_of_pictures_wide_crops_and_a_perceptual_network(picture_folder, tmp_path):
+    torch.jit.script(TwoMaps()).save(str(tmp_path / "maps.pt"))
+    wide = ["--data", picture_folder, "--width", 48]
+    call("train_tokenizer.py", *TOKENIZER, *wide, "--steps", 3, "--perceptual-net", "maps.pt",
+         cwd=tmp_path)
+    call("train_generator.py", *GENERATOR, *wide, "--steps", 3, cwd=tmp_path)
+    log = records(tmp_path / "runs/generator/log.jsonl")
+    assert len(log[-1]["val_loss_per_column"]) == 12  # 48 pixels, f = 4
     assert load_generator(tmp_path / "runs/generator/last.pt").classes == ["cat", "dog", "eel"]
 
 
