@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import sys
 import typing
 from pathlib import Path
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, Sequence, TypeVar
 
 import torch
 
@@ -92,12 +93,15 @@ def override(config: Config, args: argparse.Namespace) -> Config:
 def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
     """A configuration from a checkpoint's plain dict.
 
-    Raises UserError if a field is missing, unknown, or out of range.
+    A field that the dict lacks is younger than the checkpoint and gets its default, which must
+    therefore mean what was done before there was a choice.  Raises UserError if a field is
+    unknown or out of range.
     """
-    names = {f.name for f in dataclasses.fields(cls)}
-    if set(values) != names:
-        raise UserError(f"the checkpoint's {cls.__name__} differs from this version's: "
-                        f"{', '.join(sorted(set(values) ^ names))}")
+    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        raise UserError(f"the checkpoint's {cls.__name__} has settings that this version does not "
+                        f"know ({', '.join(unknown)}); it is from a newer version, or an old one "
+                        "whose settings have been renamed")
     try:
         return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v
                       for k, v in values.items()})
@@ -133,6 +137,26 @@ def output_folder(path: str) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to the output folder {path}: {error.strerror}") from None
     return folder
+
+
+def subcommand(package: str, names: Sequence[str], argv: list[str] | None = None) -> None:
+    """`python -m package NAME …`: call main(argv) of the module package.NAME.
+
+    Each module's docstring begins with the line that the list of commands shows.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in names:
+        asked = [] if not argv or argv[0] in ("-h", "--help") else argv[:1]
+        lines = [f"usage: python -m {package} WHAT [options]", ""]
+        for name in names:
+            about = importlib.import_module(f"{package}.{name}").__doc__.splitlines()[0]
+            lines.append(f"  {name:12} {about}")
+        print("\n".join([*lines, "", f"python -m {package} WHAT --help explains each."]),
+              file=sys.stderr if asked or not argv else sys.stdout)
+        if asked:
+            raise UserError(f"unknown command {asked[0]!r}; there are {', '.join(names)}")
+        sys.exit(0 if argv else 2)
+    importlib.import_module(f"{package}.{argv[0]}").main(argv[1:])
 
 
 def run(main: Callable[[], None]) -> None:

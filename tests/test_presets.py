@@ -43,8 +43,16 @@ def test_every_field_is_a_flag_with_help_and_survives_a_checkpoint(config):
     plain = {k: list(v) if isinstance(v, tuple) else v
              for k, v in dataclasses.asdict(config).items()}
     assert config_from_dict(type(config), plain) == config
-    with pytest.raises(UserError, match="differs"):
+    with pytest.raises(UserError, match="does not know.*unknown"):
         config_from_dict(type(config), plain | {"unknown": 1})
+
+
+
+def test_a_field_younger_than_the_checkpoint_gets_its_default():
+    config = TokenizerConfig(dropout=0.3)
+    plain = dataclasses.asdict(config)
+    del plain["dropout"]
+    assert config_from_dict(TokenizerConfig, plain) == TokenizerConfig(dropout=0.0)
 
 
 def test_flags_override_and_are_checked():

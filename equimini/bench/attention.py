@@ -1,4 +1,4 @@
-"""Benchmarks: how fast, and against what.
+"""The attention operator against the stock ones: SDPA, FlexAttention, FlashAttention-2.
 
     python -m equimini.bench attention [--device cuda] [--dtype bfloat16] [--json]
 
@@ -10,65 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from equimini.bench.timing import copy_bandwidth, machine, median_seconds
 from equimini.rope import rope_tables, rotate
 from equimini.window_attention import implementation, window_attention, window_mask
-
-
-def median_seconds(run: Callable[[], object], device: str, budget: float = 1.0) -> float:
-    """Median time of `run` after a warm-up: 5 to 100 repeats, about `budget` seconds of them."""
-    clock = _cuda_seconds if device == "cuda" else _cpu_seconds
-    warm = [clock(run) for _ in range(3)]
-    repeats = max(5, min(100, int(budget / max(warm[-1], 1e-9))))
-    return statistics.median(clock(run) for _ in range(repeats))
-
-
-def _cpu_seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _cuda_seconds(run: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second of a large copy, counting what is read and what is written."""
-    source = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
-
-
-def machine(device: str) -> str:
-    name = (torch.cuda.get_device_name() if device == "cuda" else
-            f"{processor()}, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}")
-    return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-# attention ---------------------------------------------------------------------------------
 
 # (B, N, H, D, W); a CPU gets fewer sequences of the same kind
 SHAPES = {
@@ -184,8 +134,8 @@ def contest(attend: Attend, qkv: Tensor, backward: bool, device: str) -> float:
                           device)
 
 
-def attention(options: argparse.Namespace) -> None:
-    """The attention operator against the stock ones."""
+def compare(options: argparse.Namespace) -> None:
+    """Print the table, or JSON."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
     torch.manual_seed(0)
@@ -215,22 +165,14 @@ def attention_line(row: dict) -> str:
             f"{row['share_of_copy']:7.0%}  {peers}")
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m equimini.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="what")
-    command = commands.add_parser("attention", help=attention.__doc__)
-    command.add_argument("--device", choices=["cpu", "cuda"], help="cuda where there is a GPU")
-    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                         help="bfloat16 on cuda, float32 on a CPU")
-    command.add_argument("--shape", type=int, nargs=5, metavar=("B", "N", "H", "D", "W"),
-                         help="one shape in place of the usual ones")
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command.set_defaults(run=attention)
-    options = parser.parse_args()
-    options.run(options)
-
-
-if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(prog="python -m equimini.bench attention",
+                                     description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="cuda where there is a GPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                        help="bfloat16 on cuda, float32 on a CPU")
+    parser.add_argument("--shape", type=int, nargs=5, metavar=("B", "N", "H", "D", "W"),
+                        help="one shape in place of the usual ones")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    compare(parser.parse_args(argv))

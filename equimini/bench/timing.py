@@ -1,0 +1,55 @@
+"""What all benchmarks share: medians after a warm-up, the machine's name, its copy bandwidth."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def median_seconds(run: Callable[[], object], device: str, budget: float = 1.0) -> float:
+    """Median time of `run` after a warm-up: 5 to 100 repeats, about `budget` seconds of them."""
+    clock = _cuda_seconds if device == "cuda" else _cpu_seconds
+    warm = [clock(run) for _ in range(3)]
+    repeats = max(5, min(100, int(budget / max(warm[-1], 1e-9))))
+    return statistics.median(clock(run) for _ in range(repeats))
+
+
+def _cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second of a large copy, counting what is read and what is written."""
+    source = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
+
+
+def machine(device: str) -> str:
+    name = (torch.cuda.get_device_name() if device == "cuda" else
+            f"{processor()}, {torch.get_num_threads()} threads, "
+            f"{torch.backends.cpu.get_cpu_capability()}")
+    return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
