@@ -17,17 +17,21 @@ from equimini.cache_latents import CachedLatents
 from equimini.cli import RunConfig, UserError, run
 from equimini.data import load_data, to_float
 from equimini.generator import Generator, flow_matching_loss, weight_decay_groups
-from equimini.images import grid, save_png
-from equimini.pipeline import ImageGenerator, tokenizer_content
+from equimini.images import clean_label, grid, save_png
+from equimini.pipeline import ImageGenerator, tokenizer_content, tokenizer_inside
 from equimini.presets import flag
 from equimini.training import Ema, Setup, Stepper, fit, set_up, warmup_decay_lr
+
+
+TOKENIZER = "runs/tokenizer/last.pt"  # where train_tokenizer.py leaves it
 
 
 @dataclass(frozen=True)
 class GeneratorRun(RunConfig):
     """The run's options, and those of the generator alone."""
 
-    tokenizer: str = flag("runs/tokenizer/last.pt", "checkpoint of the trained tokenizer")
+    tokenizer: str = flag("", "checkpoint of the trained tokenizer; empty: the one inside the "
+                          f"checkpoint of --resume or --init-from, else {TOKENIZER}")
     latents: str = flag("", "folder made by python -m equimini.cache_latents, in place of --data")
     precision: str = flag("float32", "arithmetic of the matrix products; bf16 (autocast) is "
                           "several times faster where the processor has it",
@@ -115,6 +119,22 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.stepper.skipped = state["skipped"]
 
+    def start_from(self, state: dict) -> None:
+        """Take the EMA weights of another generator's checkpoint as the initial ones.
+
+        Its classes keep their embeddings; other classes start as "no class".
+        """
+        weights, known = dict(state["ema"]), state["classes"]
+        old = weights["class_table.weight"]
+        rows = [old[known.index(name)] if name in known else weights["no_class"][0]
+                for name in self.classes]
+        weights["class_table.weight"] = torch.stack(rows)
+        for model in (self.model, self.ema.model):
+            checkpoint.load_weights(model, weights, "--init-from")
+        new = [name for name in self.classes if name not in known]
+        print(f"starting from the weights of {self.opts.init_from}; new classes: "
+              f"{', '.join(map(clean_label, new)) or 'none'}")
+
     @torch.no_grad()
     def validate(self, loader) -> dict:
         """Loss of the EMA generator, always with the same noise, and the same per column."""
@@ -143,10 +163,21 @@ class Trainer:
         save_png(grid(list(sheet), [f"{name} (raw, EMA)" for name in names]), path)
 
 
+def find_tokenizer(setup: Setup) -> Tokenizer:
+    """The tokenizer of --tokenizer, or the one inside the checkpoint that training goes on from."""
+    source, asked = setup.resumed or setup.initial, setup.run.tokenizer
+    if setup.resumed and asked == setup.resumed["config"]["run"]["tokenizer"]:
+        asked = ""  # not a wish, but what the run began with
+    if source and not asked:
+        return tokenizer_inside(source, "the checkpoint to go on from")
+    tokenizer = checkpoint.load_tokenizer(asked or TOKENIZER)
+    checkpoint.check_statistics(tokenizer, asked or TOKENIZER)
+    return tokenizer
+
+
 def main() -> None:
     setup = set_up("generator", __doc__.split("\n")[0], GeneratorRun(out="runs/generator"))
-    tokenizer = checkpoint.load_tokenizer(setup.run.tokenizer)
-    checkpoint.check_statistics(tokenizer, setup.run.tokenizer)
+    tokenizer = find_tokenizer(setup)
     if setup.run.latents:
         if (setup.run.data, setup.run.val_data, setup.run.width) != ("synthetic", "", 0):
             raise UserError("--latents holds the data already; leave out --data, --val-data and "

@@ -109,6 +109,11 @@ class Trainer:
             self.disc.load_state_dict(state["disc"])
             self.disc_optimizer.load_state_dict(state["disc_optimizer"])
 
+    def start_from(self, state: dict) -> None:
+        """Take the EMA weights of another tokenizer's checkpoint as the initial ones."""
+        for model in (self.model, self.ema.model):
+            checkpoint.load_weights(model, state["ema"], "--init-from")
+
     @torch.no_grad()
     def validate(self, loader) -> dict[str, float]:
         """Loss and PSNR of the EMA tokenizer's reconstructions (from the mode μ)."""

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from equimini import checkpoint, keyed
 from equimini.autoencoder import Tokenizer
 from equimini.cli import DataConfig, UserError, add_flags, output_folder, override, pick_device, run
-from equimini.data import load_data, to_float
+from equimini.data import load_data, report_pictures, to_float
 from equimini.files import replacing
 from equimini.presets import flag
 
@@ -178,6 +178,7 @@ def main() -> None:
         np.savez(file, **labels)
     with replacing(out / "meta.json") as file:
         file.write(json.dumps(plan, indent=1).encode())
+    report_pictures([train, val], out)
     size = sum(p.stat().st_size for p in out.glob("*.npy")) / 1e6
     print(f"done: {out}, {len(train)} + {len(val)} pictures, {size:.0f} MB")
 

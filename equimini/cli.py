@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import importlib
 import sys
 import typing
+import warnings
 from pathlib import Path
 from typing import Any, Callable, Sequence, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from equimini.presets import Checked, flag
 
@@ -46,12 +49,18 @@ class DataConfig(Checked):
 class RunConfig(DataConfig):
     """What both trainings need beyond the method: data, and how often they report."""
 
+    cache_gb: float = flag(0.0, "memory for decoded pictures, in GB: they are read once, when "
+                           "training starts; 0: each is read anew every time", min=0)
     val_images: int = flag(512, "held-out images per validation, at most", min=1)
     val_every: int = flag(500, "steps between validations", min=1)
     preview_every: int = flag(500, "steps between preview pictures", min=1)
     save_every: int = flag(500, "steps between checkpoints", min=1)
     keep: int = flag(2, "checkpoints kept: last.pt, and the ones before it as last-1.pt, …", min=1)
     log_every: int = flag(10, "steps between lines of the log", min=1)
+    init_from: str = flag("", "checkpoint whose weights (moving average) and sizes training starts "
+                          "from; classes that it does not know begin as 'no class'")
+    deterministic: bool = flag(False, "on CUDA: kernels that give the same bits every time, which "
+                               "exact resuming needs there, and are slower (a CPU's always do)")
 
 
 def add_flags(parser: argparse.ArgumentParser, defaults: Checked, title: str) -> None:
@@ -60,6 +69,11 @@ def add_flags(parser: argparse.ArgumentParser, defaults: Checked, title: str) ->
     types = typing.get_type_hints(type(defaults))
     for f in dataclasses.fields(defaults):
         value = getattr(defaults, f.name)
+        if types[f.name] is bool:
+            group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                               action=argparse.BooleanOptionalAction,
+                               help=f"{f.metadata['help']} [{'yes' if value else 'no'}]")
+            continue
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         text = f.metadata["help"].replace("%", "%%")
         group.add_argument(
@@ -160,13 +174,39 @@ def subcommand(package: str, names: Sequence[str], argv: list[str] | None = None
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main; a UserError becomes one line on stderr and exit code 2."""
+    """Call a script's main; a UserError becomes one line on stderr and exit code 2.
+
+    So do memory that runs out and a full disk.  Warnings are shown as one line each.
+    """
+    warnings.showwarning = _show_warning
     try:
         main()
     except UserError as error:
         text = str(error).rsplit("UserError: ", 1)[-1]  # a loader process wraps it in a traceback
-        print(f"error: {text.strip()}", file=sys.stderr)
-        sys.exit(2)
+        _fail(text.strip())
+    except (torch.OutOfMemoryError, MemoryError):
+        _fail(OUT_OF_MEMORY)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # what torch says on a CPU
+            raise
+        _fail(OUT_OF_MEMORY)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail("the disk is full; make room and go on (what was written before is still there)")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+OUT_OF_MEMORY = ("the memory is used up; lower --batch-size (pictures at a time), --width or "
+                 "--columns (their length), or --cache-gb, or take a smaller --preset")
+
+
+def _fail(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)

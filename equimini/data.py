@@ -17,13 +17,17 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from equimini import keyed, synthetic
-from equimini.cli import DataConfig, RunConfig, UserError
+from equimini.cli import DataConfig, RunConfig, UserError, first_line
+from equimini.files import replacing
 from equimini.presets import TokenizerConfig
 
 Item = tuple[Tensor, int, int]  # image (3, H, W) uint8, class number, index
 SYNTHETIC_IMAGES = 20_000  # scrolls in the built-in training set
+SCALED_UP, UNREADABLE = 1, 2  # what ImageFolder.found says of a file; 0: nothing
+CHUNK = 2**26  # bytes of one shared piece of memory with decoded pictures
 
 
 class ImageFolder(Dataset[Item]):
@@ -41,7 +45,9 @@ class ImageFolder(Dataset[Item]):
         self.files, self.classes = files, classes
         self.height, self.width = height, width
         self.seed, self.augment = seed, augment
-        self.bad: set[Path] = set()
+        # what is known of every file, in memory that loader processes share
+        self.found = torch.zeros(len(files), dtype=torch.uint8).share_memory_()
+        self.kept: dict[int, Tensor] = {}  # decoded pictures, see `keep_in_memory`
 
     def __len__(self) -> int:
         return len(self.files)
@@ -55,22 +61,85 @@ class ImageFolder(Dataset[Item]):
              flip: bool) -> tuple[Tensor, int]:
         """Picture `index`, cropped at random (draw None: at the centre), and its class."""
         for step in range(len(self)):
-            path, label = self.files[(index + step) % len(self)]
-            try:
-                if path not in self.bad:
-                    x = np.array(load_image(path, self.height, self.width))
-                    return self._crop(torch.from_numpy(x).permute(2, 0, 1), draw, flip), label
-            except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-                self.bad.add(path)
-                warnings.warn(f"cannot read {path}, using the next picture instead: {error}",
-                              stacklevel=2)
-        raise UserError(f"none of the {len(self)} pictures can be read, {path} among them")
+            i = (index + step) % len(self)
+            picture = self.kept[i] if i in self.kept else self.decode(i)
+            if picture is not None:
+                return self._crop(picture, draw, flip), self.files[i][1]
+        raise UserError(f"none of the {len(self)} pictures can be read, "
+                        f"{printable(self.files[index][0])} among them")
+
+    def decode(self, i: int) -> Tensor | None:
+        """Picture i, scaled, uint8 (3, h, w); None, after one warning, if it cannot be read."""
+        if self.found[i] == UNREADABLE:
+            return None
+        path = self.files[i][0]
+        try:
+            image = read_rgb(path, 4 * max(self.height, self.width))
+        except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+            self.found[i] = UNREADABLE
+            warnings.warn(f"cannot read {printable(path)}, using the next picture instead: "
+                          f"{first_line(error)}", stacklevel=4)
+            return None
+        if image.width < self.width or image.height < self.height:
+            if not (self.found == SCALED_UP).any():
+                warnings.warn(f"{printable(path)} is smaller ({image.width}x{image.height} pixels) "
+                              f"than the crops of {self.width}x{self.height}; such pictures are "
+                              "scaled up, and counted", stacklevel=4)
+            self.found[i] = SCALED_UP
+        scaled = np.array(scale_to_fit(image, self.height, self.width))
+        return torch.from_numpy(scaled).permute(2, 0, 1)
+
+    def keep_in_memory(self, gigabytes: float, workers: int) -> None:
+        """Decode pictures once, now, and keep them until so much memory is full.
+
+        Those that do not fit are read from their files each time, as without this.  The memory is
+        shared with loader processes.
+        """
+        chunk, used, free = torch.empty(0, dtype=torch.uint8), 0, 0
+        loader = DataLoader(_Decoded(self), batch_size=None, num_workers=workers,
+                            worker_init_fn=_leave_signals)
+        for i, picture in enumerate(tqdm(loader, desc="reading pictures into memory")):
+            if picture.numel() > free:
+                free = max(CHUNK, picture.numel())
+                if used + free > gigabytes * 1e9:
+                    break
+                chunk = torch.empty(free, dtype=torch.uint8).share_memory_()
+                used += free
+            if picture.numel():
+                place = chunk[len(chunk) - free:][:picture.numel()].view(picture.shape)
+                self.kept[i] = place.copy_(picture)
+                free -= picture.numel()
+        if len(self.kept) < len(self) - len(self.unreadable()):
+            print(f"{len(self.kept)} of {len(self)} pictures fit into --cache-gb {gigabytes:g}; "
+                  "the others are read from their files each time")
+
+    def unreadable(self) -> list[Path]:
+        """The files found so far that cannot be read."""
+        return [self.files[i][0] for i in (self.found == UNREADABLE).nonzero().flatten().tolist()]
+
+    def scaled_up(self) -> int:
+        """How many pictures found so far are smaller than the crops."""
+        return int((self.found == SCALED_UP).sum())
 
     def _crop(self, x: Tensor, draw: np.random.Generator | None, flip: bool) -> Tensor:
         room = x.shape[1] - self.height, x.shape[2] - self.width
         top, left = (int(draw.integers(n + 1)) if draw else n // 2 for n in room)
         x = x[:, top:top + self.height, left:left + self.width]
         return (x.flip(2) if flip else x).contiguous()
+
+
+class _Decoded(Dataset[Tensor]):
+    """Every picture of an ImageFolder, scaled but not cropped; empty if it cannot be read."""
+
+    def __init__(self, folder: ImageFolder) -> None:
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, i: int) -> Tensor:
+        picture = self.folder.decode(i)
+        return torch.empty(0, dtype=torch.uint8) if picture is None else picture
 
 
 class Synthetic(Dataset[Item]):
@@ -99,29 +168,67 @@ class Synthetic(Dataset[Item]):
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), label
 
 
-def load_image(path: Path | str, height: int, width: int | None = None) -> Image.Image:
-    """Read a picture as RGB, upright, and scale it so that a (height, width) crop just fits.
+def read_rgb(path: Path | str, side: int | None = None) -> Image.Image:
+    """Read a picture as RGB, upright, its first frame; transparent pixels are put on white.
 
-    Transparent pixels are put on white.  width None: scaled to `height` exactly, any width.
-    Raises OSError (or Pillow's own errors) for a file that is no readable image.
+    side: pixels that are enough for both sides, which lets a JPEG be decoded smaller.  Pictures
+    of floating-point numbers are taken as 0…1 if no value exceeds 1, else as 0…255.
+    Raises OSError, ValueError or Pillow's own errors for a file that is no readable image.
     """
     with Image.open(path) as opened:
-        side = 4 * max(height, width or 0)
-        opened.draft("RGB", (side, side))  # lets JPEG decode smaller
+        if side:
+            opened.draft("RGB", (side, side))
         image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16 bits a pixel, or more of which 16 are used
-            pixels = np.asarray(image).astype(np.int64)
-            image = Image.fromarray((pixels >> (8 if pixels.max() > 255 else 0)).clip(0, 255)
-                                    .astype(np.uint8))
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = Image.fromarray(_to_bytes(np.asarray(image)))
         if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+        return image.convert("RGB")
+
+
+def _to_bytes(pixels: np.ndarray) -> np.ndarray:
+    """Pixels of 16 bits (or more, of which 16 are used), or floating-point, as uint8."""
+    if pixels.dtype.kind == "f":
+        if not np.isfinite(pixels).all():
+            raise ValueError("it holds NaN or infinity")
+        return (pixels * (255 if pixels.max() <= 1 else 1)).round().clip(0, 255).astype(np.uint8)
+    pixels = pixels.astype(np.int64)
+    return (pixels >> (8 if pixels.max() > 255 else 0)).clip(0, 255).astype(np.uint8)
+
+
+def scale_to_fit(image: Image.Image, height: int, width: int | None = None) -> Image.Image:
+    """Scale so that a (height, width) crop just fits; width None: to `height` exactly."""
     scale = height / image.height
     if width is not None:
         scale = max(scale, width / image.width)
     size = max(round(image.width * scale), width or 1), max(round(image.height * scale), height)
     return image.resize(size, Image.Resampling.BICUBIC) if size != image.size else image
+
+
+def load_image(path: Path | str, height: int, width: int | None = None) -> Image.Image:
+    """`read_rgb` and `scale_to_fit` in one."""
+    return scale_to_fit(read_rgb(path, 4 * max(height, width or 0)), height, width)
+
+
+def printable(path: Path | str) -> str:
+    """A file's name as text that any terminal takes, on one line."""
+    shown = str(path).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else "?" for c in shown)
+
+
+def report_pictures(sets: list[Dataset], out: Path, shown: int = 10) -> None:
+    """Print how many pictures could not be read, or were scaled up; the names go to a file."""
+    folders = [data for data in sets if isinstance(data, ImageFolder)]
+    if count := sum(data.scaled_up() for data in folders):
+        print(f"{count} pictures are smaller than the crops and were scaled up; larger ones, or a "
+              "smaller --image-size or --width, would look sharper")
+    if unreadable := [printable(path) for data in folders for path in data.unreadable()]:
+        with replacing(out / "unreadable.txt") as file:
+            file.write("".join(f"{name}\n" for name in unreadable).encode())
+        more = f" and {len(unreadable) - shown} more" if len(unreadable) > shown else ""
+        print(f"{len(unreadable)} files could not be read and were left out (all named in "
+              f"{out / 'unreadable.txt'}): {', '.join(unreadable[:shown])}{more}")
 
 
 def to_float(images: Tensor) -> Tensor:

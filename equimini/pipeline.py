@@ -80,6 +80,13 @@ def tokenizer_content(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"config": asdict(tokenizer.config), "weights": tokenizer.state_dict()}
 
 
+def tokenizer_inside(content: dict[str, Any], path: Any) -> Tokenizer:
+    """The tokenizer that a generator's loaded checkpoint holds."""
+    inside = content["tokenizer"]
+    return checkpoint.tokenizer_from_dict({"config": {"model": inside["config"]},
+                                           "ema": inside["weights"]}, path)
+
+
 def load_generator(path: Path | str, device: str | torch.device = "cpu",
                    ema: bool = True) -> ImageGenerator:
     """A trained generator (EMA or raw weights) and its tokenizer from one checkpoint file.
@@ -87,9 +94,7 @@ def load_generator(path: Path | str, device: str | torch.device = "cpu",
     Raises UserError if the file is missing, damaged, of another kind, or inconsistent.
     """
     content = checkpoint.load(path, "generator")
-    tokenizer = checkpoint.tokenizer_from_dict(
-        {"config": {"model": content["tokenizer"]["config"]},
-         "ema": content["tokenizer"]["weights"]}, path)
+    tokenizer = tokenizer_inside(content, path)
     generator = Generator(config_from_dict(GeneratorConfig, content["config"]["model"]),
                           len(content["classes"]), tokenizer.config.token_channels)
     checkpoint.load_weights(generator, checkpoint.weights_of(content, ema, path), path)

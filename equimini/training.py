@@ -7,8 +7,10 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import signal
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Protocol
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from equimini import checkpoint
-from equimini.data import fixed_loader, training_loader
+from equimini.data import ImageFolder, fixed_loader, report_pictures, training_loader
 from equimini.cli import (RunConfig, UserError, add_flags, config_from_dict, output_folder,
                           override, pick_device)
 from equimini.files import remove_leftovers, replacing
@@ -37,6 +39,7 @@ class Setup:
     device: torch.device
     out: Path
     resumed: dict[str, Any] | None  # dropped once it is loaded
+    initial: dict[str, Any] | None = None  # the checkpoint of --init-from, likewise
 
     def __post_init__(self) -> None:
         self.start = self.resumed["step"] if self.resumed else 0  # the first step to train
@@ -50,9 +53,9 @@ class Setup:
 def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None = None) -> Setup:
     """Parse the command line of train_{kind}.py and find what to resume.
 
-    The preset gives the defaults; with --resume, the checkpoint does.  Raises UserError for an
-    impossible setting, for an output folder that holds another run, and for a checkpoint whose
-    model is not the one asked for.
+    The preset gives the defaults; with --resume, the checkpoint does; with --init-from, the
+    checkpoint gives those of the model.  Raises UserError for an impossible setting, for an output
+    folder that holds another run, and for a checkpoint whose model is not the one asked for.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
@@ -75,7 +78,7 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
     args = parser.parse_args(argv)
 
     out = output_folder(getattr(args, "out", run.out))
-    last, resumed = out / "last.pt", None
+    last, resumed, initial = out / "last.pt", None, None
     if args.resume and args.overwrite:
         raise UserError("give --resume or --overwrite, not both")
     if args.resume:
@@ -95,8 +98,25 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
     for folder in (out, out / "previews"):
         remove_leftovers(folder)
     run = override(run, args)
+    if run.init_from and not resumed:
+        initial = checkpoint.load(run.init_from, kind)
+        model = config_from_dict(type(model), initial["config"]["model"])
+        if override(model, args) != model:
+            raise UserError(f"--init-from {run.init_from} holds a model of other sizes than asked "
+                            "for; leave the model's flags out")
+    if run.deterministic:
+        make_deterministic()
     return Setup(name, override(model, args), override(training, args), run,
-                 pick_device(run.device), out, resumed)
+                 pick_device(run.device), out, resumed, initial)
+
+
+def make_deterministic() -> None:
+    """Have CUDA give the same bits every time; kernels that cannot raise an error."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # their backward passes use atomics
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def own_files(out: Path) -> list[Path]:
@@ -185,8 +205,15 @@ class Log:
         self.file = open(path, "a", buffering=1)
 
     def write(self, step: int, **scalars: float) -> None:
-        """Append one record; `step` counts the optimizer steps done."""
-        self.file.write(json.dumps({"step": step, **scalars}) + "\n")
+        """Append one record; `step` counts the optimizer steps done.
+
+        Raises UserError if it cannot be written.
+        """
+        try:
+            self.file.write(json.dumps({"step": step, **scalars}) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.file.name}: {error.strerror}; make room, and go "
+                            "on from the last checkpoint with --resume") from None
 
 
 class Progress:
@@ -197,14 +224,14 @@ class Progress:
                         mininterval=1.0)
         self.batch_size, self.images, self.since, self.rate = batch_size, 0, time.time(), 0.0
 
-    def step(self, scalars: dict[str, float]) -> None:
-        """Count one step, and show its scalars."""
+    def step(self, scalars: dict[str, float], skipped: int) -> None:
+        """Count one step, and show its loss, and how many steps were left out so far."""
         self.images += self.batch_size
         passed = time.time() - self.since
         if passed > 2:
             self.rate, self.images, self.since = self.images / passed, 0, time.time()
-        shown = {k: f"{v:.3g}" for k, v in scalars.items()}
-        self.bar.set_postfix({**shown, "img/s": f"{self.rate:.0f}"}, refresh=False)
+        shown = {k: f"{scalars[k]:.3g}" for k in ("loss", "lr")} | {"img/s": f"{self.rate:.0f}"}
+        self.bar.set_postfix(shown | ({"skipped": skipped} if skipped else {}), refresh=False)
         self.bar.update()
 
     def write(self, text: str) -> None:
@@ -260,6 +287,9 @@ class Trainer(Protocol):
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
 
+    def start_from(self, state: dict[str, Any]) -> None:
+        """Take the weights (EMA) of another run's checkpoint as the initial ones."""
+
 
 def fit(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
         classes: list[str]) -> None:
@@ -272,13 +302,21 @@ def fit(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
     if setup.resumed:
         if setup.resumed["classes"] != classes:
             raise UserError(f"the run to resume has the classes {setup.resumed['classes']}, the "
-                            f"data has {classes}")
+                            f"data has {classes}; to train it further on other classes, give "
+                            f"--init-from {out / 'last.pt'} and another --out")
         trainer.load_state(setup.resumed)
         best, setup.resumed = setup.resumed["best_loss"], None
     else:  # what an older run left, given up by --overwrite
         for path in own_files(out):
             path.unlink()
+        if setup.initial:
+            trainer.start_from(setup.initial)
+            setup.initial = None
     (out / "previews").mkdir(exist_ok=True)
+    if setup.run.cache_gb:
+        if not isinstance(train, ImageFolder):
+            raise UserError("--cache-gb keeps pictures of a folder in memory; leave it out here")
+        train.keep_in_memory(setup.run.cache_gb, setup.run.workers)
 
     def save(name: str, step: int, best: float) -> None:
         checkpoint.save(out / name, kind, {"config": setup.config(), "classes": classes,
@@ -287,6 +325,7 @@ def fit(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
 
     with StopRequest() as stop:
         step = train_steps(kind, setup, trainer, train, val, best, save, stop)
+    report_pictures([train, val], out)
     if step < setup.training.steps:
         print(f"stopped at step {step}; go on with --resume")
         raise SystemExit(128 + stop.asked)
@@ -296,31 +335,30 @@ def train_steps(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: 
                 best: float, save: Callable[[str, int, float], None], stop: StopRequest) -> int:
     """The loop: steps, log, validations, previews, checkpoints.  Returns the steps done."""
     cfg, opts, step = setup.training, setup.run, setup.start
-    log, progress = Log(setup.out / "log.jsonl", step), Progress(step, cfg.steps, cfg.batch_size,
-                                                                 kind)
-    val_loader = fixed_loader(val, cfg.batch_size, opts.val_images)
-    for data, labels, _ in training_loader(train, cfg.batch_size, opts, step, cfg.steps):
-        scalars = trainer.step(step, data, labels)
-        step += 1
-        progress.step({k: scalars[k] for k in ("loss", "lr")})
-        last = step == cfg.steps
-        if step % opts.log_every == 0:
-            log.write(step, **scalars, skipped=trainer.stepper.skipped,
-                      images_per_s=progress.rate)
-        if step % opts.val_every == 0 or last:
-            scores = trainer.validate(val_loader)
-            log.write(step, **scores)
-            numbers = {k: v for k, v in scores.items() if isinstance(v, float)}
-            progress.write(f"step {step}: " + ", ".join(
-                f"{k.removeprefix('val_')} {v:.5g}" for k, v in numbers.items()) + " (held out)")
-            if scores["val_loss"] < best:
-                best = scores["val_loss"]
-                save("best.pt", step, best)
-        if step % opts.preview_every == 0 or last:
-            trainer.preview(setup.out / "previews" / f"{step:07d}.png")
-        if step % opts.save_every == 0 or last or stop.asked:
-            save("last.pt", step, best)
-        if stop.asked:
-            break
-    progress.close()
+    log, val_loader = Log(setup.out / "log.jsonl", step), fixed_loader(val, cfg.batch_size,
+                                                                       opts.val_images)
+    with closing(Progress(step, cfg.steps, cfg.batch_size, kind)) as progress:
+        for data, labels, _ in training_loader(train, cfg.batch_size, opts, step, cfg.steps):
+            scalars = trainer.step(step, data, labels)
+            step += 1
+            progress.step(scalars, trainer.stepper.skipped)
+            last = step == cfg.steps
+            if step % opts.log_every == 0:
+                log.write(step, **scalars, skipped=trainer.stepper.skipped,
+                          images_per_s=progress.rate)
+            if step % opts.val_every == 0 or last:
+                scores = trainer.validate(val_loader)
+                log.write(step, **scores)
+                numbers = {k: v for k, v in scores.items() if isinstance(v, float)}
+                shown = (f"{k.removeprefix('val_')} {v:.5g}" for k, v in numbers.items())
+                progress.write(f"step {step}: {', '.join(shown)} (held out)")
+                if scores["val_loss"] < best:
+                    best = scores["val_loss"]
+                    save("best.pt", step, best)
+            if step % opts.preview_every == 0 or last:
+                trainer.preview(setup.out / "previews" / f"{step:07d}.png")
+            if step % opts.save_every == 0 or last or stop.asked:
+                save("last.pt", step, best)
+            if stop.asked:
+                break
     return step

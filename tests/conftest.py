@@ -10,6 +10,7 @@ from PIL import Image
 from equimini.autoencoder import Tokenizer
 from equimini.generator import Generator
 from equimini.presets import GeneratorConfig, TokenizerConfig
+from tests.scripts import GENERATOR, TOKENIZER, call
 
 SMALL_TOKENIZER = TokenizerConfig(
     image_size=32, base_channels=8, multipliers=(1, 2, 2), blocks=1, attention_rows=(8,),
@@ -56,3 +57,12 @@ def picture_folder(tmp_path):
             pixels = draw.integers(0, 256, (40 + 7 * i, 70 - 5 * i, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
     return tmp_path / "pictures"
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A tokenizer and a generator, trained for six steps on the built-in data."""
+    folder = tmp_path_factory.mktemp("runs")
+    call("train_tokenizer.py", *TOKENIZER, "--steps", 6, cwd=folder)
+    call("train_generator.py", *GENERATOR, "--steps", 6, cwd=folder)
+    return folder

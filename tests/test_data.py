@@ -1,13 +1,17 @@
 """Folders of pictures, the built-in data, and the order of batches."""
 
+import struct
+import warnings
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from equimini.cli import RunConfig, UserError
-from equimini.data import (Batches, fixed_loader, load_data, load_image, to_float,
-                           training_loader)
+from equimini.data import (Batches, ImageFolder, find_images, fixed_loader, load_data, load_image,
+                           report_pictures, to_float, training_loader)
 from tests.conftest import SMALL_TOKENIZER
 
 
@@ -70,14 +74,73 @@ def test_folders_that_do_not_serve(picture_folder, tmp_path):
         load_data(run(data=str(picture_folder)), SMALL_TOKENIZER)
 
 
-def test_unreadable_picture_is_named_and_replaced(picture_folder):
-    bad = picture_folder / "cat" / "1.png"
-    bad.write_bytes(bad.read_bytes()[:100])
-    train, val, _ = load_data(run(data=str(picture_folder), val_fraction=0.01), SMALL_TOKENIZER)
-    files = [p for p, _ in train.files]
-    with pytest.warns(UserWarning, match="1.png"):
-        image, _, _ = train[0, files.index(bad)]
-    assert image.shape == (3, 32, 32)
+def everything(data, workers=0):
+    return [batch[0] for batch in fixed_loader(data, 2, len(data), workers)]
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_files_that_cannot_be_read_are_replaced_counted_and_listed(picture_folder, tmp_path,
+                                                                   capsys, workers):
+    bad = [picture_folder / "cat" / "1.png", picture_folder / "eel" / "new\nline \udcff.png",
+           picture_folder / "dog" / "0.PNG"]
+    bad[0].write_bytes(bad[0].read_bytes()[:100])  # cut short
+    bad[1].write_bytes(b"")
+    bad[2].write_bytes(b"<html>not found</html>")
+    train = ImageFolder(*find_images(str(picture_folder)), 32, 32, 0, augment=True)
+    with warnings.catch_warnings(record=True) as caught:  # those of this process
+        warnings.simplefilter("always")
+        images = everything(train, workers) + everything(train, workers)
+    assert len(torch.cat(images)) == 2 * 14
+    assert sorted(train.unreadable()) == sorted(bad)
+    if workers == 0:
+        named = [str(w.message) for w in caught]
+        assert len(named) == 3 and any("1.png" in text for text in named)
+        assert not any("\n" in text for text in named)
+    report_pictures([train], tmp_path)
+    assert "3 files could not be read" in capsys.readouterr().out
+    listed = (tmp_path / "unreadable.txt").read_text().splitlines()
+    assert len(listed) == 3 and str(bad[0]) in listed
+
+
+def test_small_pictures_are_scaled_up_and_counted(tmp_path, capsys):
+    for i, size in enumerate(((9, 7), (200, 20), (31, 64), (32, 32), (64, 48))):
+        Image.new("RGB", size, "blue").save(tmp_path / f"{i}.png")
+    files, classes = find_images(str(tmp_path))
+    data = ImageFolder(files, classes, 32, 32, seed=0, augment=False)
+    with pytest.warns(UserWarning, match="scaled up") as caught:
+        assert all(x.shape[1:] == (3, 32, 32) for x in everything(data))
+    assert data.scaled_up() == 3 and len(caught) == 1
+    report_pictures([data], tmp_path)
+    assert capsys.readouterr().out.startswith("3 pictures are smaller")
+
+
+def test_a_picture_that_claims_a_thousand_million_pixels_is_not_read(picture_folder):
+    header = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", struct.pack(">IIBBBBB", 40_000, 25_000, 8, 2, 0, 0, 0)),
+                       (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")):
+        check = zlib.crc32(kind + data)
+        header += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+    (picture_folder / "cat" / "0.png").write_bytes(header)
+    files, classes = find_images(str(picture_folder))
+    data = ImageFolder(files, classes, 32, 32, seed=0, augment=False)
+    with pytest.warns(UserWarning, match="decompression bomb"):
+        everything(data)
+    assert data.unreadable() == [picture_folder / "cat" / "0.png"]
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_pictures_kept_in_memory_are_the_same(picture_folder, workers, capsys):
+    (picture_folder / "cat" / "1.png").write_bytes(b"")
+    plain, kept = (ImageFolder(*find_images(str(picture_folder)), 32, 48, 0, augment=True)
+                   for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kept.keep_in_memory(1, workers)
+        assert len(kept.kept) == 11 and not capsys.readouterr().out
+        keys = [(epoch, i) for epoch in range(3) for i in range(12)]
+        assert all(torch.equal(plain[key][0], kept[key][0]) for key in keys)
+        plain.keep_in_memory(0.001, workers)  # less than one piece: nothing fits
+    assert not plain.kept and "0 of 12 pictures fit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", ("L", "RGBA", "LA", "P", "CMYK", "1", "I;16"))
@@ -105,6 +168,18 @@ def test_exif_rotation_and_scaling(tmp_path):
     Image.new("RGB", (60, 20), "red").save(tmp_path / "x.jpg", exif=exif)
     assert load_image(tmp_path / "x.jpg", 30).size == (10, 30)
     assert load_image(tmp_path / "x.jpg", 32, 32).size == (32, 96)  # the crop just fits
+
+
+def test_pictures_of_floating_point_numbers(tmp_path):
+    values = np.linspace(0, 1, 40 * 50, dtype=np.float32).reshape(40, 50)
+    for name, scale in (("one.tif", 1), ("bytes.tif", 255)):
+        Image.fromarray(values * scale).save(tmp_path / name)
+        pixels = np.asarray(load_image(tmp_path / name, 40)).astype(int)
+        assert abs(pixels[..., 0] - values * 255).max() <= 0.51
+    values[3, 4] = np.nan
+    Image.fromarray(values).save(tmp_path / "bad.tif")
+    with pytest.raises(ValueError, match="NaN"):
+        load_image(tmp_path / "bad.tif", 40)
 
 
 @pytest.mark.parametrize("kind", ("synthetic", "synthetic-object"))

@@ -2,10 +2,8 @@
 
 import json
 import os
-import runpy
 import signal
 import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,49 +16,10 @@ from PIL import Image
 from equimini import keyed, load_generator, load_tokenizer
 from equimini.cli import RunConfig
 from equimini.data import load_data, to_float
+from equimini.generator import Generator
+from equimini.training import Log
+from tests.scripts import GENERATOR, ROOT, TOKENIZER, call, command, mistake
 from tests.test_losses import TwoMaps
-
-ROOT = Path(__file__).parents[1]
-TOKENIZER = ("--image-size 32 --base-channels 8 --norm-groups 4 --z-channels 8 "
-             "--attention-rows 8 --token-channels 8 --batch-size 4 --stats-images 16 "
-             "--discriminator patchgan --disc-channels 8 --disc-layers 2 --adv-start 2 --workers 0 --val-images 8 "
-             "--val-every 3 --preview-every 4 --save-every 3 --log-every 1").split()
-GENERATOR = ("--layers 2 --embed-dim 32 --heads 2 --head-width 32 --head-depth 1 --batch-size 4 "
-             "--dropout 0.1 --workers 0 --val-images 8 --val-every 3 --preview-every 4 "
-             "--preview-steps 2 --save-every 3 --log-every 1").split()
-
-
-def command(script, *arguments):
-    return [sys.executable, str(ROOT / script), *map(str, arguments)]
-
-
-def call(script, *arguments, cwd):
-    """Run a script in a process of its own; returns what it printed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command(script, *arguments), cwd=cwd, env=environment,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-def mistake(script, *arguments, cwd, monkeypatch, capsys):
-    """Run a script that must fail with one clear error and exit code 2; returns its message."""
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
-    return message
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A tokenizer and a generator, trained for six steps on the built-in data."""
-    folder = tmp_path_factory.mktemp("runs")
-    call("train_tokenizer.py", *TOKENIZER, "--steps", 6, cwd=folder)
-    call("train_generator.py", *GENERATOR, "--steps", 6, cwd=folder)
-    return folder
 
 
 def records(path):
@@ -193,6 +152,87 @@ def test_cached_latents_train_and_belong_to_one_tokenizer(runs, picture_folder, 
         "runs/other/last.pt", "--out", "x", cwd=runs, monkeypatch=monkeypatch, capsys=capsys)
 
 
+def test_cached_latents_that_are_not_finite_are_an_error(runs, picture_folder, monkeypatch, capsys):
+    call(ROOT / "equimini" / "cache_latents.py", "--data", picture_folder, "--workers", 0, "--out",
+         "runs/nan", cwd=runs)
+    path = runs / "runs/nan/train-00000.npy"
+    views = np.load(path)
+    views[4, :, 2] = np.nan
+    np.save(path, views)
+    assert "train picture 4 are not finite" in mistake(
+        "train_generator.py", *GENERATOR, "--steps", 9, "--latents", "runs/nan", "--out",
+        "runs/from_nan", cwd=runs, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_a_generator_starts_from_another_with_new_classes(runs, picture_folder):
+    """--init-from keeps all weights but the new classes' rows, which are "no class"."""
+    odd = picture_folder / "..x <b>\n"  # a class name that must do no harm
+    odd.mkdir()
+    Image.new("RGB", (40, 40), "green").save(odd / "1.png")
+    (picture_folder / "sea").symlink_to(picture_folder / "dog")  # a class known already
+    text = call("train_generator.py", "--init-from", "runs/generator/last.pt", "--data",
+                picture_folder, "--lr", 0, "--batch-size", 2, "--steps", 1, "--workers", 0,
+                "--cache-gb", 0.1, "--preview-steps", 1, "--out", "runs/tuned", cwd=runs)
+    assert "new classes: ..x <b>?, cat, dog, eel" in text
+    old, new = (torch.load(runs / f"runs/{name}/last.pt", weights_only=True)
+                for name in ("generator", "tuned"))
+    assert new["classes"] == ["..x <b>\n", "cat", "dog", "eel", "sea"]
+    table = new["ema"]["class_table.weight"]
+    assert torch.equal(table[4], old["ema"]["class_table.weight"][old["classes"].index("sea")])
+    assert torch.equal(table[1], old["ema"]["no_class"][0])
+    assert same(*({k: v for k, v in c["ema"].items() if k != "class_table.weight"}
+                  for c in (old, new)))
+    assert same(old["tokenizer"], new["tokenizer"])
+    # going on with it needs no file but its own
+    (runs / "runs/tokenizer/last.pt").rename(runs / "elsewhere.pt")
+    call("train_generator.py", "--resume", "--steps", 2, "--out", "runs/tuned", cwd=runs)
+    (runs / "elsewhere.pt").rename(runs / "runs/tokenizer/last.pt")
+    call("sample.py", "--checkpoint", "runs/tuned/last.pt", "--steps", 1, "--count", 1,
+         "--singles", "tuned", cwd=runs)
+    assert len(list((runs / "tuned").iterdir())) == 5
+
+
+def test_a_tokenizer_starts_from_another(runs):
+    call("train_tokenizer.py", "--init-from", "runs/tokenizer/last.pt", "--lr", 0, "--steps", 1,
+         "--batch-size", 2, "--workers", 0, "--out", "runs/again", cwd=runs)
+    old, new = (torch.load(runs / f"runs/{name}/last.pt", weights_only=True)["ema"]
+                for name in ("tokenizer", "again"))
+    new |= {k: old[k] for k in ("latent_mean", "latent_std")}  # measured anew
+    assert same(old, new)
+
+
+def test_files_that_cannot_be_read_are_listed_at_the_end(picture_folder, tmp_path):
+    (picture_folder / "dog" / "2.png").write_bytes(b"")
+    text = call("train_tokenizer.py", *TOKENIZER, "--data", picture_folder, "--steps", 3, "--out",
+                tmp_path / "x", "--workers", 1, "--cache-gb", 0.1, cwd=tmp_path)
+    assert text.count("cannot read") == 1 and "1 files could not be read" in text
+    assert (tmp_path / "x" / "unreadable.txt").read_text().endswith("dog/2.png\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_clear_error(runs, monkeypatch, capsys):
+    out = runs / "runs" / "full"
+    out.mkdir()
+    (out / "log.jsonl").mkdir()  # neither can a log be written where a folder is
+    arguments = [*GENERATOR, "--steps", 1, "--out", out]
+    assert "log.jsonl" in mistake("train_generator.py", *arguments, cwd=runs,
+                                  monkeypatch=monkeypatch, capsys=capsys)
+    (out / "log.jsonl").rmdir()
+    monkeypatch.setattr(Log, "__init__", lambda log, *_: setattr(
+        log, "file", open("/dev/full", "w", buffering=1)))
+    assert "make room" in mistake("train_generator.py", *arguments, cwd=runs,
+                                  monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_memory_that_runs_out_is_one_clear_error(runs, monkeypatch, capsys):
+    def fill(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Generator, "predict", fill)
+    assert "lower --batch-size" in mistake("train_generator.py", *GENERATOR, "--out", "x2",
+                                           cwd=runs, monkeypatch=monkeypatch, capsys=capsys)
+
+
 def test_a_folder_without_a_readable_picture_is_one_error(picture_folder, tmp_path, monkeypatch,
                                                           capsys):
     for path in picture_folder.rglob("*.png"):
@@ -221,7 +261,11 @@ def test_a_folder_without_a_readable_picture_is_one_error(picture_folder, tmp_pa
     ("train_generator.py", ["--out", "x", "--latents", "y", "--width", "64"], "--latents"),
     ("train_tokenizer.py", ["--out", "/proc/x"], "/proc/x"),
     ("train_generator.py", ["--out", "x", "--tokenizer", "runs/generator/last.pt"], "generator"),
-    ("train_generator.py", ["--resume", "--data", "synthetic-object"], "classes"),
+    ("train_generator.py", ["--resume", "--data", "synthetic-object"], "--init-from"),
+    ("train_generator.py", ["--init-from", "runs/tokenizer/last.pt", "--out", "x"], "tokenizer"),
+    ("train_generator.py", ["--init-from", "runs/generator/last.pt", "--layers", "9", "--out",
+                            "x"], "other sizes"),
+    ("train_generator.py", ["--cache-gb", "1", "--out", "x"], "--cache-gb"),
     ("sample.py", ["--classes", "moon"], "mountains"),
     ("sample.py", ["--width", "30"], "multiple of f"),
     ("sample.py", ["--columns", "1"], "at least 2"),

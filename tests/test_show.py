@@ -1,0 +1,54 @@
+"""Pictures of what a model does."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from equimini.data import ImageFolder, find_images
+from equimini.show.neighbours import nearest, pixels
+from tests.scripts import invoke, mistake
+
+
+class Mean(torch.nn.Module):
+    """Stands in for a feature network: the mean colour of the four quarters."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+
+def test_copies_of_training_pictures_are_found_also_mirrored(picture_folder):
+    data = ImageFolder(*find_images(str(picture_folder)), 32, 32, 0, augment=False)
+    planted = torch.stack([data.view(7, None, False)[0], data.view(2, None, True)[0]])
+    distances, names = nearest(planted, data, pixels, 3, 5, torch.device("cpu"), 0)
+    assert names[0][0] == (7, False) and names[1][0] == (2, True)
+    assert distances[:, 0].max() < 1e-3 < distances[:, 1].min()
+    assert (distances.diff(dim=1) >= 0).all()
+    brute = [(data.view(i, None, bool(m))[0] / 127.5 - planted[0] / 127.5).square().mean() ** 0.5
+             for i in range(12) for m in range(2)]
+    torch.testing.assert_close(distances[0], torch.stack(brute).sort().values[:3], atol=1e-3,
+                               rtol=1e-3)
+
+
+@pytest.mark.parametrize("network", (False, True))
+def test_neighbours_sheet(runs, picture_folder, monkeypatch, capsys, network):
+    torch.jit.script(Mean()).save(str(runs / "mean.pt"))
+    extra = ["--network", "mean.pt"] if network else []
+    invoke("equimini.show", "neighbours", "--data", picture_folder, "--count", 3, "--nearest", 2,
+           "--steps", 1, "--workers", 0, "--out", "near.png", *extra, cwd=runs,
+           monkeypatch=monkeypatch)
+    text = capsys.readouterr().out
+    assert "11 training pictures" in text and "held-out" in text
+    sheet = np.asarray(Image.open(runs / "near.png"))
+    assert sheet.shape[0] == 3 * 34 + 2 and (sheet[:, -34:] != 255).any()
+
+
+def test_neighbours_mistakes(runs, picture_folder, monkeypatch, capsys):
+    for arguments, text in ((["--data", "nowhere"], "nowhere"),
+                            (["--data", picture_folder, "--network", "none.pt"], "none.pt"),
+                            (["--data", picture_folder, "--nearest", 99], "--nearest")):
+        assert text in mistake("equimini.show", "neighbours", *arguments, "--workers", 0, cwd=runs,
+                               monkeypatch=monkeypatch, capsys=capsys)
+    with pytest.raises(SystemExit):
+        invoke("equimini.show", "--help", cwd=runs, monkeypatch=monkeypatch)
+    assert "neighbours   Samples beside" in capsys.readouterr().out
