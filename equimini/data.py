@@ -330,7 +330,7 @@ def training_loader(data: Dataset, batch_size: int, run: RunConfig, start: int,
     """Batches (images uint8 (B, 3, H, W), labels (B,), indices (B,)) of steps start … stop−1."""
     sampler = Batches(len(data), batch_size, run.seed, start, stop)
     return DataLoader(data, batch_sampler=sampler, num_workers=run.workers,
-                      worker_init_fn=_leave_signals, pin_memory=torch.cuda.is_available())
+                      worker_init_fn=leave_signals, pin_memory=torch.cuda.is_available())
 
 
 def fixed_loader(data: Dataset, batch_size: int, count: int, workers: int = 0,
@@ -339,10 +339,10 @@ def fixed_loader(data: Dataset, batch_size: int, count: int, workers: int = 0,
     order = keyed.rng("subset", seed).permutation(len(data))[:count]
     keys = [(0, int(i)) for i in order]
     return DataLoader(data, batch_size=batch_size, sampler=keys, num_workers=workers,
-                      worker_init_fn=_leave_signals)
+                      worker_init_fn=leave_signals)
 
 
-def _leave_signals(_: int) -> None:
+def leave_signals(_: int) -> None:
     """In a worker: stopping is the main process's business; it ends its workers itself."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
