@@ -147,7 +147,7 @@ def output_folder(path: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may probe, too
     except OSError as error:
         raise UserError(f"cannot write to the output folder {path}: {error.strerror}") from None
     return folder

@@ -117,7 +117,7 @@ class Reconstructions(RealPictures):
             x_hat = self.tokenizer.decode(self.tokenizer.encode(x)).clamp(-1, 1)
             scores = {"psnr": psnr(x, x_hat)}
             if min(x.shape[-2:]) >= 11:
-                scores["ssim"] = ssim(x, x_hat)
+                scores["ssim"] = ssim(x.cpu(), x_hat.cpu())
             scores |= {name: f(x, x_hat) for name, (_, f) in self.distances.items()}
             yield pixels(x_hat), {name: v.cpu() for name, v in scores.items()}
 

@@ -1,0 +1,301 @@
+"""Measure a trained generator or tokenizer against real pictures.
+
+    python -m equimini.evaluate generator --network NET.pt --n 1000 --cfg 1,2,3
+    python -m equimini.evaluate tokenizer --network NET.pt --data my/pictures
+    torchrun --nproc-per-node=4 -m equimini.evaluate generator ...     # shared by 4 processes
+
+Writes report.json, and pictures, into --out, and prints the table.  Stopped, the same command goes
+on where it was.  What the numbers mean: docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from equimini import distributed, load_generator, load_tokenizer
+from equimini.autoencoder import Tokenizer
+from equimini.cli import DataConfig, UserError, add_flags, output_folder, override, run
+from equimini.data import Synthetic, load_data, to_float
+from equimini.evaluation_report import (Reference, compare, distance_name, notes, print_report,
+                                        read_reference, score_reference)
+from equimini.feature_nets import FeatureNetwork, file_hash, load_network
+from equimini.feature_shards import (SHOWN, RealPictures, Reconstructions, Samples, measure,
+                                     read_all)
+from equimini.files import remove_leftovers, replacing
+from equimini.images import grid, save_png
+from equimini.losses import FeatureDistance
+from equimini.pipeline import ImageGenerator
+from equimini.plot import curves
+from equimini.presets import TokenizerConfig, flag
+from equimini.sampler import SCHEDULES
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(DataConfig):
+    """What is measured, against what, with which network."""
+
+    checkpoint: str = flag("", "checkpoint to measure")
+    weights: str = flag("ema", "moving average of the weights, or the raw ones",
+                        choices=("ema", "raw"))
+    seed: int = flag(0, "the --seed of the training: with it the same pictures of --data are held "
+                     "out", min=0, max=2**32 - 1)
+    n: int = flag(1000, "pictures measured; published FIDs use 50000", min=8)
+    reference: str = flag("", "what pictures are compared with: a folder of images, 'synthetic' / "
+                          "'synthetic-object', or an .npz file with mu and sigma; empty: the "
+                          "held-out pictures of --data")
+    network: str = flag("", "TorchScript network that gives the features, called as the Inception "
+                        "of StyleGAN2-ADA is; 'download': that one")
+    network_sha256: str = flag("", "hash that the network's file must have")
+    maps_network: str = flag("", "TorchScript network whose feature maps give a perceptual "
+                             "distance of reconstructions; empty: none")
+    batch_size: int = flag(64, "pictures computed at a time", min=1)
+    cache: str = flag("runs/features", "folder where features of real pictures and of "
+                      "reconstructions are kept, for all evaluations")
+
+
+@dataclass(frozen=True)
+class GeneratorEvaluation(EvaluateConfig):
+    """How a generator draws its samples."""
+
+    cfg: str = flag("2", "guidance scale; several with commas: all of them, and a curve")
+    cfg_schedule: str = flag("linear", "guidance from 1 up to --cfg over the columns, or --cfg "
+                             "throughout", choices=SCHEDULES)
+    steps: int = flag(100, "Euler steps per column", min=1)
+    sample_seed: int = flag(0, "seed of the first sample; the next ones count up", min=0)
+    reference_n: int = flag(0, "pictures of the reference, at most; 0: all", min=0)
+
+
+GENERATOR = GeneratorEvaluation(checkpoint="runs/generator/last.pt", out="runs/evaluate-generator")
+TOKENIZER = EvaluateConfig(checkpoint="runs/tokenizer/last.pt", out="runs/evaluate-tokenizer")
+
+
+class Bench:
+    """What both commands share: the network, the data, the folders."""
+
+    def __init__(self, cfg: EvaluateConfig, shape: TokenizerConfig, device: torch.device) -> None:
+        self.cfg, self.out, self.cache = cfg, output_folder(cfg.out), output_folder(cfg.cache)
+        for folder in (self.out, self.cache, *self.out.glob("*/cfg-*")):
+            remove_leftovers(folder)
+        with distributed.main_first():
+            self.net = load_network(cfg.network, cfg.network_sha256, device)
+        self.distances = {}
+        if cfg.maps_network:
+            distance = FeatureDistance(cfg.maps_network).to(device)
+            self.distances["feature_distance"] = file_hash(cfg.maps_network), distance
+        self.train, self.held_out, self.classes = load_data(cfg, shape)
+        self.statistics = None  # published ones, if the reference is such
+        if cfg.reference.endswith(".npz"):
+            self.statistics = read_reference(cfg.reference)
+        elif cfg.reference:
+            self.held_out = reference_data(cfg, shape)
+        for data, name in ((self.train, "--data"), (self.held_out, "the reference")):
+            if len(data) < 8:
+                raise UserError(f"{name} has {len(data)} pictures; it takes at least 8")
+
+    def real(self, data: Any, n: int, probabilities: bool = True) -> RealPictures:
+        """The first n pictures of a data set (in its fixed random order)."""
+        return RealPictures(data, n, self.net.sha256, self.cache, self.cfg.batch_size,
+                            self.cfg.workers, probabilities)
+
+    def reconstructed(self, pictures: RealPictures, tokenizer: Tokenizer) -> Reconstructions:
+        """What the tokenizer makes of them."""
+        return Reconstructions(pictures, self.net.sha256, tokenizer, self.distances)
+
+    def reference(self, n: int) -> Reference:
+        """The published statistics, or those of n reference pictures."""
+        if self.statistics:
+            return self.statistics
+        pictures = self.real(self.held_out, n, probabilities=False)
+        measure(pictures, self.net, "reference")
+        source = self.cfg.reference or f"held out of {self.cfg.data}"
+        return score_reference(pictures, self.cfg.reference and source or self.cfg.val_data or source)
+
+
+def reference_data(cfg: EvaluateConfig, shape: TokenizerConfig) -> Any:
+    """The data set --reference, all of it: a folder, or the built-in held-out pictures."""
+    other = dataclasses.replace(cfg, data=cfg.reference, val_data="")
+    if cfg.reference in ("synthetic", "synthetic-object"):
+        return load_data(other, shape)[1]
+    return load_data(dataclasses.replace(other, val_data=cfg.reference), shape)[1]
+
+
+def scales(text: str) -> list[float]:
+    """The numbers of --cfg, each once, in order.  Raises UserError for anything else."""
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or not all(math.isfinite(s) and s >= 0 for s in found):
+        raise UserError(f"--cfg takes numbers of at least 0, with commas between, got {text!r}")
+    return found
+
+
+def claim(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
+    """Make the folder of samples this plan's; raises UserError if it holds those of another."""
+    path = out / "plan.json"
+    if overwrite:
+        for old in (*out.glob("samples/cfg-*/*.npz"), *out.glob("images/cfg-*/class*_seed*.png")):
+            old.unlink()
+    elif path.exists() and json.loads(path.read_text()) != plan:
+        before = json.loads(path.read_text())
+        changed = ", ".join(k for k in plan if before.get(k) != plan[k])
+        raise UserError(f"{out} holds samples of other settings ({changed}); choose another --out, "
+                        "or add --overwrite")
+    with replacing(path) as file:
+        file.write(json.dumps(plan, indent=1).encode())
+
+
+def sampling(cfg: GeneratorEvaluation, scale: float) -> dict[str, Any]:
+    """The options of `ImageGenerator.sample_tokens` at one guidance scale."""
+    return {"cfg": scale, "schedule": cfg.cfg_schedule, "steps": cfg.steps}
+
+
+def evaluate_generator(cfg: GeneratorEvaluation, args: argparse.Namespace,
+                       device: torch.device) -> None:
+    """Samples at every scale against the reference; beside them the floor and the limit."""
+    found = scales(cfg.cfg)
+    model = load_generator(cfg.checkpoint, device, ema=cfg.weights == "ema")
+    shape = model.tokenizer.config
+    bench = Bench(cfg, shape, device)
+    if isinstance(bench.train, Synthetic) and bench.classes != model.classes:
+        raise UserError(f"--data {cfg.data} has the classes {', '.join(bench.classes)}, the "
+                        f"generator {', '.join(model.classes[:30])}; give --data the pictures it "
+                        "was trained on")
+    columns = (cfg.width or shape.image_size) // shape.f
+    settings = {"solver": "euler", "seed": cfg.sample_seed, "columns": columns,
+                **{k: v for k, v in sampling(cfg, 0).items() if k != "cfg"}}
+    plan = {"checkpoint": file_hash(cfg.checkpoint), "weights": cfg.weights,
+            "network": bench.net.sha256, **settings}
+    with distributed.main_first():
+        if distributed.is_main():
+            claim(bench.out, plan, args.overwrite)
+    sets = {}
+    for scale in found:
+        keep = output_folder(str(bench.out / f"images/cfg-{scale}")) if args.keep_images else None
+        sets[scale] = Samples(model, cfg.n, columns, cfg.sample_seed, sampling(cfg, scale),
+                              bench.out / f"samples/cfg-{scale}", cfg.batch_size, keep)
+        measure(sets[scale], bench.net, f"samples, cfg {scale:g}")
+    floor = bench.real(bench.train, cfg.n)
+    measure(floor, bench.net, "floor: training pictures")
+    limit = bench.reconstructed(floor, model.tokenizer)
+    measure(limit, bench.net, "limit: reconstructions")
+    reference = bench.reference(cfg.reference_n or len(bench.held_out))
+    if distributed.is_main():
+        rows = [{"set": "samples", "cfg": scale, **compare(read_all(s), reference)}
+                for scale, s in sets.items()]
+        rows += [{"set": "tokenizer's limit", **compare(read_all(limit), reference)},
+                 {"set": "floor (real pictures)", **compare(read_all(floor), reference)}]
+        finish(bench, "generator", rows, reference, floor, {**settings, "sample k":
+               f"class k mod {len(model.classes)}, seed {cfg.sample_seed} + k"},
+               model.classes)
+        draw_sweep(bench.out, sets, rows, bench.net, cfg.n)
+
+
+def draw_sweep(out: Path, sets: dict[float, Samples], rows: list[dict], net: FeatureNetwork,
+               n: int) -> None:
+    """The first pictures of every scale below each other; of several scales, the curve."""
+    pictures = [to_float(read_all(s)["shown"][:n]) for s in sets.values()]
+    save_png(grid(pictures, [f"cfg {scale:g}" for scale in sets]), out / "samples.png")
+    if len(sets) < 2:
+        return
+    samples = [row for row in rows if row["set"] == "samples"]
+    lines = {name: [(row["cfg"], row[key]) for row in samples] for name, key in (
+        (f"{n} samples", "frechet_distance"), ("extrapolated in 1/n", "frechet_extrapolated"))}
+    levels = {row["set"]: row["frechet_distance"] for row in rows if row["set"] != "samples"}
+    curves(out / "curve.png", lines, "guidance scale", "Frechet distance",
+           f"Frechet distance, {net.name}", levels)
+
+
+def evaluate_tokenizer(cfg: EvaluateConfig, args: argparse.Namespace,
+                       device: torch.device) -> None:
+    """Reconstructions of held-out pictures; beside them training pictures as they are."""
+    tokenizer = any_tokenizer(cfg, device)
+    bench = Bench(cfg, tokenizer.config, device)
+    originals = bench.real(bench.held_out, cfg.n)
+    decoded = bench.reconstructed(originals, tokenizer)
+    measure(decoded, bench.net, "reconstructions")
+    floor = bench.real(bench.train, cfg.n)
+    measure(floor, bench.net, "floor: training pictures")
+    reference = bench.reference(cfg.n)
+    if distributed.is_main():
+        paired = reference.features is not None  # then it is the originals
+        rows = [{"set": "reconstructions", **compare(read_all(decoded), reference, paired)},
+                {"set": "floor (real pictures)", **compare(read_all(floor), reference)}]
+        finish(bench, "tokenizer", rows, reference, floor,
+               {"decoded": "from the mode of the posterior"})
+        before = torch.cat([x for x, _ in originals.batches(0, min(SHOWN, originals.n))])
+        after = read_all(decoded)["shown"]
+        save_png(grid([to_float(before), to_float(after)], ["original", "decoded"]),
+                 bench.out / "reconstructions.png")
+
+
+def any_tokenizer(cfg: EvaluateConfig, device: torch.device) -> Tokenizer:
+    """The tokenizer of --checkpoint, which may also be a generator's, with a tokenizer in it."""
+    try:
+        return load_tokenizer(cfg.checkpoint, device, ema=cfg.weights == "ema")
+    except UserError as first:
+        if cfg.weights == "raw":
+            raise
+        try:
+            return load_generator(cfg.checkpoint, device).tokenizer
+        except UserError:
+            raise first from None
+
+
+def finish(bench: Bench, kind: str, rows: list[dict], reference: Reference, floor: RealPictures,
+           settings: dict[str, Any], classes: list[str] | None = None) -> None:
+    """Write report.json and print it.  classes: the generator's."""
+    cfg = bench.cfg
+    remarks = notes(rows, reference, bench.net, floor)
+    if classes not in (None, bench.classes):
+        remarks.append("the generator's classes are not those of --data")
+    report = {
+        "what": kind, "distance": distance_name(bench.net, rows[0]["n"], kind),
+        "checkpoint": {"file": Path(cfg.checkpoint).name, "sha256": file_hash(cfg.checkpoint),
+                       "weights": cfg.weights},
+        "network": bench.net.describe(), "reference": reference.about, "settings": settings,
+        "pixels": f"{floor.data.width}x{floor.data.height}", "results": rows, "notes": remarks}
+    with replacing(bench.out / "report.json") as file:
+        file.write(json.dumps(report, indent=1).encode())
+    print_report(report)
+    print(f"written to {bench.out}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m equimini.evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="generator|tokenizer")
+    for defaults, function in ((GENERATOR, evaluate_generator), (TOKENIZER, evaluate_tokenizer)):
+        name = function.__name__.removeprefix("evaluate_")
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__,
+                                      allow_abbrev=False)
+        add_flags(command, defaults, "options")
+        command.set_defaults(function=function, defaults=defaults)
+        if name == "generator":
+            command.add_argument("--overwrite", action="store_true",
+                                 help="drop samples of other settings that --out holds")
+            command.add_argument("--keep-images", action="store_true",
+                                 help="keep every sample as a PNG in OUT/images")
+    args = parser.parse_args(argv)
+    cfg = override(args.defaults, args)
+    device = distributed.local_device(cfg.device)
+    with distributed.processes(device):
+        try:
+            args.function(cfg, args, device)
+        except KeyboardInterrupt:
+            print("\nstopped; the same command goes on from here", file=sys.stderr)
+            raise
+
+
+if __name__ == "__main__":
+    run(main)
