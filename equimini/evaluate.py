@@ -208,11 +208,10 @@ def draw_sweep(out: Path, sets: dict[float, Samples], rows: list[dict], net: Fea
     if len(sets) < 2:
         return
     samples = [row for row in rows if row["set"] == "samples"]
-    lines = {name: [(row["cfg"], row[key]) for row in samples] for name, key in (
-        (f"{n} samples", "frechet_distance"), ("extrapolated in 1/n", "frechet_extrapolated"))}
+    line = [(row["cfg"], row["frechet_distance"]) for row in samples]
     levels = {row["set"]: row["frechet_distance"] for row in rows if row["set"] != "samples"}
-    curves(out / "curve.png", lines, "guidance scale", "Frechet distance",
-           f"Frechet distance, {net.name}", levels)
+    curves(out / "curve.png", {"samples": line}, "guidance scale", "Frechet distance",
+           distance_name(net, n), levels)
 
 
 def evaluate_tokenizer(cfg: EvaluateConfig, args: argparse.Namespace,

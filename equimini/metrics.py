@@ -190,12 +190,13 @@ def inception_score(probabilities: Tensor, splits: int = 1) -> tuple[float, floa
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity per picture (Wang et al. 2004), (B,); 1 for equal ones.
 
-    x, y: (B, 3, H, W) in [−1, 1], at least 11 pixels a side; y is clipped.  Gaussian window of 11
-    pixels with σ = 1.5, unpadded, K₁ = 0.01, K₂ = 0.03; mean over places and colour channels.
+    x, y: (B, 3, H, W) in [−1, 1], at least 11 pixels a side; y is clipped.  Compared as values in
+    [0, 1], with a Gaussian window of 11 pixels, σ = 1.5, unpadded, K₁ = 0.01, K₂ = 0.03; mean over
+    places and colour channels.
     """
     if min(x.shape[-2:]) < 11:
         raise ValueError(f"SSIM takes pictures of at least 11x11 pixels, got {tuple(x.shape)}")
-    x, y = x.double(), y.double().clamp(-1, 1)
+    x, y = (x.double() + 1) / 2, (y.double().clamp(-1, 1) + 1) / 2
     g = torch.exp(-(torch.arange(11, dtype=x.dtype, device=x.device) - 5).square() / (2 * 1.5**2))
     g = (g / g.sum()).expand(x.shape[1], 1, 1, 11)
 
@@ -203,7 +204,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
         channels = image.shape[1]
         return F.conv2d(F.conv2d(image, g, groups=channels), g.mT, groups=channels)
 
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # the range of values is 2
+    c1, c2 = 0.01**2, 0.03**2
     mx, my = blur(x), blur(y)
     vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     map_ = ((2 * mx * my + c1) * (2 * cov + c2)) / ((mx * mx + my * my + c1) * (vx + vy + c2))

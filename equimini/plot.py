@@ -11,7 +11,7 @@ from equimini.images import clean_label, save_png
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; black last
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-SIZE, SCALE = (720, 440), 2  # in pixels; drawn SCALE times larger, then reduced: smooth lines
+SIZE, SCALE = (720, 440), 3  # in pixels; drawn SCALE times larger, then reduced: smooth lines
 Point = tuple[float, float]
 
 
@@ -106,7 +106,8 @@ class _Chart:
         """A dashed horizontal line, and its entry in the legend."""
         colour, (_, y) = COLOURS[i % len(COLOURS)], self.place(self.x_ticks[0], value)
         self._dashes(self.left, self.right, y, colour)
-        self._dashes(self.right + SCALE * 12, self.right + SCALE * 34, self._legend(i, label), colour)
+        y = self._legend(i, label)
+        self._dashes(self.right + SCALE * 12, self.right + SCALE * 34, y, colour)
 
     def _dashes(self, left: float, right: float, y: float, colour: str) -> None:
         x = left
