@@ -2,8 +2,9 @@
 
     python -m equimini.evaluate generator --network NET.pt --n 1000 --cfg 1,2,3
     python -m equimini.evaluate tokenizer --network NET.pt --data my/pictures
-    torchrun --nproc-per-node=4 -m equimini.evaluate generator ...     # shared by 4 processes
+    torchrun --nproc-per-node=4 -m equimini.evaluate generator --samples 50000 ...
 
+The last one shares the work among 4 processes (torchrun would take --n for its own option).
 Writes report.json, and pictures, into --out, and prints the table.  Stopped, the same command goes
 on where it was.  What the numbers mean: docs/evaluation.md.
 """
@@ -280,6 +281,9 @@ def main(argv: list[str] | None = None) -> None:
                                       allow_abbrev=False)
         add_flags(command, defaults, "options")
         command.set_defaults(function=function, defaults=defaults)
+        command.add_argument("--samples", dest="n", type=int, metavar="N",
+                             default=argparse.SUPPRESS, help="the same as --n, which torchrun "
+                             "takes for one of its own options")
         if name == "generator":
             command.add_argument("--overwrite", action="store_true",
                                  help="drop samples of other settings that --out holds")
