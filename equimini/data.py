@@ -97,7 +97,7 @@ class ImageFolder(Dataset[Item]):
         """
         chunk, used, free = torch.empty(0, dtype=torch.uint8), 0, 0
         loader = DataLoader(_Decoded(self), batch_size=None, num_workers=workers,
-                            worker_init_fn=_leave_signals)
+                            worker_init_fn=leave_signals)
         for i, picture in enumerate(tqdm(loader, desc="reading pictures into memory")):
             if picture.numel() > free:
                 free = max(CHUNK, picture.numel())

@@ -73,6 +73,8 @@ class GeneratorEvaluation(EvaluateConfig):
     steps: int = flag(100, "Euler steps per column", min=1)
     sample_seed: int = flag(0, "seed of the first sample; the next ones count up", min=0)
     reference_n: int = flag(0, "pictures of the reference, at most; 0: all", min=0)
+    keep_images: bool = flag(False, "keep every sample as a PNG in OUT/images")
+    overwrite: bool = flag(False, "drop samples of other settings that --out holds")
 
 
 GENERATOR = GeneratorEvaluation(checkpoint="runs/generator/last.pt", out="runs/evaluate-generator")
@@ -160,8 +162,7 @@ def sampling(cfg: GeneratorEvaluation, scale: float) -> dict[str, Any]:
     return {"cfg": scale, "schedule": cfg.cfg_schedule, "steps": cfg.steps}
 
 
-def evaluate_generator(cfg: GeneratorEvaluation, args: argparse.Namespace,
-                       device: torch.device) -> None:
+def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     """Samples at every scale against the reference; beside them the floor and the limit."""
     found = scales(cfg.cfg)
     model = load_generator(cfg.checkpoint, device, ema=cfg.weights == "ema")
@@ -178,10 +179,10 @@ def evaluate_generator(cfg: GeneratorEvaluation, args: argparse.Namespace,
             "network": bench.net.sha256, **settings}
     with distributed.main_first():
         if distributed.is_main():
-            claim(bench.out, plan, args.overwrite)
+            claim(bench.out, plan, cfg.overwrite)
     sets = {}
     for scale in found:
-        keep = output_folder(str(bench.out / f"images/cfg-{scale}")) if args.keep_images else None
+        keep = output_folder(str(bench.out / f"images/cfg-{scale}")) if cfg.keep_images else None
         sets[scale] = Samples(model, cfg.n, columns, cfg.sample_seed, sampling(cfg, scale),
                               bench.out / f"samples/cfg-{scale}", cfg.batch_size, keep)
         measure(sets[scale], bench.net, f"samples, cfg {scale:g}")
@@ -215,8 +216,7 @@ def draw_sweep(out: Path, sets: dict[float, Samples], rows: list[dict], net: Fea
            distance_name(net, n), levels)
 
 
-def evaluate_tokenizer(cfg: EvaluateConfig, args: argparse.Namespace,
-                       device: torch.device) -> None:
+def evaluate_tokenizer(cfg: EvaluateConfig, device: torch.device) -> None:
     """Reconstructions of held-out pictures; beside them training pictures as they are."""
     tokenizer = any_tokenizer(cfg, device)
     bench = Bench(cfg, tokenizer.config, device)
@@ -284,17 +284,12 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--samples", dest="n", type=int, metavar="N",
                              default=argparse.SUPPRESS, help="the same as --n, which torchrun "
                              "takes for one of its own options")
-        if name == "generator":
-            command.add_argument("--overwrite", action="store_true",
-                                 help="drop samples of other settings that --out holds")
-            command.add_argument("--keep-images", action="store_true",
-                                 help="keep every sample as a PNG in OUT/images")
     args = parser.parse_args(argv)
     cfg = override(args.defaults, args)
     device = distributed.local_device(cfg.device)
     with distributed.processes(device):
         try:
-            args.function(cfg, args, device)
+            args.function(cfg, device)
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on from here", file=sys.stderr)
             raise

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from equimini.cli import UserError, first_line
+from equimini.data import SCALED_UP, UNREADABLE
 from equimini.feature_nets import FeatureNetwork, file_hash
 from equimini.feature_shards import RealPictures, read, shards
 from equimini.metrics import (Gaussian, Statistics, extrapolated_distance, frechet_distance,
                               inception_score, kernel_distance)
 
 FEATURES_KEPT = 50_000  # rows of the reference for KID and the extrapolation, at most
+FAULTS = {"unreadable": "{} files cannot be read; the next picture stood in for each, so that it "
+                        "counts twice", "scaled_up": "{} pictures are smaller than the model's and "
+                        "were scaled up"}
 SCORES = ("psnr", "ssim", "feature_distance")
 
 
@@ -47,18 +51,20 @@ def read_reference(path: str) -> Reference:
 
 def score_reference(pictures: RealPictures, source: str) -> Reference:
     """Statistics of measured pictures, in one pass over their shards."""
-    kept, statistics = [], None
+    kept, found, statistics = [], [], None
     for rows in read(pictures):
         statistics = statistics or Statistics(rows["features"].shape[1])
         if statistics.n < FEATURES_KEPT:
             kept.append(rows["features"])
         statistics.update(rows["features"])
+        found += [rows["found"]] if "found" in rows else []
     features = torch.cat(kept)
     gaussian = Gaussian.fit(features) if len(features) == statistics.n else \
         Gaussian.of(statistics.mean, statistics.covariance())
     hashes = sorted(pictures.hashes(0, pictures.n))
     content = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-    about = {"source": source, "sha256": content, "n": pictures.n}
+    about = {"source": source, "sha256": content, "n": pictures.n,
+             **faults(torch.cat(found) if found else None)}
     return Reference(gaussian, features, about, frozenset(hashes))
 
 
@@ -72,7 +78,7 @@ def compare(rows: dict[str, Tensor], reference: Reference, paired: bool = False)
     if features.shape[1] != len(reference.gaussian.mean):
         raise UserError(f"the reference has {len(reference.gaussian.mean)} features, the network "
                         f"{features.shape[1]}; give the network that the statistics are of")
-    result = {"n": n, "frechet_distance": frechet_distance(Gaussian.fit(features),
+    result = {"n": n, **faults(rows.get("found")), "frechet_distance": frechet_distance(Gaussian.fit(features),
                                                            reference.gaussian)}
     other = reference.gaussian if reference.features is None else reference.features
     result["frechet_extrapolated"] = extrapolated_distance(features, other, paired)
@@ -85,6 +91,16 @@ def compare(rows: dict[str, Tensor], reference: Reference, paired: bool = False)
     if splits > 1:
         result["inception_score_std"] = spread
     return result | {name: rows[name].double().mean().item() for name in SCORES if name in rows}
+
+
+def faults(found: Tensor | None) -> dict[str, int]:
+    """How many pictures could not be read, or were too small, by name; empty if none.
+
+    found: what `ImageFolder` knows of each file, None for pictures without files.
+    """
+    counts = {} if found is None else {"unreadable": int((found == UNREADABLE).sum()),
+                                       "scaled_up": int((found == SCALED_UP).sum())}
+    return {name: count for name, count in counts.items() if count}
 
 
 def distance_name(net: FeatureNetwork, n: int, kind: str = "generator") -> str:
@@ -112,6 +128,9 @@ def notes(rows: list[dict], reference: Reference, net: FeatureNetwork,
     if reference.features is None:
         found.append("the reference is known by its statistics only: no KID, and the "
                      "extrapolation does not correct for the reference's own size")
+    for counts in (*rows, {"set": "reference", **reference.about}):
+        found += [f"{counts['set']}: {text.format(counts[k])}" for k, text in FAULTS.items()
+                  if k in counts]
     if floor.n != n:
         found.append(f"the floor has {floor.n} pictures, not {n}, because --data has no more: its "
                      "plain distance does not compare with the others")

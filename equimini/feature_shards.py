@@ -72,15 +72,16 @@ class RealPictures:
         self.order = keyed.rng("subset", 0).permutation(len(data))[:n].tolist()
         self.n, self.workers, self.probabilities = len(self.order), workers, probabilities
         # all that is done to a picture
-        self.process = f"1 {network} {probabilities} {data.height}x{data.width}"
+        self.process = f"2 {network} {probabilities} {data.height}x{data.width}"
         self._hashes: dict[int, str] = {}
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         loader = DataLoader(self.data, self.batch_size, num_workers=self.workers,
                             worker_init_fn=leave_signals,
                             sampler=[(0, index) for index in self.order[first:last]])
-        for images, _, _ in loader:
-            yield images, {}
+        for images, _, indices in loader:
+            found = getattr(self.data, "found", None)  # what is known of files, once they are read
+            yield images, {} if found is None else {"found": found[indices]}
 
     def hashes(self, first: int, last: int) -> list[str]:
         """SHA-256 of each picture's content (of what a drawn one depends on)."""
@@ -112,10 +113,10 @@ class Reconstructions(RealPictures):
     @torch.no_grad()
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         device = next(self.tokenizer.parameters()).device
-        for images, _ in super().batches(first, last):
+        for images, known in super().batches(first, last):
             x = to_float(images.to(device))
             x_hat = self.tokenizer.decode(self.tokenizer.encode(x)).clamp(-1, 1)
-            scores = {"psnr": psnr(x, x_hat)}
+            scores = {**known, "psnr": psnr(x, x_hat)}
             if min(x.shape[-2:]) >= 11:
                 scores["ssim"] = ssim(x.cpu(), x_hat.cpu())
             scores |= {name: f(x, x_hat) for name, (_, f) in self.distances.items()}

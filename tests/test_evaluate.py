@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -272,6 +273,18 @@ def test_a_perfect_tokenizer_is_at_distance_zero(folder, monkeypatch):
     assert perfect["frechet_distance"] < 1e-9 and abs(perfect["frechet_extrapolated"]) < 1e-9
     assert perfect["ssim"] == pytest.approx(1) and abs(perfect["kid"]) < 1e-12
     assert perfect["feature_distance"] < 1e-6 and perfect["psnr"] > 90
+
+
+def test_files_that_cannot_be_read_are_counted(folder):
+    Path("val/a/3.png").write_bytes(b"no picture")
+    Image.new("RGB", (20, 20)).save("train/b/2.png")
+    for _ in range(2):  # computed, and from the cache
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call(*GENERATOR, "--n", 36, "--out", "a")
+        found = "\n".join(report("a")["notes"])
+        assert "reference: 1 files cannot be read" in found
+        assert "floor (real pictures): 1 pictures are smaller" in found
 
 
 def test_built_in_pictures_as_data_and_reference(folder):
