@@ -49,7 +49,7 @@ class EvaluateConfig(DataConfig):
                         choices=("ema", "raw"))
     seed: int = flag(0, "the --seed of the training: with it the same pictures of --data are held "
                      "out", min=0, max=2**32 - 1)
-    n: int = flag(1000, "pictures measured; published FIDs use 50000", min=8)
+    n: int = flag(1000, "pictures measured; published FIDs use 50000", min=4)
     reference: str = flag("", "what pictures are compared with: a folder of images, 'synthetic' / "
                           "'synthetic-object', or an .npz file with mu and sigma; empty: the "
                           "held-out pictures of --data")
@@ -101,8 +101,8 @@ class Bench:
         elif cfg.reference:
             self.held_out = reference_data(cfg, shape)
         for data, name in ((self.train, "--data"), (self.held_out, "the reference")):
-            if len(data) < 8:
-                raise UserError(f"{name} has {len(data)} pictures; it takes at least 8")
+            if len(data) < 4:
+                raise UserError(f"{name} has {len(data)} pictures; it takes at least 4")
 
     def real(self, data: Any, n: int, probabilities: bool = True) -> RealPictures:
         """The first n pictures of a data set (in its fixed random order)."""

@@ -4,10 +4,13 @@ import functools
 import re
 import shlex
 
+import torch
+
 from equimini.pipeline import ImageGenerator
 from tests.scripts import ROOT, invoke
 from tests.test_convert import (HEADS, WINDOW, generator_file, random_generator, random_tokenizer,
                                 tokenizer_file)
+from tests.test_evaluate import TinyNet
 
 SHORT = "--steps 2 --batch-size 2 --val-images 2 --workers 0"
 # what makes a command quick, added to its flags (the last one of two counts)
@@ -16,6 +19,8 @@ SMALL = {
     "train_generator.py": f"{SHORT} --preview-steps 1",
     "sample.py": "--steps 1",
     "equimini.convert places_large.ckpt": f"--heads {HEADS} --window {WINDOW}",
+    "equimini.evaluate generator": "--n 4 --steps 1 --workers 0 --val-fraction 0.5",
+    "equimini.evaluate tokenizer": "--n 4 --workers 0 --val-fraction 0.5",
     "equimini.bench attention": "--shape 1 8 2 16 4",
 }
 ELSEWHERE = ("tests/kill_and_resume.py",  # test_scripts.py calls it
@@ -54,6 +59,7 @@ def test_readme(picture_folder, tmp_path, monkeypatch):
     for split in ("train", "val"):
         for name in ("buildings", "forest", "glacier", "mountain", "sea", "street"):
             (tmp_path / "scenes" / split / name).symlink_to(picture_folder / "cat")
+    torch.jit.script(TinyNet()).save(str(tmp_path / "inception-2015-12-05.pt"))
     tokenizer_file(tmp_path / "tokenizer.ckpt", random_tokenizer())
     generator_file(tmp_path / "places_large.ckpt", random_generator(), random_generator(1))
     for words in found:
