@@ -103,6 +103,17 @@ class Bench:
         for data, name in ((self.train, "--data"), (self.held_out, "the reference")):
             if len(data) < 4:
                 raise UserError(f"{name} has {len(data)} pictures; it takes at least 4")
+        self.try_network()
+
+    def try_network(self) -> None:
+        """Find out on one picture, not after hours, that the network does not serve."""
+        picture = torch.zeros(1, 3, self.train.height, self.train.width, dtype=torch.uint8)
+        self.net.probabilities(picture)
+        found = self.net.features(picture).shape[1]
+        if self.statistics and found != len(self.statistics.gaussian.mean):
+            raise UserError(f"--reference {self.cfg.reference} has "
+                            f"{len(self.statistics.gaussian.mean)} features, the network {found}; "
+                            "give the --network that the statistics were made with")
 
     def real(self, data: Any, n: int, probabilities: bool = True) -> RealPictures:
         """The first n pictures of a data set (in its fixed random order)."""
@@ -119,8 +130,8 @@ class Bench:
             return self.statistics
         pictures = self.real(self.held_out, n, probabilities=False)
         measure(pictures, self.net, "reference")
-        source = self.cfg.reference or f"held out of {self.cfg.data}"
-        return score_reference(pictures, self.cfg.reference and source or self.cfg.val_data or source)
+        return score_reference(pictures, self.cfg.reference or self.cfg.val_data
+                               or f"held out of {self.cfg.data}")
 
 
 def reference_data(cfg: EvaluateConfig, shape: TokenizerConfig) -> Any:

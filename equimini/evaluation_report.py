@@ -72,14 +72,11 @@ def compare(rows: dict[str, Tensor], reference: Reference, paired: bool = False)
     """All numbers of one set: distances to the reference, scores, means.
 
     rows: features (n, d), probabilities (n, classes) and scores (n,) by name.  paired: row i
-    belongs to row i of the reference.  Raises UserError if the reference is of another network.
+    belongs to row i of the reference.
     """
     features, n = rows["features"], len(rows["features"])
-    if features.shape[1] != len(reference.gaussian.mean):
-        raise UserError(f"the reference has {len(reference.gaussian.mean)} features, the network "
-                        f"{features.shape[1]}; give the network that the statistics are of")
-    result = {"n": n, **faults(rows.get("found")), "frechet_distance": frechet_distance(Gaussian.fit(features),
-                                                           reference.gaussian)}
+    result = {"n": n, **faults(rows.get("found"))}
+    result["frechet_distance"] = frechet_distance(Gaussian.fit(features), reference.gaussian)
     other = reference.gaussian if reference.features is None else reference.features
     result["frechet_extrapolated"] = extrapolated_distance(features, other, paired)
     if reference.features is not None:

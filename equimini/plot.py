@@ -28,8 +28,8 @@ def curves(path: Path | str, series: dict[str, list[Point]], xlabel: str, ylabel
     points = [p for line in series.values() for p in line]
     if not points:
         raise ValueError("series must hold at least one finite point")
-    chart = _Chart(ticks([x for x, _ in points]), ticks([y for _, y in points] + [*levels.values()]),
-                   [*series, *levels])
+    xs, ys = zip(*points)
+    chart = _Chart(ticks([*xs]), ticks([*ys, *levels.values()]), [*series, *levels])
     chart.axes(xlabel, ylabel, title)
     for i, (label, value) in enumerate(levels.items(), len(series)):
         chart.level(i, label, value)
