@@ -34,7 +34,6 @@ from equimini.feature_shards import (SHOWN, RealPictures, Reconstructions, Sampl
 from equimini.files import remove_leftovers, replacing
 from equimini.images import grid, save_png
 from equimini.losses import FeatureDistance
-from equimini.pipeline import ImageGenerator
 from equimini.plot import curves
 from equimini.presets import TokenizerConfig, flag
 from equimini.sampler import SCHEDULES

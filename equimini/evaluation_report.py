@@ -13,7 +13,7 @@ from torch import Tensor
 from equimini.cli import UserError, first_line
 from equimini.data import SCALED_UP, UNREADABLE
 from equimini.feature_nets import FeatureNetwork, file_hash
-from equimini.feature_shards import RealPictures, read, shards
+from equimini.feature_shards import RealPictures, read
 from equimini.metrics import (Gaussian, Statistics, extrapolated_distance, frechet_distance,
                               inception_score, kernel_distance)
 
@@ -141,8 +141,8 @@ def notes(rows: list[dict], reference: Reference, net: FeatureNetwork,
 COLUMNS = (("set", "set", ""), ("cfg", "cfg", "g"), ("n", "n", "d"),
            ("frechet_distance", "Frechet", ".3f"), ("frechet_extrapolated", "1/n -> 0", ".3f"),
            ("kid", "KID x1000", ".3f"), ("kid_std", "+-", ".3f"), ("inception_score", "IS", ".2f"),
-           ("inception_score_std", "+-", ".2f"), ("psnr", "PSNR dB", ".2f"), ("ssim", "SSIM", ".4f"),
-           ("feature_distance", "feature dist.", ".4f"))
+           ("inception_score_std", "+-", ".2f"), ("psnr", "PSNR dB", ".2f"),
+           ("ssim", "SSIM", ".4f"), ("feature_distance", "feature dist.", ".4f"))
 
 
 def print_report(report: dict[str, Any]) -> None:
