@@ -34,6 +34,7 @@ from equimini.losses import psnr
 from equimini.metrics import ssim
 from equimini.pipeline import ImageGenerator
 
+FORMAT = 1   # of the files of real pictures; raised when what they hold is computed otherwise
 SHARD = 256  # pictures per file
 SHOWN = 12   # first pictures of a set that are kept, for the sheets
 Batch = tuple[Tensor, dict[str, Tensor]]  # pictures uint8 (B, 3, H, W), scores (B,) by name
@@ -72,7 +73,7 @@ class RealPictures:
         self.order = keyed.rng("subset", 0).permutation(len(data))[:n].tolist()
         self.n, self.workers, self.probabilities = len(self.order), workers, probabilities
         # all that is done to a picture
-        self.process = f"2 {network} {probabilities} {data.height}x{data.width}"
+        self.process = f"{FORMAT} {network} {probabilities} {data.height}x{data.width}"
         self._hashes: dict[int, str] = {}
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
