@@ -30,10 +30,13 @@ class Conv3x3(nn.Conv2d):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm with the eps of the whole autoencoder."""
+    """GroupNorm with the eps of the whole autoencoder, in float32 under autocast too."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__(groups, channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
 
 
 class ResidualBlock(nn.Module):
@@ -255,6 +258,16 @@ class Tokenizer(nn.Module):
         if tokens.dim() != 3 or tokens.shape[1] < 2 or tokens.shape[2] != d:
             raise ValueError(f"tokens must be (B, N >= 2, {d}), got {tuple(tokens.shape)}")
         return self.from_tokens(tokens.mT)
+
+    def freeze_latents(self) -> None:
+        """Leave only what comes after the tokens trainable: the decoder and its Conv1d's.
+
+        So `encode` and the latents' statistics stay as they are, bit for bit.  The semantic head
+        is left as it is, too.
+        """
+        for part in (self.encoder, self.to_tokens, self.semantic_head):
+            if part is not None:
+                part.requires_grad_(False).eval()
 
     @property
     def has_statistics(self) -> bool:
