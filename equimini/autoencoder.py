@@ -269,6 +269,11 @@ class Tokenizer(nn.Module):
             if part is not None:
                 part.requires_grad_(False).eval()
 
+    def latent_side(self) -> dict[str, Tensor]:
+        """What the latents depend on: the state dict without decoder and semantic head."""
+        before = ("encoder.", "to_tokens.", "latent_")
+        return {k: v for k, v in self.state_dict().items() if k.startswith(before)}
+
     @property
     def has_statistics(self) -> bool:
         """Whether the latents' mean and std have been measured."""
