@@ -8,6 +8,7 @@ Writes last.pt, best.pt (lowest validation loss), log.jsonl and previews/ into -
 and what they need: docs/tokenizer.md.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -139,12 +140,9 @@ class Trainer:
     def start_from(self, state: dict) -> None:
         """Take the EMA weights of another tokenizer's checkpoint as the initial ones."""
         for model in (self.model, self.ema.model):
-            checkpoint.load_weights(model, state["ema"], "the checkpoint to start from")
-
-    def start_from(self, state: dict) -> None:
-        """Take the EMA weights of another tokenizer's checkpoint as the initial ones."""
-        for model in (self.model, self.ema.model):
             checkpoint.load_weights(model, state["ema"], "--init-from")
+            if not self.finetuning:  # the encoder is about to change
+                model.set_statistics(math.nan, math.nan)
 
     @torch.no_grad()
     def validate(self, loader) -> dict[str, float]:
@@ -169,11 +167,11 @@ class Trainer:
 def match_semantics(setup: Setup, teacher: torch.nn.Module | None) -> TokenizerConfig:
     """The model's configuration with a semantic head as wide as the teacher, none without one.
 
-    A model that is already there (resumed, or given for stage 2) keeps its head.  Raises
+    A model that is already there (resumed, or to start from) keeps its head.  Raises
     UserError where its width, or one asked for, is not the teacher's.
     """
     given, wanted = setup.model.semantic_channels, teacher.channels if teacher else 0
-    fixed = setup.resumed or setup.run.finetune_decoder
+    fixed = setup.resumed or setup.initial
     if fixed and (given == wanted or not teacher):
         return setup.model
     if fixed or given not in (0, wanted, PRESETS[setup.preset].tokenizer.semantic_channels):
@@ -208,6 +206,8 @@ def stage_one(setup: Setup) -> dict:
     Raises UserError if it has no latent statistics, or other sizes than the model's flags say.
     """
     path = setup.run.finetune_decoder
+    if setup.run.init_from:
+        raise UserError("give --finetune-decoder or --init-from, not both")
     content = checkpoint.load(path, "tokenizer")
     checkpoint.check_statistics(checkpoint.tokenizer_from_dict(content, path), path)
     saved = config_from_dict(TokenizerConfig, content["config"]["model"])
@@ -251,11 +251,10 @@ def main() -> None:
     if setup.resumed and setup.resumed["config"]["run"].get("finetune_decoder", "") != finetuning:
         raise UserError("--finetune-decoder starts a run of its own; leave out --resume, and "
                         "choose another --out")
-    first = stage_one(setup) if finetuning and not setup.resumed else None
+    if finetuning and not setup.resumed:
+        setup.initial = stage_one(setup)
     train, val, classes = load_data(setup.run, setup.model)
     trainer = Trainer(setup, to_float(next(iter(fixed_loader(val, 8, 8)))[0]))
-    if first:
-        trainer.start_from(first)
     trained = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
     print(f"tokenizer {setup.preset}: {trained / 1e6:.2f} M parameters to train, "
           f"{setup.model.columns} columns per {setup.model.image_size}x{setup.model.image_size} "

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equimini.cli import UserError, first_line
-from equimini.features import DinoV2Teacher, ScriptTeacher, script_maps, unit
+from equimini.features import DinoV2Teacher, ScriptTeacher, script_maps
+from equimini.lpips import unit
 from equimini.presets import TokenizerTraining
 from equimini.weights import chosen, load_dinov2, load_lpips
 

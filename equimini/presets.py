@@ -198,9 +198,9 @@ def _tiny() -> Preset:
             attention_rows=(16,), z_channels=32, token_channels=64, noise=0.5),
         TokenizerTraining(
             steps=800, batch_size=16, lr=2e-3, warmup_steps=50, lr_decay=0.3, lr_decay_every=500,
-            ema_decay=0.995, kl_weight=0.01, discriminator="none", disc_channels=32,
-            disc_head_channels=64, disc_lr=1e-3, adv_start=350, adv_ramp=100, align_weight=0.05,
-            align_start=100, align_map=-2, stats_images=1024),
+            ema_decay=0.995, kl_weight=0.01, perceptual_weight=0.1, discriminator="none",
+            disc_channels=32, disc_head_channels=64, disc_lr=1e-3, adv_start=350, adv_ramp=100,
+            align_weight=0.05, align_start=100, align_map=-2, stats_images=1024),
         GeneratorConfig(layers=4, embed_dim=256, heads=4, head_width=256, head_depth=6,
                         dropout=0.0),
         GeneratorTraining(steps=800, batch_size=16, lr=1e-3, warmup_steps=50, ema_decay=0.99))

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from equimini.cli import UserError, first_line
-from equimini.features import Lpips, VisionTransformer, dino_vits16, dinov2_vitb14
+from equimini.features import VisionTransformer, dino_vits16, dinov2_vitb14
+from equimini.lpips import Lpips
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 from equimini import weights
 from equimini.cli import UserError
-from equimini.features import (DinoTaps, DinoV2Teacher, Lpips, ScriptTeacher, Vgg16,
-                               VisionTransformer, dino_vits16, dinov2_vitb14, imagenet_normalize,
-                               resize, script_maps)
+from equimini.features import (DinoTaps, DinoV2Teacher, ScriptTeacher, VisionTransformer,
+                               dino_vits16, dinov2_vitb14, imagenet_normalize, resize,
+                               script_maps)
 from equimini.losses import FeatureDistance, make_distance, make_teacher
+from equimini.lpips import Lpips, Vgg16
 from equimini.presets import TokenizerTraining
 from tests.conftest import randomize
 from tests.test_losses import TwoMaps
