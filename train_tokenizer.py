@@ -9,7 +9,7 @@ and what they need: docs/tokenizer.md.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -211,7 +211,8 @@ def stage_one(setup: Setup) -> dict:
     content = checkpoint.load(path, "tokenizer")
     checkpoint.check_statistics(checkpoint.tokenizer_from_dict(content, path), path)
     saved = config_from_dict(TokenizerConfig, content["config"]["model"])
-    if setup.model not in (PRESETS[setup.preset].tokenizer, saved):
+    asked, there = (asdict(m) | {"semantic_channels": 0} for m in (setup.model, saved))
+    if setup.model != PRESETS[setup.preset].tokenizer and asked != there:
         raise UserError(f"--finetune-decoder {path} holds a model of other sizes than asked for; "
                         "leave the model's flags out")
     setup.model = saved

@@ -8,7 +8,7 @@ pictures.  Options that are not its own go to every training (--batch-size 32, s
 the same command goes on where it was.  Writes table.md, results.json and pictures.png.
 
 What variants share is trained once.  Before --adv-start the critics do nothing, so the variants
-"+ PatchGAN" and "heads" continue "+ perceptual" from there, bit for bit as if trained alone.  The
+"+ PatchGAN" and "DINO-style heads" continue "+ perceptual" from there, bit for bit as if trained alone.  The
 fine-tuned decoder takes its stage 1 from the aligned variant's first steps − finetune-steps steps:
 both have had the same number of steps in the end.
 """
@@ -86,7 +86,7 @@ def variants(cfg: AblationConfig, extra: list[str]) -> tuple[list[TrainingRun], 
     finetuned = run("6-finetuned", [*perceptual, *heads, "--adv-start", "0", "--finetune-decoder",
                                     str(first.last)], cfg.finetune_steps)
     rows = [("L1 + KL", plain), ("+ perceptual", distance), ("+ PatchGAN", patch),
-            ("heads on frozen net instead", frozen), ("+ alignment", aligned),
+            ("DINO-style heads instead", frozen), ("+ alignment", aligned),
             ("+ decoder fine-tuning", finetuned)]
     return [plain, start, distance, patch, frozen, first, aligned, finetuned], rows
 
