@@ -31,9 +31,9 @@ from equimini.training import Ema, Setup, Stepper, fit, set_up, warmup_decay_lr
 class TokenizerRun(RunConfig):
     """The run's options, and those of the tokenizer alone."""
 
-    finetune_decoder: str = flag("", "stage 2: checkpoint of a trained tokenizer, whose EMA weights "
-                                 "are taken; its encoder stays as it is, its decoder is trained "
-                                 "on, without alignment")
+    finetune_decoder: str = flag("", "stage 2: checkpoint of a trained tokenizer, whose EMA "
+                                 "weights are taken; its encoder stays as it is, its decoder is "
+                                 "trained on, without alignment")
     precision: str = flag("float32", "arithmetic of convolutions and matrix products; bf16 "
                           "(autocast) is faster where the processor has it; losses, norms and the "
                           "adaptive weight stay in float32", choices=("float32", "bf16"))

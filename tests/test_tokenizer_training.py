@@ -18,6 +18,7 @@ from equimini.autoencoder import Tokenizer, add_noise, noise_variance
 from equimini.cache_latents import latents_hash, tokenizer_hash
 from equimini.cli import UserError
 from equimini.data import to_float
+from equimini.experiments import tokenizer as ablation
 from equimini.experiments.training_runs import TrainingRun, claim
 from equimini.presets import PRESETS, TokenizerTraining
 from equimini.training import Ema, Setup
@@ -82,8 +83,8 @@ def test_every_loss_is_logged_and_the_head_fits_the_teacher(stage_one):
 def test_stage_two_trains_the_decoder_alone(stage_one, critic, tmp_path):
     extra = ["--disc-net", stage_one / "maps.pt"] if critic == "dino" else []
     before = stage_one / "one/last.pt"
-    script("train_tokenizer.py", *TRAINING, *STARTS, *extra, "--discriminator", critic, "--steps", 3,
-           "--finetune-decoder", before, "--out", tmp_path / "two")
+    script("train_tokenizer.py", *TRAINING, *STARTS, *extra, "--discriminator", critic, "--steps",
+           3, "--finetune-decoder", before, "--out", tmp_path / "two")
     a = weights(before)
     for which in ("model", "ema"):
         b = weights(tmp_path / "two/last.pt", which)
@@ -209,7 +210,6 @@ class Features(torch.nn.Module):
 
 def test_the_ablation_ends_in_a_table_and_a_picture(stage_one, picture_folder, tmp_path,
                                                     monkeypatch, capsys):
-    ablation = pytest.importorskip("equimini.experiments.tokenizer")
     torch.jit.script(Features()).save(str(tmp_path / "features.pt"))
     trained = []
 

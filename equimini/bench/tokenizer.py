@@ -48,7 +48,8 @@ class Steps:
             self.model.to(memory_format=torch.channels_last)
         size = cfg.batch_size, 3, shape.image_size, shape.image_size
         self.images = torch.rand(size, device=device) * 2 - 1
-        self.distance = FeatureDistance(cfg.perceptual_net).to(device) if cfg.perceptual_net else None
+        net = cfg.perceptual_net
+        self.distance = FeatureDistance(net).to(device) if net else None
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
         wrap = torch.compile if compiled else lambda function: function
         self.encode, self.decode = wrap(self.model.encode), wrap(self.model.decode)

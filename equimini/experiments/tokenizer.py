@@ -8,9 +8,9 @@ pictures.  Options that are not its own go to every training (--batch-size 32, s
 the same command goes on where it was.  Writes table.md, results.json and pictures.png.
 
 What variants share is trained once.  Before --adv-start the critics do nothing, so the variants
-"+ PatchGAN" and "DINO-style heads" continue "+ perceptual" from there, bit for bit as if trained alone.  The
-fine-tuned decoder takes its stage 1 from the aligned variant's first steps − finetune-steps steps:
-both have had the same number of steps in the end.
+"+ PatchGAN" and "DINO-style heads" continue "+ perceptual" from there, bit for bit as if trained
+alone.  The fine-tuned decoder takes its stage 1 from the aligned variant's first steps −
+finetune-steps steps: both have had the same number of steps in the end.
 """
 
 from __future__ import annotations

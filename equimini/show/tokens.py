@@ -130,7 +130,7 @@ def print_shift_test(tokenizer: Tokenizer, image: Tensor, shifts: tuple[int, ...
     print(f"\nto compare: {neighbours.median().item():.3f} between neighbouring columns (median)\n"
           f"            {np.median(apart):.3f} between any two columns of this picture (median)\n"
           f"            {math.sqrt(2):.3f} between two random tokens (expected)\n"
-          f"            {noise:.3f} from the noise that tokens have in training (root mean square)\n"
+          f"            {noise:.3f} from the noise of tokens in training (root mean square)\n"
           "(root mean square over the channels, each in units of its standard deviation over the "
           "training set)")
 
