@@ -24,6 +24,8 @@ class SampleConfig(Checked):
     """What to draw, and how."""
 
     checkpoint: str = flag("runs/generator/last.pt", "checkpoint of a trained generator")
+    tokenizer: str = flag("", "checkpoint of the generator's tokenizer with a fine-tuned decoder; "
+                          "empty: the tokenizer inside the generator's checkpoint")
     classes: str = flag("all", "names or numbers of classes, with commas; all: every class once")
     count: int = flag(8, "pictures per class", min=1)
     columns: int = flag(0, "length of the pictures, in columns of f pixels; 0: square", min=0)
@@ -62,7 +64,7 @@ def main() -> None:
     output_folder(str(out.parent))
     if out.suffix.lower() != ".png":
         raise UserError(f"--out must end in .png, got {cfg.out}")
-    model = load_generator(cfg.checkpoint, device, ema=cfg.weights == "ema")
+    model = load_generator(cfg.checkpoint, device, cfg.weights == "ema", cfg.tokenizer)
     shape = model.tokenizer.config
     columns = length_in_columns(cfg, shape.f, shape.columns)
     wanted = range(len(model.classes)) if cfg.classes == "all" else \

@@ -30,10 +30,13 @@ class Conv3x3(nn.Conv2d):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm with the eps of the whole autoencoder."""
+    """GroupNorm with the eps of the whole autoencoder, in float32 under autocast too."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__(groups, channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
 
 
 class ResidualBlock(nn.Module):
@@ -181,7 +184,8 @@ class Decoder(nn.Module):
         """From `lowest_stage`'s map to the image."""
         for up, stage in zip(self.ups, self.stages[1:]):
             x = stage(up(x))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        with torch.autocast(x.device.type, enabled=False):  # pixels with all their digits
+            return self.conv_out(F.silu(self.norm_out(x)))
 
     def forward(self, columns: Tensor) -> Tensor:
         return self.upper_stages(self.lowest_stage(columns))
@@ -255,6 +259,21 @@ class Tokenizer(nn.Module):
         if tokens.dim() != 3 or tokens.shape[1] < 2 or tokens.shape[2] != d:
             raise ValueError(f"tokens must be (B, N >= 2, {d}), got {tuple(tokens.shape)}")
         return self.from_tokens(tokens.mT)
+
+    def freeze_latents(self) -> None:
+        """Leave only what comes after the tokens trainable: the decoder and its Conv1d's.
+
+        So `encode` and the latents' statistics stay as they are, bit for bit.  The semantic head
+        is left as it is, too.
+        """
+        for part in (self.encoder, self.to_tokens, self.semantic_head):
+            if part is not None:
+                part.requires_grad_(False).eval()
+
+    def latent_side(self) -> dict[str, Tensor]:
+        """What the latents depend on: the state dict without decoder and semantic head."""
+        before = ("encoder.", "to_tokens.", "latent_")
+        return {k: v for k, v in self.state_dict().items() if k.startswith(before)}
 
     @property
     def has_statistics(self) -> bool:

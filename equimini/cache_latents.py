@@ -49,8 +49,17 @@ class CacheConfig(DataConfig):
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 of the tokenizer's weights and statistics."""
+    return _hash(tokenizer.state_dict())
+
+
+def latents_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256 of what latents depend on: a tokenizer with a fine-tuned decoder has the same."""
+    return _hash(tokenizer.latent_side())
+
+
+def _hash(weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(tokenizer.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -83,7 +92,7 @@ class CachedLatents(Dataset):
 
     def __init__(self, folder: str, split: str, tokenizer: Tokenizer, seed: int) -> None:
         meta = read_meta(folder)
-        if meta["tokenizer"] != tokenizer_hash(tokenizer):
+        if meta["tokenizer"] not in (latents_hash(tokenizer), tokenizer_hash(tokenizer)):
             raise UserError(f"the latents in {folder} were made with another tokenizer; make them "
                             "again with python -m equimini.cache_latents, or give the --tokenizer "
                             "they belong to")
@@ -157,7 +166,7 @@ def main() -> None:
     if cfg.crops > 1 and cfg.data.startswith("synthetic"):
         raise UserError("--crops is for pictures; the built-in data has nothing to crop")
     train, val, classes = load_data(cfg, tokenizer.config)
-    plan = {"tokenizer": tokenizer_hash(tokenizer), "classes": classes, "data": cfg.data,
+    plan = {"tokenizer": latents_hash(tokenizer), "classes": classes, "data": cfg.data,
             "images": {"train": len(train), "val": len(val)}, "crops": cfg.crops,
             "width": cfg.width, "seed": cfg.seed, "val_data": cfg.val_data,
             "val_fraction": cfg.val_fraction}

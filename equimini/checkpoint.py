@@ -136,6 +136,18 @@ def check_statistics(tokenizer: Tokenizer, path: Any) -> None:
             f"{load(path, 'tokenizer')['step']}")
 
 
+def check_same_latents(mine: Tokenizer, theirs: Tokenizer, path: Any) -> None:
+    """Raise UserError where the tokenizer from `path`, `theirs`, makes other latents than `mine`.
+
+    Their decoders may differ: --finetune-decoder leaves the encoder and the statistics alone.
+    """
+    a, b = mine.latent_side(), theirs.latent_side()
+    if a.keys() != b.keys() or any(not torch.equal(a[k].cpu(), b[k].cpu()) for k in a):
+        raise UserError(f"--tokenizer {path} makes other tokens than the tokenizer that the "
+                        "generator was trained with; only one whose decoder was trained on "
+                        "(train_tokenizer.py --finetune-decoder) can take its place")
+
+
 def load_tokenizer(path: Path | str, device: str | torch.device = "cpu",
                    ema: bool = True) -> Tokenizer:
     """A trained tokenizer from its checkpoint file, ready to encode and decode.

@@ -1,8 +1,27 @@
-"""The critic of the tokenizer's adversarial loss."""
+"""The critics of the tokenizer's adversarial loss: PatchGAN, and heads on a frozen network.
+
+A critic works in two halves: `look` is frozen (and empty in PatchGAN), `judge` is trained.  What
+was seen of x̂ serves the autoencoder's step and the critic's, so the frozen half runs twice a
+step, on x̂ and on x, and backwards once.
+"""
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from equimini import checkpoint, keyed
+from equimini.cli import UserError
+from equimini.features import DinoTaps, ScriptTaps, script_maps
+from equimini.losses import hinge_loss
+from equimini.presets import TokenizerTraining
+from equimini.training import Stepper
+from equimini.weights import chosen, load_dino, unused
 
 
 class PatchGAN(nn.Sequential):
@@ -30,5 +49,187 @@ class PatchGAN(nn.Sequential):
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.02)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images)
+    def look(self, images: Tensor, rngs: list[np.random.Generator]) -> list[Tensor]:
+        """What is judged: the images themselves."""
+        return [images]
+
+    def judge(self, seen: list[Tensor]) -> Tensor:
+        """Logits (B, 1, h, w)."""
+        return self(seen[0])
+
+
+def augment(images: Tensor, rngs: list[np.random.Generator]) -> Tensor:
+    """Differentiable augmentation, drawn for each image from its own generator.
+
+    Translation by whole pixels, at most round(side / 8), filled with zeros; brightness ± 0.5;
+    saturation × U(0, 2); contrast × U(0.5, 1.5); a zeroed rectangle of round(0.2 · side) around
+    a random centre.  images: (B, 3, H, W) in [−1, 1]; the result is not clipped.
+    """
+    height, width = images.shape[2:]
+    u = np.stack([rng.random(7) for rng in rngs])  # (B, 7)
+    dy, dx = round(height / 8), round(width / 8)
+    padded = F.pad(images, (dx, dx, dy, dy))
+    tops, lefts = (u[:, 0] * (2 * dy + 1)).astype(int), (u[:, 1] * (2 * dx + 1)).astype(int)
+    x = torch.stack([p[:, i:i + height, j:j + width] for p, i, j in zip(padded, tops, lefts)])
+
+    brightness, saturation, contrast = (
+        torch.from_numpy(u[:, k].astype(np.float32)).to(x.device).view(-1, 1, 1, 1)
+        for k in (2, 3, 4))
+    x = x + (brightness - 0.5)
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * (2 * saturation)
+    level = x.mean((1, 2, 3), keepdim=True)
+    x = level + (x - level) * (contrast + 0.5)
+
+    rows = cut(height, u[:, 5]).to(x.device)[:, None, :, None]
+    columns = cut(width, u[:, 6]).to(x.device)[:, None, None, :]
+    return x.masked_fill(rows & columns, 0.0)
+
+
+def cut(side: int, u: np.ndarray) -> Tensor:
+    """Which of `side` pixels a stretch of round(0.2 · side) covers, (B, side) bool; its centre is
+    uniform over the side, so at the borders a part of it may lie outside."""
+    length = round(0.2 * side)
+    first = (u * (side + 1 - length % 2)).astype(int) - length // 2
+    distance = torch.arange(side) - torch.from_numpy(first)[:, None]
+    return (distance >= 0) & (distance < length)
+
+
+class VirtualBatchNorm(nn.Module):
+    """Normalisation of (B, C, L) over positions and the samples of a group.
+
+    The batch is cut into ⌈B/8⌉ consecutive groups, as equal as they can be (B = 9: 5 and 4).
+    Biased variance, eps 1e-6, no running statistics; in float32.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, 1))
+        self.bias = nn.Parameter(torch.zeros(channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normal = []
+        for group in x.float().tensor_split(math.ceil(len(x) / 8)):
+            variance, mean = torch.var_mean(group, (0, 2), correction=0, keepdim=True)
+            normal.append((group - mean) * (variance + 1e-6).rsqrt())
+        return torch.cat(normal) * self.weight + self.bias
+
+
+class CircularConv(nn.Conv1d):
+    """Conv1d, kernel 9, whose positions form a ring of any length."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, kernel_size=9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length, turns = x.shape[2], math.ceil(4 / x.shape[2])
+        ring = x.repeat(1, 1, 2 * turns + 1)  # indices would have no deterministic backward
+        return super().forward(ring.narrow(2, turns * length - 4, length + 8))
+
+
+class Head(nn.Module):
+    """Logits (B, 1, L) from one tap (B, C, L); every convolution is spectrally normalised."""
+
+    def __init__(self, c_in: int, channels: int) -> None:
+        super().__init__()
+        self.conv_in = spectral_norm(nn.Conv1d(c_in, channels, 1))
+        self.norm_in = VirtualBatchNorm(channels)
+        self.conv = spectral_norm(CircularConv(channels))
+        self.norm = VirtualBatchNorm(channels)
+        self.conv_out = spectral_norm(nn.Conv1d(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.norm_in(self.conv_in(x)), 0.2)
+        x = (x + F.leaky_relu(self.norm(self.conv(x)), 0.2)) / math.sqrt(2)
+        return self.conv_out(x)
+
+
+class FeatureCritic(nn.Module):
+    """The "stronger" discriminator: a head on each tap of a frozen network.
+
+    taps: DinoTaps or ScriptTaps.  Augmentation is always on; it is drawn anew for every call of
+    `look`, so separately for real and decoded images.
+    """
+
+    def __init__(self, taps: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.frozen = [taps]  # in a list: no part of the weights or of the state dict
+        self.heads = nn.ModuleList(Head(c, channels) for c in taps.channels)
+
+    def look(self, images: Tensor, rngs: list[np.random.Generator]) -> list[Tensor]:
+        """The taps of the augmented images, [(B, C, L), …]; images: (B, 3, H, W) in [−1, 1]."""
+        return self.frozen[0](augment(images, rngs), rngs[0])
+
+    def judge(self, seen: list[Tensor]) -> Tensor:
+        """The logits of all heads, (B, 1, ΣL)."""
+        return torch.cat([head(tap.float()) for head, tap in zip(self.heads, seen)], 2)
+
+
+def make_critic(cfg: TokenizerTraining, images: Tensor) -> PatchGAN | FeatureCritic | None:
+    """The discriminator that the settings ask for, on the device of `images`; None for none.
+
+    images: an example batch.  Raises UserError if the pictures are too small for its layers, for
+    weights that are missing, and for networks that do not serve.
+    """
+    if cfg.discriminator == "none" or not cfg.adv_weight:
+        unused(f"--discriminator {cfg.discriminator}", cfg, "dino_weights", "disc_net")
+        return None
+    if cfg.discriminator == "dino":
+        source = chosen("required", "discriminator", cfg.dino_weights, "dino-weights",
+                        cfg.disc_net, "disc-net")
+        taps = (DinoTaps(load_dino(cfg.dino_weights).to(images.device)) if source == "published"
+                else ScriptTaps(script_maps(cfg.disc_net).to(images.device), images))
+        return FeatureCritic(taps, cfg.disc_head_channels).to(images.device)
+    unused("--discriminator patchgan", cfg, "dino_weights", "disc_net")
+    critic = PatchGAN(cfg.disc_channels, cfg.disc_layers).to(images.device)
+    try:
+        with torch.no_grad():
+            critic.eval()(images[:1])
+    except RuntimeError:
+        raise UserError(f"pictures of {images.shape[2]}x{images.shape[3]} pixels are too small for "
+                        f"--disc-layers {cfg.disc_layers}; give fewer") from None
+    return critic.train()
+
+
+class Adversary:
+    """A critic with its optimizer, and the two sides of the game."""
+
+    def __init__(self, critic: PatchGAN | FeatureCritic, cfg: TokenizerTraining,
+                 seed: int) -> None:
+        self.critic, self.seed = critic, seed
+        self.lr, self.clip = cfg.disc_lr or cfg.lr, cfg.grad_clip
+        self.optimizer = torch.optim.Adam(critic.parameters(), lr=self.lr, betas=(0.5, 0.9))
+        self.stepper = Stepper()
+
+    def _rngs(self, step: int, side: int, count: int) -> list[np.random.Generator]:
+        return [keyed.rng("critic", self.seed, step, side, i) for i in range(count)]
+
+    def look(self, images: Tensor, step: int, real: bool) -> list[Tensor]:
+        """What the critic sees of a batch at a step; the draws of x and x̂ differ."""
+        return self.critic.look(images, self._rngs(step, int(real), len(images)))
+
+    def judge(self, seen: list[Tensor]) -> Tensor:
+        """The autoencoder's term, −mean D(x̂)."""
+        return -self.critic.judge(seen).mean()
+
+    def learn(self, real: list[Tensor], fake: list[Tensor]) -> dict[str, float]:
+        """One step of the critic on what it saw of x and x̂; returns what to log.
+
+        Its learning rate is constant, as in the release.
+        """
+        real_logits, fake_logits = (self.critic.judge([tap.detach() for tap in seen])
+                                    for seen in (real, fake))
+        loss = hinge_loss(real_logits, fake_logits)
+        norm = self.stepper(loss, self.optimizer, self.lr, self.clip)
+        return {"disc_loss": loss.item(), "disc_grad_norm": norm,
+                "logit_real": real_logits.mean().item(), "logit_fake": fake_logits.mean().item()}
+
+    def state(self) -> dict:
+        """For the checkpoint: the critic's weights and its optimizer's state."""
+        return {"disc": self.critic.state_dict(), "disc_optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict) -> None:
+        """The inverse of `state`; a checkpoint from before the critic's start has none."""
+        if "disc" in state:
+            checkpoint.load_weights(self.critic, state["disc"], "last.pt")
+            self.optimizer.load_state_dict(state["disc_optimizer"])

@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equimini.cli import UserError, first_line
+from equimini.features import DinoV2Teacher, ScriptTeacher, script_maps
+from equimini.lpips import unit
+from equimini.presets import TokenizerTraining
+from equimini.weights import chosen, load_dinov2, load_lpips
 
 
 def kl_loss(mean: Tensor) -> Tensor:
@@ -36,15 +40,46 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def adaptive_weight(rec: Tensor, adv: Tensor, last_weight: Tensor) -> Tensor:
-    """λ = ‖∇rec‖ / (‖∇adv‖ + 1e-4), clamped to [0, 1e4], detached.
+def adaptive_weight(grad_rec: Tensor, grad_adv: Tensor) -> Tensor:
+    """λ = ‖∇rec‖ / (‖∇adv‖ + 1e-4), clamped to [0, 1e4]; from the two norms, scalars.
 
-    Gradients are those with respect to `last_weight`, the weight of the decoder's last conv: the
-    adversarial term then pulls there about as strongly as the reconstruction.
+    Gradients are those with respect to the weight of the decoder's last conv: the adversarial
+    term then pulls there about as strongly as the reconstruction.
     """
-    grad_rec, = torch.autograd.grad(rec, last_weight, retain_graph=True)
-    grad_adv, = torch.autograd.grad(adv, last_weight, retain_graph=True)
-    return (grad_rec.norm() / (grad_adv.norm() + 1e-4)).clamp(0, 1e4).detach()
+    return (grad_rec / (grad_adv + 1e-4)).clamp(0, 1e4).detach()
+
+
+def balance(rec: Tensor, adv: Tensor, image: Tensor, x_hat: Tensor, last_weight: Tensor,
+            factor: float) -> tuple[Tensor, dict[str, float]]:
+    """rec + factor·λ·adv as a loss of x̂, λ being the adaptive weight; and what to log.
+
+    rec, adv: scalars computed from `image`, a detached copy of x̂ that requires a gradient;
+    last_weight: the weight of the conv that made x̂.  The frozen networks behind rec and adv are
+    gone through backwards once, to `image`; both λ and the returned loss, whose value and gradient
+    are those of the plain sum, are made from these two gradients.
+    """
+    pull_rec, pull_adv = (torch.autograd.grad(loss, image)[0] for loss in (rec, adv))
+    norms = [torch.autograd.grad(x_hat, last_weight, pull, retain_graph=True)[0].norm()
+             for pull in (pull_rec, pull_adv)]
+    weight = adaptive_weight(*norms)
+    value = (rec + factor * weight * adv).detach()
+    pull = (x_hat * (pull_rec + factor * weight * pull_adv)).sum()
+    return value + pull - pull.detach(), {
+        "adv": adv.item(), "adaptive_weight": weight.item(), "rec_grad": norms[0].item(),
+        "adv_grad": norms[1].item()}
+
+
+def adversarial_ramp(step: int, start: int, length: int) -> float:
+    """Share of the adversarial weight at a step: 0 before `start`, then up to 1 in `length` steps
+    (0: at once)."""
+    if step < start:
+        return 0.0
+    return min(1.0, (step - start + 1) / length) if length else 1.0
+
+
+def alignment_loss(semantics: Tensor, target: Tensor) -> Tensor:
+    """Σ (s − t)² over an image's map, averaged over the batch; both (B, C, rows, columns)."""
+    return (semantics.float() - target).square().sum() / len(target)
 
 
 class FeatureDistance(nn.Module):
@@ -58,23 +93,47 @@ class FeatureDistance(nn.Module):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        try:
-            self.net = torch.jit.load(path, map_location="cpu").eval()
-        except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"cannot load the perceptual network {path} as TorchScript: "
-                            f"{first_line(error)}") from None
-        for parameter in self.net.parameters():
-            parameter.requires_grad_(False)
+        self.net = script_maps(path)
 
     def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
         """Distance per image, (B,); gradients flow into x_hat only."""
-        with torch.no_grad():
-            maps = self.net(x)
+        maps = self.net.of_originals(x)
         total = 0.0
         for a, b in zip(maps, self.net(x_hat)):
-            a, b = (m / (m.norm(dim=1, keepdim=True) + 1e-10) for m in (a, b))
-            total = total + (a - b).square().sum(1).mean((1, 2))
+            total = total + (unit(a) - unit(b)).square().sum(1).mean((1, 2))
         return total / len(maps)
+
+
+def make_distance(cfg: TokenizerTraining, images: Tensor) -> nn.Module | None:
+    """The perceptual distance that the settings ask for, on the device of `images`, or None.
+
+    images: an example batch.  Raises UserError for weights that are missing, damaged or of
+    another layout, and for pictures that are too small.
+    """
+    source = chosen(cfg.perceptual, "perceptual", cfg.lpips_weights, "lpips-weights",
+                    cfg.perceptual_net, "perceptual-net")
+    if not source or not cfg.perceptual_weight:
+        return None
+    distance = (load_lpips(cfg.lpips_weights) if source == "published"
+                else FeatureDistance(cfg.perceptual_net)).to(images.device)
+    try:
+        with torch.no_grad():
+            distance(images[:1], images[:1])
+    except RuntimeError as error:
+        raise UserError(f"the perceptual network does not take pictures of {images.shape[2]}x"
+                        f"{images.shape[3]} pixels: {first_line(error)}") from None
+    return distance
+
+
+def make_teacher(cfg: TokenizerTraining, images: Tensor) -> nn.Module | None:
+    """The teacher of the semantic alignment that the settings ask for, or None; see above."""
+    source = chosen(cfg.align, "align", cfg.dinov2_weights, "dinov2-weights", cfg.align_net,
+                    "align-net")
+    if not source or not cfg.align_weight:
+        return None
+    if source == "published":
+        return DinoV2Teacher(load_dinov2(cfg.dinov2_weights)).to(images.device)
+    return ScriptTeacher(script_maps(cfg.align_net).to(images.device), cfg.align_map, images)
 
 
 def psnr(x: Tensor, x_hat: Tensor) -> Tensor:

@@ -87,14 +87,19 @@ def tokenizer_inside(content: dict[str, Any], path: Any) -> Tokenizer:
                                            "ema": inside["weights"]}, path)
 
 
-def load_generator(path: Path | str, device: str | torch.device = "cpu",
-                   ema: bool = True) -> ImageGenerator:
+def load_generator(path: Path | str, device: str | torch.device = "cpu", ema: bool = True,
+                   tokenizer_path: Path | str = "") -> ImageGenerator:
     """A trained generator (EMA or raw weights) and its tokenizer from one checkpoint file.
 
-    Raises UserError if the file is missing, damaged, of another kind, or inconsistent.
+    tokenizer_path: the same tokenizer with a fine-tuned decoder, to take the place of the one
+    inside.  Raises UserError if a file is missing, damaged, of another kind, or inconsistent.
     """
     content = checkpoint.load(path, "generator")
     tokenizer = tokenizer_inside(content, path)
+    if tokenizer_path:
+        finetuned = checkpoint.load_tokenizer(tokenizer_path)
+        checkpoint.check_same_latents(tokenizer, finetuned, tokenizer_path)
+        tokenizer = finetuned
     generator = Generator(config_from_dict(GeneratorConfig, content["config"]["model"]),
                           len(content["classes"]), tokenizer.config.token_channels)
     checkpoint.load_weights(generator, checkpoint.weights_of(content, ema, path), path)

@@ -63,6 +63,9 @@ class TokenizerConfig(Checked):
         if self.base_channels % self.norm_groups:
             raise ValueError(f"base-channels must be a multiple of norm-groups = "
                              f"{self.norm_groups}, got {self.base_channels}")
+        if self.semantic_channels % self.norm_groups:
+            raise ValueError(f"semantic-channels must be a multiple of norm-groups = "
+                             f"{self.norm_groups}, got {self.semantic_channels}")
         if self.base_channels % 4:
             raise ValueError(f"base-channels must be a multiple of 4, got {self.base_channels}")
 
@@ -82,9 +85,12 @@ class TokenizerConfig(Checked):
         return self.image_size // self.f
 
 
+WANTED = ("required", "if-given", "none")  # a frozen network whose weights the user gives
+
+
 @dataclass(frozen=True)
 class TokenizerTraining(Checked):
-    """How a tokenizer is trained; the defaults are the paper's (ImageNet, batch 192)."""
+    """How a tokenizer is trained; the numbers are the paper's (ImageNet, batch 192)."""
 
     steps: int = flag(333_638, "training steps (the default: 50 epochs of ImageNet)", min=1)
     batch_size: int = flag(192, "images per step", min=1)
@@ -97,16 +103,38 @@ class TokenizerTraining(Checked):
     ema_decay: float = flag(0.9999, "decay per step of the moving average of the weights (with "
                             "warm-up (1+n)/(10+n))", min=0, max=1)
     kl_weight: float = flag(0.01, "weight of the KL term", min=0)
-    perceptual_net: str = flag("", "TorchScript file that maps images in [-1, 1] to a list of "
-                               "feature maps; empty: no perceptual term")
+    perceptual: str = flag("if-given", "perceptual distance, by --lpips-weights or "
+                           "--perceptual-net: an error without either (required), left out "
+                           "without either (if-given), or left out", choices=WANTED)
+    lpips_weights: str = flag("", "LPIPS on VGG16: 'download', a folder with vgg16-397923af.pth "
+                              "and LPIPS v0.1's vgg.pth, or the two files with a comma between")
+    perceptual_net: str = flag("", "in place of VGG16, a TorchScript file that maps images in "
+                               "[-1, 1] to a list of feature maps")
     perceptual_weight: float = flag(1.0, "weight of the perceptual distance, per pixel value",
                                     min=0)
-    discriminator: str = flag("patchgan", "adversarial critic", choices=("patchgan", "none"))
-    disc_channels: int = flag(64, "channels of the discriminator's first layer", min=1)
-    disc_layers: int = flag(3, "strided layers of the discriminator", min=1)
+    discriminator: str = flag("patchgan", "adversarial critic: PatchGAN, heads on a frozen DINO "
+                              "ViT-S/16 (or --disc-net), or none",
+                              choices=("patchgan", "dino", "none"))
+    disc_channels: int = flag(64, "channels of PatchGAN's first layer", min=1)
+    disc_layers: int = flag(3, "strided layers of PatchGAN", min=1)
+    dino_weights: str = flag("", "DINO ViT-S/16: dino_deitsmall16_pretrain.pth, or 'download'")
+    disc_net: str = flag("", "in place of DINO, a TorchScript file as for --perceptual-net")
+    disc_head_channels: int = flag(384, "channels of each head on the frozen network", min=1)
+    disc_lr: float = flag(0.0, "learning rate of the discriminator, constant; 0: that of --lr",
+                          min=0)
     adv_weight: float = flag(0.5, "weight of the adversarial term, on top of the adaptive weight",
                              min=0)
     adv_start: int = flag(5000, "step from which both adversarial losses are on", min=0)
+    adv_ramp: int = flag(0, "steps over which the autoencoder's adversarial weight then rises "
+                         "from 0; 0: at once", min=0)
+    align: str = flag("if-given", "semantic alignment with --dinov2-weights or --align-net: an "
+                      "error without either (required), left out without either (if-given), or "
+                      "left out", choices=WANTED)
+    dinov2_weights: str = flag("", "DINOv2 ViT-B/14: dinov2_vitb14_pretrain.pth, or 'download'")
+    align_net: str = flag("", "in place of DINOv2, a TorchScript file as for --perceptual-net")
+    align_map: int = flag(-1, "which map of --align-net, counted from 0; -1: the last")
+    align_weight: float = flag(5.0, "weight of the alignment loss, per value of the map", min=0)
+    align_start: int = flag(20_000, "step from which the alignment loss is on", min=0)
     stats_images: int = flag(10_000, "training images over which the latents' mean and std are "
                              "measured when training ends", min=2)
 
@@ -170,16 +198,19 @@ def _tiny() -> Preset:
             attention_rows=(16,), z_channels=32, token_channels=64, noise=0.5),
         TokenizerTraining(
             steps=800, batch_size=16, lr=2e-3, warmup_steps=50, lr_decay=0.3, lr_decay_every=500,
-            ema_decay=0.995, kl_weight=0.01, discriminator="none", disc_channels=32,
-            adv_start=350, stats_images=1024),
+            ema_decay=0.995, kl_weight=0.01, perceptual_weight=0.1, discriminator="none",
+            disc_channels=32, disc_head_channels=64, disc_lr=1e-3, adv_start=350, adv_ramp=100,
+            align_weight=0.05, align_start=100, align_map=-2, stats_images=1024),
         GeneratorConfig(layers=4, embed_dim=256, heads=4, head_width=256, head_depth=6,
                         dropout=0.0),
         GeneratorTraining(steps=800, batch_size=16, lr=1e-3, warmup_steps=50, ema_decay=0.99))
 
 
 def _paper(layers: int, embed_dim: int, heads: int, head_width: int) -> Preset:
-    return Preset(generator=GeneratorConfig(layers=layers, embed_dim=embed_dim, heads=heads,
-                                            head_width=head_width))
+    return Preset(
+        TokenizerConfig(semantic_channels=768),
+        TokenizerTraining(perceptual="required", discriminator="dino", align="required"),
+        GeneratorConfig(layers=layers, embed_dim=embed_dim, heads=heads, head_width=head_width))
 
 
 PRESETS: dict[str, Preset] = {

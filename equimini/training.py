@@ -129,7 +129,7 @@ class Ema:
     """Exponential moving average of a module's weights, kept as a module of its own (`model`).
 
     With warmup the decay starts small, min(decay, (1+n)/(10+n)), so that the random first
-    weights are forgotten quickly.  Buffers are copied.
+    weights are forgotten quickly.  Buffers are copied; frozen parameters are left alone.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool) -> None:
@@ -142,7 +142,8 @@ class Ema:
         self.updates += 1
         n = self.updates
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
-        mine, theirs = list(self.model.parameters()), list(model.parameters())
+        mine, theirs = zip(*((a, b) for a, b in zip(self.model.parameters(), model.parameters())
+                             if b.requires_grad))
         torch._foreach_lerp_(mine, theirs, 1 - decay)
         for a, b in zip(self.model.buffers(), model.buffers()):
             a.copy_(b)

@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from equimini.cli import UserError
-from equimini.discriminator import PatchGAN
-from equimini.losses import (FeatureDistance, adaptive_weight, hinge_loss, kl_loss, psnr,
-                             reconstruction_loss)
+from equimini.losses import (FeatureDistance, adaptive_weight, adversarial_ramp, alignment_loss,
+                             balance, hinge_loss, kl_loss, psnr, reconstruction_loss)
 
 
 class TwoMaps(torch.nn.Module):
@@ -32,13 +31,76 @@ def test_hinge_loss_is_zero_beyond_the_margins_and_linear_inside():
 
 
 def test_adaptive_weight_is_the_ratio_of_gradient_norms():
-    w = torch.tensor([[3.0, 4.0]], requires_grad=True)
-    rec, adv = (w * torch.tensor([[6.0, 8.0]])).sum(), 0.5 * w.square().sum()  # norms 10 and 5
-    weight = adaptive_weight(rec, adv, w)
+    ten, five = torch.tensor(10.0), torch.tensor(5.0, requires_grad=True)
+    weight = adaptive_weight(ten, five)
     assert weight.item() == pytest.approx(10 / (5 + 1e-4)) and not weight.requires_grad
-    assert adaptive_weight(rec * 1e9, adv, w).item() == 1e4  # clamped
-    loss = rec + weight * adv  # the graph is still there
+    assert adaptive_weight(ten * 1e9, five).item() == 1e4  # clamped
+
+
+class Game(torch.nn.Module):
+    """A last conv, and two losses of what it makes, in float64."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(2, 3, 3).double()
+        self.body = torch.nn.Conv2d(3, 2, 1).double()
+        self.x = torch.randn(2, 3, 6, 6).double()
+        self.critic = torch.nn.Conv2d(3, 1, 2).double()
+
+    def image(self):
+        return self.conv(self.body(self.x).tanh())
+
+    def losses(self, image):
+        return (image - 1).square().sum() / 2, -self.critic(image).tanh().mean()
+
+
+def test_balance_against_finite_differences_and_the_plain_sum():
+    game = Game()
+    weight = game.conv.weight
+
+    def numeric(which):
+        gradient, h = torch.zeros(weight.numel(), dtype=torch.double), 1e-6
+        with torch.no_grad():
+            for i in range(weight.numel()):
+                flat, ends = weight.view(-1), []
+                for sign in (1, -1):
+                    flat[i] += sign * h
+                    ends.append(game.losses(game.image())[which])
+                    flat[i] -= sign * h
+                gradient[i] = (ends[0] - ends[1]) / (2 * h)
+        return gradient.norm().item()
+
+    norms = numeric(0), numeric(1)
+    x_hat = game.image()
+    image = x_hat.detach().requires_grad_()
+    loss, found = balance(*game.losses(image), image, x_hat, weight, 0.5)
+    # central differences: error h² plus rounding / h, about 1e-8 relative here
+    assert found["rec_grad"] == pytest.approx(norms[0], rel=1e-6)
+    assert found["adv_grad"] == pytest.approx(norms[1], rel=1e-6)
+    expected = norms[0] / (norms[1] + 1e-4)
+    assert found["adaptive_weight"] == pytest.approx(expected, rel=1e-5)
+
     loss.backward()
+    fast = [p.grad.clone() for p in game.conv.parameters()] + [game.body.weight.grad.clone()]
+    game.zero_grad()
+    rec, adv = game.losses(game.image())
+    plain = rec + 0.5 * found["adaptive_weight"] * adv
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    for a, b in zip(fast, [*(p.grad for p in game.conv.parameters()), game.body.weight.grad]):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)  # found holds a float32 weight
+
+
+def test_adversarial_ramp():
+    at = [adversarial_ramp(step, 3, 4) for step in range(9)]
+    assert at == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert [adversarial_ramp(step, 3, 0) for step in (2, 3)] == [0, 1]  # the paper's
+
+
+def test_alignment_loss_is_a_sum_over_the_map_and_a_mean_over_the_batch():
+    s, t = torch.zeros(4, 5, 2, 3), torch.full((4, 5, 2, 3), 2.0)
+    assert alignment_loss(s, t).item() == 4 * 5 * 2 * 3
 
 
 def test_feature_distance(tmp_path):
@@ -62,14 +124,3 @@ def test_feature_distance(tmp_path):
 def test_psnr_of_a_known_error():
     x = torch.zeros(2, 3, 4, 4)
     assert psnr(x, x + 0.2).tolist() == pytest.approx([20.0, 20.0])  # 10 log10(4 / 0.04)
-
-
-def test_patchgan_has_latent_diffusions_layout():
-    net = PatchGAN(64, 3)
-    weights = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512)
-    biases_and_norms = 64 + 2 * (128 + 256 + 512) + 1
-    assert sum(p.numel() for p in net.parameters()) == weights + biases_and_norms
-    assert net(torch.zeros(2, 3, 64, 64)).shape == (2, 1, 6, 6)
-    convs = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert [c.out_channels for c in convs] == [64, 128, 256, 512, 1]
-    assert [c.stride[0] for c in convs] == [2, 2, 2, 1, 1]

@@ -1,0 +1,5 @@
+"""python -m equimini.experiments WHAT [options]: one experiment per module of this folder."""
+
+from equimini.cli import run, subcommand
+
+run(lambda: subcommand("equimini.experiments", ["tokenizer"]))

@@ -1,0 +1,209 @@
+"""The tokenizer's losses, one added after another: the paper's ablation in miniature (Table 5).
+
+    python -m equimini.experiments tokenizer --data scenes/train --val-data scenes/val \\
+        --maps-network maps.pt --metrics-network metrics.pt --steps 1200 --out runs/ablation
+
+trains six tokenizers for the same number of steps and compares how well they reconstruct held-out
+pictures.  Options that are not its own go to every training (--batch-size 32, say).  Run again,
+the same command goes on where it was.  Writes table.md, results.json and pictures.png.
+
+What variants share is trained once.  Before --adv-start the critics do nothing, so the variants
+"+ PatchGAN" and "DINO-style heads" continue "+ perceptual" from there, bit for bit as if trained
+alone.  The fine-tuned decoder takes its stage 1 from the aligned variant's first steps −
+finetune-steps steps: both have had the same number of steps in the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from equimini import checkpoint
+from equimini.cli import DataConfig, UserError, add_flags, output_folder, override, pick_device
+from equimini.data import fixed_loader, load_data, to_float
+from equimini.experiments.training_runs import TrainingRun, claim
+from equimini.feature_nets import FeatureNetwork, load_network
+from equimini.files import replacing
+from equimini.images import grid, save_png, to_uint8
+from equimini.losses import FeatureDistance, psnr
+from equimini.metrics import Gaussian, Statistics, frechet_distance, ssim
+from equimini.presets import flag
+
+Variant = tuple[str, TrainingRun]  # the label of its row, its training
+
+
+@dataclass(frozen=True)
+class AblationConfig(DataConfig):
+    """What is compared, on which pictures."""
+
+    preset: str = flag("tiny", "preset of every training")
+    steps: int = flag(600, "training steps of every variant", min=3)
+    adv_start: int = flag(0, "step from which the critics are on; 0: after a third", min=0)
+    align_start: int = flag(0, "step from which the alignment is on; 0: after a sixth", min=0)
+    finetune_steps: int = flag(0, "last steps of the fine-tuned variant, which train its decoder "
+                               "alone; 0: a third", min=0)
+    maps_network: str = flag("", "TorchScript network from images in [-1, 1] to feature maps: for "
+                             "the perceptual distance, the critic's heads and the alignment, and "
+                             "for the distance in the table")
+    metrics_network: str = flag("", "TorchScript network for the Fréchet distance (the call of the "
+                                "published Inception), or 'download'")
+    val_images: int = flag(0, "held-out pictures that are measured; 0: all", min=0)
+    shown: int = flag(8, "held-out pictures that are shown", min=1)
+
+
+def variants(cfg: AblationConfig, extra: list[str]) -> tuple[list[TrainingRun], list[Variant]]:
+    """Every training, in an order in which forks follow what they continue; the table's rows."""
+    out, steps, net = Path(cfg.out), cfg.steps, cfg.maps_network
+    common = ["--preset", cfg.preset, "--data", cfg.data, "--width", str(cfg.width), "--seed",
+              str(cfg.seed), "--workers", str(cfg.workers), "--device", cfg.device,
+              "--val-fraction", str(cfg.val_fraction)]
+    common += [*(["--val-data", cfg.val_data] if cfg.val_data else []), *extra]
+    perceptual = [*common, "--perceptual-net", net]
+    patchgan = ["--discriminator", "patchgan", "--adv-start", str(cfg.adv_start)]
+    heads = ["--discriminator", "dino", "--disc-net", net, "--adv-start", str(cfg.adv_start)]
+    align = ["--align-net", net, "--align-start", str(cfg.align_start)]
+    no_critic = ["--discriminator", "none"]
+    stage_one = steps - cfg.finetune_steps
+
+    def run(name: str, flags: list[str], steps: int = steps, fork: TrainingRun | None = None):
+        return TrainingRun("tokenizer", out / name, steps, flags, fork)
+    plain = run("1-l1-kl", [*common, "--perceptual", "none", *no_critic])
+    start = run("2-perceptual-start", [*perceptual, *no_critic], cfg.adv_start)
+    distance = run("2-perceptual", [*perceptual, *no_critic], fork=start)
+    patch = run("3-patchgan", [*perceptual, *patchgan], fork=start)
+    frozen = run("4-heads", [*perceptual, *heads], fork=start)
+    first = run("5-aligned-start", [*perceptual, *heads, *align], stage_one)
+    aligned = run("5-aligned", first.flags, fork=first)
+    finetuned = run("6-finetuned", [*perceptual, *heads, "--adv-start", "0", "--finetune-decoder",
+                                    str(first.last)], cfg.finetune_steps)
+    rows = [("L1 + KL", plain), ("+ perceptual", distance), ("+ PatchGAN", patch),
+            ("DINO-style heads instead", frozen), ("+ alignment", aligned),
+            ("+ decoder fine-tuning", finetuned)]
+    return [plain, start, distance, patch, frozen, first, aligned, finetuned], rows
+
+
+class Bench:
+    """The held-out pictures, their features, and the networks that compare."""
+
+    def __init__(self, cfg: AblationConfig, run: TrainingRun) -> None:
+        """run: any variant's training, for the pictures' size."""
+        shape = checkpoint.load_tokenizer(run.last).config
+        _, val, _ = load_data(cfg, shape)
+        self.device, self.cfg = pick_device(cfg.device), cfg
+        self.loader: DataLoader = fixed_loader(val, 64, cfg.val_images or len(val))
+        self.net: FeatureNetwork = load_network(cfg.metrics_network, device=self.device)
+        self.distance = FeatureDistance(cfg.maps_network).to(self.device)
+        features = [self.net.features(images) for images, _, _ in
+                    tqdm(self.loader, desc="features of the originals")]
+        self.count, self.real = sum(map(len, features)), gaussian(features)
+
+    @torch.no_grad()
+    def measure(self, run: TrainingRun, label: str) -> dict[str, float]:
+        """The scores of one variant's EMA tokenizer, decoding the mode μ; kept in its folder."""
+        kept = run.folder / "scores.json"
+        if kept.exists():
+            return json.loads(kept.read_text())
+        tokenizer = checkpoint.load_tokenizer(run.last, self.device)
+        sums, features = torch.zeros(3, dtype=torch.float64), []
+        for images, _, _ in tqdm(self.loader, desc=f"measuring {label}"):
+            x = to_float(images.to(self.device))
+            x_hat = tokenizer.decode(tokenizer.encode(x)).clamp(-1, 1)
+            found = psnr(x, x_hat), ssim(x, x_hat), self.distance(x, x_hat)
+            sums += torch.stack([v.sum().double().cpu() for v in found])
+            pixels = torch.from_numpy(to_uint8(x_hat)).permute(0, 3, 1, 2)
+            features.append(self.net.features(pixels))
+        names = ("psnr", "ssim", "perceptual_distance")
+        scores = dict(zip(names, (sums / self.count).tolist()))
+        scores["frechet_distance"] = frechet_distance(self.real, gaussian(features))
+        with replacing(kept) as file:
+            file.write(json.dumps(scores).encode())
+        return scores
+
+    @torch.no_grad()
+    def show(self, rows: list[Variant], path: Path) -> None:
+        """A row of originals above a row of each variant's reconstructions."""
+        pictures = to_float(next(iter(self.loader))[0][:self.cfg.shown]).to(self.device)
+        decoded: list[Tensor] = []
+        for _, run in rows:
+            tokenizer = checkpoint.load_tokenizer(run.last, self.device)
+            decoded.append(tokenizer.decode(tokenizer.encode(pictures)))
+        save_png(grid([pictures, *decoded], ["original", *(label for label, _ in rows)]), path)
+
+
+def gaussian(features: list[Tensor]) -> Gaussian:
+    """Mean and covariance of batches of features (n, d)."""
+    statistics = Statistics(features[0].shape[1])
+    for batch in features:
+        statistics.update(batch)
+    return Gaussian.of(statistics.mean, statistics.covariance())
+
+
+def table(scores: dict[str, dict[str, float]], cfg: AblationConfig, count: int) -> str:
+    """The results as a Markdown table with its legend."""
+    head = ("variant", "PSNR (dB) ↑", "SSIM ↑", "perceptual distance ↓", "Fréchet distance ↓")
+    lines = [" | ".join(head), " | ".join(["---"] + ["---:"] * 4)]
+    for label, s in scores.items():
+        lines.append(f"{label} | {s['psnr']:.2f} | {s['ssim']:.4f} | "
+                     f"{s['perceptual_distance']:.4f} | {s['frechet_distance']:.3f}")
+    names = Path(cfg.maps_network).stem, Path(cfg.metrics_network).stem
+    return "\n".join([f"| {line} |" for line in lines]) + (
+        f"\n\n{cfg.steps} steps each, {count} held-out pictures, moving average of the weights; "
+        f"perceptual distance by the maps of {names[0]} (which is also what the variants from "
+        f"the second on are trained with), Fréchet distance between originals and "
+        f"reconstructions by the features of {names[1]}.\n")
+
+
+def complete(cfg: AblationConfig) -> AblationConfig:
+    """The configuration with every default made explicit; raises UserError for what cannot be."""
+    cfg = replace(cfg, adv_start=cfg.adv_start or cfg.steps // 3,
+                  align_start=cfg.align_start or max(1, cfg.steps // 6),
+                  finetune_steps=cfg.finetune_steps or cfg.steps // 3)
+    for name, option in (("maps_network", "--maps-network"),
+                         ("metrics_network", "--metrics-network")):
+        path = getattr(cfg, name)
+        if not (path == "download" and name == "metrics_network") and not Path(path).is_file():
+            raise UserError(f"{option} takes a TorchScript file, got {path or 'nothing'}")
+    late = max(cfg.adv_start, cfg.align_start)
+    if late >= cfg.steps - cfg.finetune_steps:
+        raise UserError(f"--adv-start and --align-start must lie before the fine-tuning, which "
+                        f"begins at step {cfg.steps - cfg.finetune_steps}; got {late}")
+    return cfg
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m equimini.experiments tokenizer", allow_abbrev=False,
+        description=__doc__.split("\n")[0],
+        epilog="All other options go to every training (train_tokenizer.py --help).")
+    add_flags(parser, AblationConfig(out="runs/ablation"), "options")
+    args, extra = parser.parse_known_args(argv)
+    cfg = complete(override(AblationConfig(out="runs/ablation"), args))
+    out = output_folder(cfg.out)
+    plan: dict[str, Any] = {k: v for k, v in asdict(cfg).items()
+                            if k not in ("out", "workers", "device", "shown")}
+    claim(out, {**plan, "training": extra})
+    runs, rows = variants(cfg, extra)
+    for run in runs:
+        run.train()
+    bench = Bench(cfg, runs[0])
+    scores = {label: bench.measure(run, label) for label, run in rows}
+    bench.show(rows, out / "pictures.png")
+    text = table(scores, cfg, bench.count)
+    for name, content in (("table.md", text), ("results.json", json.dumps(
+            {"settings": {**plan, "training": extra}, "pictures": bench.count,
+             "command": ["python", "-m", "equimini.experiments", "tokenizer",
+                         *(sys.argv[2:] if argv is None else argv)],
+             "scores": scores}, indent=1))):
+        with replacing(out / name) as file:
+            file.write(content.encode())
+    print(f"\n{text}\n{out}/table.md, results.json, pictures.png")
