@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from equimini import keyed
+from equimini.flow_head import FlowHead
 from equimini.generator import Generator
 
 SCHEDULES = ("linear", "constant")
@@ -46,6 +47,21 @@ def column_noise(seeds: Sequence[int], column: int, channels: int) -> Tensor:
     return keyed.normal((channels,), [keyed.rng("sample", seed, column) for seed in seeds])
 
 
+def draw_column(head: FlowHead, z: Tensor, noise: Tensor, s: float, *, steps: int = 100) -> Tensor:
+    """One column x (B, C), from noise (B, C) at t = 1 along the head's velocity to t = 0.
+
+    z: (B, d), the transformer's output for this column; or (2·B, d) for guidance with scale s:
+    conditional first, then unconditional.  Both branches share the noise.
+    """
+    branches = len(z) // len(noise)
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        v = head(x.repeat(branches, 1), x.new_tensor(t), z)
+        return v if branches == 1 else guided(v, s)
+
+    return euler(velocity, noise, steps)
+
+
 @torch.no_grad()
 def sample_columns(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int], *,
                    cfg: float = 1.0, schedule: str = "linear", steps: int = 100,
@@ -68,14 +84,9 @@ def sample_columns(generator: Generator, labels: Tensor, columns: int, seeds: Se
         start = prefix.shape[1]
         z = generator(prefix.to(device).repeat(branches, 1, 1), context, 0, cache)
     for i in range(start, columns):
-        s, z_i = guidance_scale(i, columns, cfg, schedule), z[:, -1]  # z_i: (branches·B, d)
-
-        def velocity(x: Tensor, t: float) -> Tensor:
-            if branches == 1:
-                return generator.head(x, x.new_tensor(t), z_i)
-            return guided(generator.head(x.repeat(2, 1), x.new_tensor(t), z_i), s)
-
-        x = euler(velocity, column_noise(seeds, i, generator.channels).to(device), steps)
+        noise = column_noise(seeds, i, generator.channels).to(device)
+        x = draw_column(generator.head, z[:, -1], noise, guidance_scale(i, columns, cfg, schedule),
+                        steps=steps)
         yield x
         if i + 1 < columns:
             z = generator(x[:, None].repeat(branches, 1, 1), context, i, cache)
