@@ -2,7 +2,7 @@
 
 On the straight path x_t = t·ε + (1−t)·x the velocity is ε − x: at t = 1 there is only noise, at
 t = 0 the token.  The head is told t and the transformer's output z through adaLN: each block's
-shift, scale and gate are linear in SiLU(y), y = MLP(t) + Linear(z).
+shift, scale and gate are linear in SiLU(y), y = MLP(t) + Linear(z).  They do not depend on x_t.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class HeadBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.ada = nn.Linear(width, 3 * width)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        shift, scale, gate = self.ada(y).chunk(3, -1)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x (…, width); modulation (…, 3·width): shift, scale, gate, as `ada` makes them."""
+        shift, scale, gate = modulation.chunk(3, -1)
         return x + gate * self.mlp(modulate(self.norm(x), shift, scale))
 
 
@@ -72,18 +73,31 @@ class FlowHead(nn.Module):
         for layer in (*(block.ada for block in self.blocks), self.ada_out, self.x_out):
             nn.init.zeros_(layer.weight)
 
-    def condition(self, t: Tensor, z: Tensor) -> Tensor:
-        """SiLU(y): all that the blocks see of t (…) and z (…, cond_channels)."""
-        return F.silu(self.time_mlp(time_embedding(t)) + self.z_in(z))
+    def embed_time(self, t: Tensor) -> Tensor:
+        """MLP(t): times t (…) in [0, 1] to (…, width)."""
+        return self.time_mlp(time_embedding(t))
+
+    def modulations(self, time: Tensor, z: Tensor) -> list[Tensor]:
+        """Every block's (shift, scale, gate) and the output's (shift, scale).
+
+        time: `embed_time` of t, (…, width); z: (…, cond_channels).  Nothing here depends on x: a
+        sampler may ask for many times at once, before it has the first x.
+        """
+        y = F.silu(time + self.z_in(z))
+        return [*(block.ada(y) for block in self.blocks), self.ada_out(y)]
+
+    def velocity(self, x: Tensor, modulations: list[Tensor]) -> Tensor:
+        """v (…, channels) at x (…, channels): the part of the head that depends on x."""
+        *of_blocks, of_output = modulations
+        x = self.x_in(x)
+        for block, modulation in zip(self.blocks, of_blocks):
+            x = block(x, modulation)
+        shift, scale = of_output.chunk(2, -1)
+        return self.x_out(modulate(self.norm_out(x), shift, scale))
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """Velocity at x (…, channels), t (…) in [0, 1], given z (…, cond_channels).
 
         Leading shapes broadcast: with x, t of (M, B, N, …) one z of (B, N, …) serves M draws.
         """
-        y = self.condition(t, z)
-        x = self.x_in(x)
-        for block in self.blocks:
-            x = block(x, y)
-        shift, scale = self.ada_out(y).chunk(2, -1)
-        return self.x_out(modulate(self.norm_out(x), shift, scale))
+        return self.velocity(x, self.modulations(self.embed_time(t), z))

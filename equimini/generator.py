@@ -161,16 +161,17 @@ class Generator(nn.Module):
             keys_values.append(kv)
         return ClassContext(keys_values, self.norm_out(c[:, -1:]))
 
-    def forward(self, tokens: Tensor, context: ClassContext, position: int = 0,
+    def forward(self, tokens: Tensor, context: ClassContext, position: int | Tensor = 0,
                 cache: list[KeyValue] | None = None) -> Tensor:
         """Tokens x_p … x_{p+n−1} (B, n, C), p = position, to z_{p+1} … z_{p+n} (B, n, d).
 
+        position: a number, or a tensor of one on the device (which a CUDA graph reads anew).
         cache: one (keys, values) per layer of the tokens before, extended and trimmed to the
         last W−1 in place; start with an empty list.
         """
         x = self.norm_in(self.x_in(tokens))
         known = cache[0][0].shape[1] if cache else 0
-        positions = torch.arange(position - known, position + x.shape[1], device=x.device)
+        positions = position + torch.arange(-known, x.shape[1], device=x.device)
         rope = rope_tables(positions, self.config.embed_dim // self.config.heads)
         pasts = list(cache) if cache else [None] * len(self.blocks)
         for i, block in enumerate(self.blocks):

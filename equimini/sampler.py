@@ -1,4 +1,4 @@
-"""Drawing columns from left to right: Euler steps, and classifier-free guidance.
+"""Drawing columns from left to right: the head's flow, and classifier-free guidance.
 
 Every random number is keyed by (the image's seed, the column), so that an image is the same
 whatever batch it is drawn in, and a longer image begins with the shorter one's noise.
@@ -14,8 +14,11 @@ from torch import Tensor
 from equimini import keyed
 from equimini.flow_head import FlowHead
 from equimini.generator import Generator
+from equimini.graphs import GraphedColumn, GraphedStep
+from equimini.solvers import SOLVERS, evaluation_times, time_grid
 
 SCHEDULES = ("linear", "constant")
+PRODUCT_ROWS = 256  # rows (steps times batch) of one matrix product for the head's modulations
 
 
 def guidance_scale(i: int, n: int, s: float, schedule: str = "linear") -> float:
@@ -29,13 +32,6 @@ def guidance_scale(i: int, n: int, s: float, schedule: str = "linear") -> float:
     return 1 + (s - 1) * (i + 1) / n if schedule == "linear" else s
 
 
-def euler(velocity: Callable[[Tensor, float], Tensor], x: Tensor, steps: int) -> Tensor:
-    """Integrate dx/dt = v(x, t) from t = 1 to 0: x ← x − v(x, t)/steps at t = 1, …, 1/steps."""
-    for k in range(steps, 0, -1):
-        x = x - velocity(x, k / steps) / steps
-    return x
-
-
 def guided(v: Tensor, s: float) -> Tensor:
     """v_uncond + s·(v_cond − v_uncond), for a batch that holds both halves, conditional first."""
     cond, uncond = v.chunk(2)
@@ -47,25 +43,60 @@ def column_noise(seeds: Sequence[int], column: int, channels: int) -> Tensor:
     return keyed.normal((channels,), [keyed.rng("sample", seed, column) for seed in seeds])
 
 
-def draw_column(head: FlowHead, z: Tensor, noise: Tensor, s: float, *, steps: int = 100) -> Tensor:
-    """One column x (B, C), from noise (B, C) at t = 1 along the head's velocity to t = 0.
+class ColumnSampler:
+    """Draws one column after another: the head's flow, from noise at t = 1 to a token at t = 0.
 
-    z: (B, d), the transformer's output for this column; or (2·B, d) for guidance with scale s:
-    conditional first, then unconditional.  Both branches share the noise.
+    head: the velocity field; solver, steps and time_shift: see `equimini.solvers`.
     """
-    branches = len(z) // len(noise)
 
-    def velocity(x: Tensor, t: float) -> Tensor:
-        v = head(x.repeat(branches, 1), x.new_tensor(t), z)
-        return v if branches == 1 else guided(v, s)
+    def __init__(self, head: FlowHead, steps: int = 100, solver: str = "euler",
+                 time_shift: float = 1.0) -> None:
+        self.head, self.solve = head, SOLVERS.get(solver)
+        self.grid = time_grid(steps, time_shift)
+        self.times = list(dict.fromkeys(evaluation_times(solver, self.grid)))
+        device = next(head.parameters()).device
+        self.embedded = head.embed_time(torch.tensor(self.times, device=device))
 
-    return euler(velocity, noise, steps)
+    def __call__(self, z: Tensor, noise: Tensor, s: float | Tensor) -> Tensor:
+        """One column x (B, C), normalised, from noise (B, C).
+
+        z: (B, d), the transformer's output for this column; or (2·B, d) for guidance with scale
+        s: conditional first, then unconditional.  Both branches share the noise.
+        """
+        branches = len(z) // len(noise)
+        modulations = self.modulations(z)
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            v = self.head.velocity(x.repeat(branches, 1), modulations(t))
+            return v if branches == 1 else guided(v, s)
+
+        return self.solve(velocity, noise, self.grid)
+
+    def modulations(self, z: Tensor) -> Callable[[float], list[Tensor]]:
+        """The head's modulations for z (rows, d), as a function of t.
+
+        They do not depend on x, so they are computed for many times in one matrix product: as
+        many as make PRODUCT_ROWS rows, which bounds the memory; a large batch is enough alone.
+        """
+        together = max(1, PRODUCT_ROWS // len(z))
+        ready: dict[float, list[Tensor]] = {}
+
+        def at(t: float) -> list[Tensor]:
+            if t not in ready:
+                ready.clear()
+                i = self.times.index(t)
+                parts = self.head.modulations(self.embedded[i:i + together, None], z)
+                ready.update(zip(self.times[i:i + together], zip(*(p.unbind(0) for p in parts))))
+            return ready[t]
+
+        return at
 
 
 @torch.no_grad()
 def sample_columns(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int], *,
                    cfg: float = 1.0, schedule: str = "linear", steps: int = 100,
-                   prefix: Tensor | None = None) -> Iterator[Tensor]:
+                   solver: str = "euler", time_shift: float = 1.0,
+                   cuda_graphs: bool = False, prefix: Tensor | None = None) -> Iterator[Tensor]:
     """Yield the columns of B images one by one, (B, C) each, normalised.
 
     labels: (B,) class numbers; seeds: B integers ≥ 0; columns: the images' length.  cfg: the
@@ -73,7 +104,10 @@ def sample_columns(generator: Generator, labels: Tensor, columns: int, seeds: Se
     that are given; the first column that is drawn and yielded is then column P.
     Raises ValueError for arguments that do not fit.
     """
-    _check(generator, labels, columns, seeds, steps, prefix)
+    _check(generator, labels, columns, seeds, prefix, cuda_graphs)
+    step, draw = generator, ColumnSampler(generator.head, steps, solver, time_shift)
+    if cuda_graphs:
+        step, draw = GraphedStep(generator), GraphedColumn(draw)
     device = generator.no_class.device
     labels = labels.to(device)
     branches = 1 if cfg == 1 else 2
@@ -85,11 +119,10 @@ def sample_columns(generator: Generator, labels: Tensor, columns: int, seeds: Se
         z = generator(prefix.to(device).repeat(branches, 1, 1), context, 0, cache)
     for i in range(start, columns):
         noise = column_noise(seeds, i, generator.channels).to(device)
-        x = draw_column(generator.head, z[:, -1], noise, guidance_scale(i, columns, cfg, schedule),
-                        steps=steps)
+        x = draw(z[:, -1], noise, guidance_scale(i, columns, cfg, schedule))
         yield x
         if i + 1 < columns:
-            z = generator(x[:, None].repeat(branches, 1, 1), context, i, cache)
+            z = step(x[:, None].repeat(branches, 1, 1), context, i, cache)
 
 
 def sample_tokens(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int],
@@ -100,8 +133,8 @@ def sample_tokens(generator: Generator, labels: Tensor, columns: int, seeds: Seq
     return drawn if prefix is None else torch.cat((prefix.to(drawn), drawn), 1)
 
 
-def _check(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int], steps: int,
-           prefix: Tensor | None) -> None:
+def _check(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int],
+           prefix: Tensor | None, cuda_graphs: bool) -> None:
     if len(seeds) != len(labels):
         raise ValueError(f"seeds must be one per label ({len(labels)}), got {len(seeds)}")
     if any(seed < 0 for seed in seeds):
@@ -112,5 +145,6 @@ def _check(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[i
     given = 0 if prefix is None else prefix.shape[1]
     if columns <= given:
         raise ValueError(f"columns must be more than the {given} given, got {columns}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if cuda_graphs and generator.no_class.device.type != "cuda":
+        raise ValueError("cuda_graphs needs a generator on a CUDA device, got one on "
+                         f"{generator.no_class.device}")

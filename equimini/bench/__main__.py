@@ -2,4 +2,4 @@
 
 from equimini.cli import run, subcommand
 
-run(lambda: subcommand("equimini.bench", ["attention", "data", "tokenizer"]))
+run(lambda: subcommand("equimini.bench", ["attention", "data", "sample", "solvers", "tokenizer"]))

@@ -1,0 +1,199 @@
+"""Sampling: seconds per image and per column, against a literal implementation.
+
+    python -m equimini.bench sample [--preset small --batch 1 8 64 --precision float32 bf16 --json]
+
+Both run in this one process, in turns, on the same random weights and the same noise.  The
+literal one runs the transformer over all tokens again for every token, class tokens included,
+and the whole head for every step; both guidance branches share a batch in either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from contextlib import ExitStack
+from statistics import median
+from typing import Callable
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from equimini.bench.timing import machine
+from equimini.cli import UserError, pick_device
+from equimini.generator import Generator
+from equimini.graphs import GraphedStep
+from equimini.inference import PRECISIONS, prepared
+from equimini.presets import PRESETS
+from equimini.sampler import column_noise, guidance_scale, sample_tokens
+
+
+@torch.no_grad()
+def literal(generator: Generator, labels: Tensor, columns: int, seeds: list[int], cfg: float = 1.0,
+            schedule: str = "linear", steps: int = 100) -> Tensor:
+    """`sample_tokens` with nothing kept from column to column or step to step: (B, columns, C)."""
+    b, device = len(labels), generator.no_class.device
+    drop = (torch.arange(2 * b) >= b).to(device)  # the second half has no class
+    labels = labels.to(device).repeat(2)
+    x = torch.zeros(b, 0, generator.channels, device=device)
+    for i in range(columns):
+        s = guidance_scale(i, columns, cfg, schedule)
+        tokens = torch.cat((x, x.new_zeros(b, 1, generator.channels)), 1)  # the last is not read
+        z = generator.predict(tokens.repeat(2, 1, 1), labels, drop)[:, i]
+        x_i = column_noise(seeds, i, generator.channels).to(device)
+        for k in range(steps, 0, -1):
+            t = torch.full((2 * b,), k / steps, device=device)
+            cond, uncond = generator.head(x_i.repeat(2, 1), t, z).chunk(2)
+            x_i = x_i - (uncond + s * (cond - uncond)) / steps
+        x = torch.cat((x, x_i[:, None]), 1)
+    return x
+
+
+def random_generator(preset: str, device: torch.device) -> Generator:
+    """A generator with random weights, also where training starts at zero: all work is real."""
+    torch.manual_seed(0)
+    config, shape = PRESETS[preset].generator, PRESETS[preset].tokenizer
+    generator = Generator(config, 1000, shape.token_channels)
+    for module in generator.head.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.xavier_uniform_(module.weight)
+    return generator.eval().requires_grad_(False).to(device)
+
+
+class Stopwatch:
+    """Adds up the time spent inside some functions; a call within a call counts once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self.running = device, 0.0, False
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def watch(self, function: Callable) -> Callable:
+        def timed(*args, **kwargs):
+            if self.running:
+                return function(*args, **kwargs)
+            self.running, start = True, self.now()
+            result = function(*args, **kwargs)
+            self.running, self.seconds = False, self.seconds + self.now() - start
+            return result
+        return timed
+
+
+TRANSFORMER = ((Generator, "forward"), (Generator, "encode_classes"), (GraphedStep, "__call__"))
+
+
+def measure(draw: Callable[[], Tensor], device: torch.device) -> tuple[float, float, Tensor]:
+    """Seconds of one run, seconds of it in the transformer, and what was drawn."""
+    inside, total = Stopwatch(device), Stopwatch(device)
+    with ExitStack() as patches:
+        for owner, name in TRANSFORMER:
+            patches.enter_context(patch.object(owner, name, inside.watch(getattr(owner, name))))
+        x = total.watch(draw)()
+    return total.seconds, inside.seconds, x
+
+
+def contestants(generator: Generator, options: argparse.Namespace, labels: Tensor,
+                seeds: list[int]) -> dict[str, Callable[[int, int], Tensor]]:
+    """By name, functions of (columns, steps) that draw the batch."""
+    def fast(ready: Generator) -> Callable[[int, int], Tensor]:
+        return lambda columns, steps: sample_tokens(ready, labels, columns, seeds, cfg=options.cfg,
+                                                    steps=steps, cuda_graphs=options.cuda_graphs)
+    names = {precision: fast(prepared(generator, precision)) for precision in options.precision}
+    if options.no_literal:
+        return names
+    return {"literal": lambda columns, steps: literal(generator, labels, columns, seeds,
+                                                      options.cfg, "linear", steps), **names}
+
+
+def batch_rows(generator: Generator, options: argparse.Namespace, batch: int,
+               device: torch.device) -> list[dict]:
+    """One row (a dict) per contestant for one batch size."""
+    labels, seeds = torch.arange(batch) % generator.num_classes, list(range(batch))
+    runs = contestants(generator, options, labels, seeds)
+    for draw in runs.values():
+        draw(2, 2)  # warm-up
+    results: dict[str, list] = {name: [] for name in runs}
+    for _ in range(options.repeats):
+        for name, draw in runs.items():
+            results[name].append(measure(lambda: draw(options.columns, options.steps), device))
+    rows = []
+    for name, measured in results.items():
+        seconds, transformer = (median(m[k] for m in measured) for k in (0, 1))
+        row = {"batch": batch, "method": name, "s_per_image": seconds / batch,
+               "s_per_column": seconds / options.columns,
+               "head_s_per_column": (seconds - transformer) / options.columns,
+               "transformer_s_per_column": transformer / options.columns}
+        if name != "literal" and not options.no_literal:
+            x, truth = measured[0][2], results["literal"][0][2]
+            row |= {"times_faster": rows[0]["s_per_image"] / row["s_per_image"],
+                    "rms_deviation": ((x - truth).square().mean().sqrt()
+                                      / truth.square().mean().sqrt()).item(),
+                    "max_deviation": (x - truth).abs().max().item()}
+        rows.append(row)
+    return rows
+
+
+def line(row: dict) -> str:
+    text = (f"{row['batch']:5} {row['method']:>8} {row['s_per_image']:9.3f} "
+            f"{row['s_per_column']:9.4f} {row['head_s_per_column']:9.4f} "
+            f"{row['transformer_s_per_column']:11.4f}")
+    if "times_faster" in row:
+        text += (f" {row['times_faster']:7.2f}x {row['rms_deviation']:13.1e} "
+                 f"{row['max_deviation']:10.1e}")
+    return text
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Print the table, or JSON."""
+    device = pick_device(options.device)
+    if options.cuda_graphs and device.type != "cuda":
+        raise UserError(f"--cuda-graphs needs a CUDA device, got {device}")
+    generator, rows = random_generator(options.preset, device), []
+    columns = options.columns = options.columns or PRESETS[options.preset].tokenizer.columns
+    about = (f"preset {options.preset}, random weights, {columns} columns, {options.steps} Euler "
+             f"steps, cfg {options.cfg:g}, {options.repeats} run(s) of each in turns")
+    if not options.json:
+        print(f"# {machine(device.type)}\n# {about}\nbatch   method   s/image  s/column      head "
+              " transformer   faster  deviation rms        max   (head, transformer: s/column)")
+    for batch in options.batch:
+        for row in batch_rows(generator, options, batch, device):
+            rows.append(row)
+            if not options.json:
+                print(line(row), flush=True)
+    if options.json:
+        print(json.dumps({"machine": machine(device.type), "what": about, "rows": rows}, indent=1))
+    elif not options.no_literal:
+        print("# deviation from the literal tokens: rms over their rms, and largest (tokens of "
+              "unit scale)")
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m equimini.bench sample",
+                                     description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--preset", choices=list(PRESETS), default="small", help="sizes of the generator [small]")
+    add("--batch", type=positive, nargs="+", default=[1, 8, 64], help="images at a time [1 8 64]")
+    add("--columns", type=positive, help="length of the images [a square's]")
+    add("--steps", type=positive, default=100, help="Euler steps per column [100]")
+    add("--cfg", type=float, default=2.0, help="guidance scale; 1: no second branch in the fast "
+        "path, which the literal one always runs [2]")
+    add("--precision", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS),
+        help="of the fast path; the literal one is float32 [both]")
+    add("--repeats", type=positive, default=1, help="runs of each, in turns; medians are shown [1]")
+    add("--no-literal", action="store_true", help="leave the slow one out")
+    add("--cuda-graphs", action="store_true", help="replay recorded kernels (CUDA)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps [auto]")
+    add("--json", action="store_true", help="print JSON")
+    compare(parser.parse_args(argv))
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

@@ -1,0 +1,95 @@
+"""CUDA graphs for sampling: a column's many small kernels, launched as one.
+
+A GPU runs the head's steps faster than Python can launch them.  A graph records a function's
+kernels once, with the addresses they read and write, and replays them with one launch.  So all
+inputs must lie in buffers that stay in place, and the function may not look at their values.
+Two functions are recorded: drawing one column, and the transformer's step for one token.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from equimini.generator import ClassContext, Generator, KeyValue
+
+
+class StaticCall:
+    """Calls `function`, from tensors to a list of tensors, over buffers that stay in place.
+
+    capture: record a CUDA graph at the first call and replay it; False calls the function on the
+    same buffers, on any device.  Inputs of other shapes start over.  Results are copies.
+    """
+
+    def __init__(self, function: Callable[..., list[Tensor]], capture: bool = True) -> None:
+        self.function, self.capture = function, capture
+        self.buffers: list[Tensor] = []
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        if [x.shape for x in inputs] != [b.shape for b in self.buffers]:
+            self.buffers = [x.clone() for x in inputs]
+            if self.capture:
+                self._record()
+        torch._foreach_copy_(self.buffers, list(inputs))
+        if self.capture:
+            self.graph.replay()
+        else:
+            self.outputs = self.function(*self.buffers)
+        return [out.clone() for out in self.outputs]
+
+    def _record(self) -> None:
+        with torch.cuda.device(self.buffers[0].device):
+            side = torch.cuda.Stream()  # libraries allocate at their first calls: not in a graph
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self.function(*self.buffers)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.buffers)
+
+
+class GraphedColumn:
+    """A `ColumnSampler`, as one graph over all of its steps."""
+
+    def __init__(self, draw: Callable[[Tensor, Tensor, Tensor], Tensor],
+                 capture: bool = True) -> None:
+        self.call = StaticCall(lambda *inputs: [draw(*inputs)], capture)
+
+    def __call__(self, z: Tensor, noise: Tensor, s: float) -> Tensor:
+        return self.call(z, noise, noise.new_tensor(s))[0]
+
+
+class GraphedStep:
+    """`Generator.forward` for one token, as a graph, once the cache holds its W − 1 columns."""
+
+    def __init__(self, generator: Generator, capture: bool = True) -> None:
+        self.generator = generator
+        self.call = StaticCall(self._flat, capture)
+
+    def __call__(self, tokens: Tensor, context: ClassContext, position: int,
+                 cache: list[KeyValue]) -> Tensor:
+        full = cache and cache[0][0].shape[1] == self.generator.config.window - 1
+        if not full or tokens.shape[1] > 1:
+            return self.generator(tokens, context, position, cache)
+        where = torch.tensor(position, device=tokens.device)
+        z, *flat = self.call(tokens, where, *_flatten(context.keys_values), *_flatten(cache))
+        cache[:] = _pairs(flat)
+        return z
+
+    def _flat(self, tokens: Tensor, position: Tensor, *flat: Tensor) -> list[Tensor]:
+        pairs = _pairs(flat)
+        cache = pairs[len(pairs) // 2:]
+        context = ClassContext(pairs[:len(pairs) // 2], z0=tokens[:, :0])  # z_0 is not read
+        return [self.generator(tokens, context, position, cache), *_flatten(cache)]
+
+
+def _flatten(pairs: list[KeyValue]) -> list[Tensor]:
+    return [x for pair in pairs for x in pair]
+
+
+def _pairs(flat: Sequence[Tensor]) -> list[KeyValue]:
+    return list(zip(flat[::2], flat[1::2]))
