@@ -17,10 +17,13 @@ TIME_CHANNELS = 256  # of the sinusoidal embedding
 
 
 def time_embedding(t: Tensor) -> Tensor:
-    """Sinusoidal embedding of t (not of 1000·t): any shape to (…, 256), cosines first, float32."""
-    half = TIME_CHANNELS // 2
-    k = torch.arange(half, device=t.device, dtype=torch.float32)
-    angle = t.float()[..., None] * torch.exp(-math.log(10000) * k / half)
+    """Sinusoidal embedding of t (not of 1000·t): any shape to (…, 256), cosines first.
+
+    Float32, also for a t of fewer bits; float64 for float64.
+    """
+    half, dtype = TIME_CHANNELS // 2, torch.promote_types(t.dtype, torch.float32)
+    k = torch.arange(half, device=t.device, dtype=dtype)
+    angle = t.to(dtype)[..., None] * torch.exp(-math.log(10000) * k / half)
     return torch.cat((angle.cos(), angle.sin()), -1)
 
 

@@ -33,17 +33,17 @@ from equimini.sampler import column_noise, guidance_scale, sample_tokens
 def literal(generator: Generator, labels: Tensor, columns: int, seeds: list[int], cfg: float = 1.0,
             schedule: str = "linear", steps: int = 100) -> Tensor:
     """`sample_tokens` with nothing kept from column to column or step to step: (B, columns, C)."""
-    b, device = len(labels), generator.no_class.device
-    drop = (torch.arange(2 * b) >= b).to(device)  # the second half has no class
-    labels = labels.to(device).repeat(2)
-    x = torch.zeros(b, 0, generator.channels, device=device)
+    b, like = len(labels), generator.no_class  # its device and dtype
+    drop = (torch.arange(2 * b) >= b).to(like.device)  # the second half has no class
+    labels = labels.to(like.device).repeat(2)
+    x = like.new_zeros(b, 0, generator.channels)
     for i in range(columns):
         s = guidance_scale(i, columns, cfg, schedule)
         tokens = torch.cat((x, x.new_zeros(b, 1, generator.channels)), 1)  # the last is not read
         z = generator.predict(tokens.repeat(2, 1, 1), labels, drop)[:, i]
-        x_i = column_noise(seeds, i, generator.channels).to(device)
+        x_i = column_noise(seeds, i, generator.channels).to(like)
         for k in range(steps, 0, -1):
-            t = torch.full((2 * b,), k / steps, device=device)
+            t = like.new_full((2 * b,), k / steps)
             cond, uncond = generator.head(x_i.repeat(2, 1), t, z).chunk(2)
             x_i = x_i - (uncond + s * (cond - uncond)) / steps
         x = torch.cat((x, x_i[:, None]), 1)
