@@ -18,28 +18,37 @@ from torch import Tensor, nn
 
 from equimini.generator import Generator
 
+ONEDNN_NAMES = {type(None): ("none", ""), nn.SiLU: ("swish", ""), nn.GELU: ("gelu", "none")}
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ReadyLinear(nn.Module):
-    """A linear layer with weights that are only read: float32 in and out."""
+    """A linear layer with weights that are only read, and the activation that follows it.
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    activation: nn.SiLU, nn.GELU or None.  Float32 in and out; with `hidden`, the output stays in
+    dtype, for a layer whose output only the next matrix product reads.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, activation: nn.Module | None = None,
+                 hidden: bool = False) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.dtype_out = dtype, dtype if hidden else torch.float32
         self.bias = linear.bias.detach().to(dtype)
         self.weight = linear.weight.detach().to(dtype)
         self.packed = packs(self.weight)
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
         if self.packed:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            name, algorithm = ONEDNN_NAMES[type(self.activation)]
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], algorithm)
         else:
             y = F.linear(x, self.weight, self.bias)
-        return y.float()
+            y = y if self.activation is None else self.activation(y)
+        return y.to(self.dtype_out)
 
 
 def packs(weight: Tensor) -> bool:
@@ -62,7 +71,17 @@ def prepared(generator: Generator, precision: str = "float32") -> Generator:
     tensors = (*generator.parameters(), *generator.buffers())
     twin = copy.deepcopy(generator, {id(t): t for t in tensors})  # shares them; linear layers go
     for module in list(twin.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, ReadyLinear(child, PRECISIONS[precision]))
+        _replace_linear_layers(module, PRECISIONS[precision])
     return twin.eval()
+
+
+def _replace_linear_layers(module: nn.Module, dtype: torch.dtype) -> None:
+    """Make the linear layers among a module's children ready, in an MLP with their activations."""
+    children = list(module.named_children())
+    for k, (name, child) in enumerate(children):
+        if isinstance(child, nn.Linear):
+            after = children[k + 1] if isinstance(module, nn.Sequential) and children[k + 1:] else 0
+            fused = after and type(after[1]) in ONEDNN_NAMES
+            setattr(module, name, ReadyLinear(child, dtype, after[1] if fused else None, fused))
+            if fused:
+                setattr(module, after[0], nn.Identity())
