@@ -15,8 +15,10 @@ from tqdm import tqdm
 from equimini import load_generator
 from equimini.cli import UserError, add_flags, output_folder, override, pick_device, run
 from equimini.images import grid, save_png, to_uint8
+from equimini.inference import PRECISIONS
 from equimini.presets import Checked, flag
 from equimini.sampler import SCHEDULES
+from equimini.solvers import SOLVERS, evaluation_times, time_grid
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,15 @@ class SampleConfig(Checked):
     cfg: float = flag(2.0, "guidance scale; 1: none", min=0)
     cfg_schedule: str = flag("linear", "guidance from 1 up to --cfg over the columns, or --cfg "
                              "throughout", choices=SCHEDULES)
-    steps: int = flag(100, "Euler steps per column", min=1)
+    steps: int = flag(100, "steps of the solver per column", min=1)
+    solver: str = flag("euler", "how a column follows the head's flow: euler asks the head once "
+                       "a step, midpoint and heun (second order) twice", choices=tuple(SOLVERS))
+    time_shift: float = flag(1.0, "above 1: smaller steps near the noise, below 1: near the "
+                             "token; 1: equal steps", min=1e-3)
+    precision: str = flag("float32", "arithmetic of the generator's matrix products; bf16 is "
+                          "faster and deviates slightly", choices=tuple(PRECISIONS))
+    cuda_graphs: str = flag("off", "on: replay recorded kernels, which is faster for few "
+                            "pictures at a time; needs CUDA", choices=("off", "on"))
     seed: int = flag(0, "seed of a class's first picture; the next ones count up", min=0)
     weights: str = flag("ema", "moving average of the weights, or the raw ones",
                         choices=("ema", "raw"))
@@ -64,6 +74,8 @@ def main() -> None:
     output_folder(str(out.parent))
     if out.suffix.lower() != ".png":
         raise UserError(f"--out must end in .png, got {cfg.out}")
+    if cfg.cuda_graphs == "on" and device.type != "cuda":
+        raise UserError(f"--cuda-graphs on needs a CUDA device, got {device}")
     model = load_generator(cfg.checkpoint, device, cfg.weights == "ema", cfg.tokenizer)
     shape = model.tokenizer.config
     columns = length_in_columns(cfg, shape.f, shape.columns)
@@ -77,6 +89,8 @@ def main() -> None:
         label = f"pictures {k + 1}-{k + len(labels)} of {len(jobs)}, columns"
         tokens = model.sample_tokens(
             labels, columns, seeds, cfg=cfg.cfg, schedule=cfg.cfg_schedule, steps=cfg.steps,
+            solver=cfg.solver, time_shift=cfg.time_shift, precision=cfg.precision,
+            cuda_graphs=cfg.cuda_graphs == "on",
             progress=lambda drawn: tqdm(drawn, desc=label, total=columns))
         pictures.append(model.decode(tokens).cpu())
     images = torch.cat(pictures)
@@ -88,7 +102,9 @@ def main() -> None:
             rows.append(row)
             labels.append(model.classes[c])
     save_png(grid(rows, labels), out)
-    print(f"{len(images)} pictures of {columns * shape.f}x{shape.image_size} pixels: {out}")
+    evaluations = len(evaluation_times(cfg.solver, time_grid(cfg.steps, cfg.time_shift)))
+    print(f"{len(images)} pictures of {columns * shape.f}x{shape.image_size} pixels, "
+          f"{evaluations} evaluations of the head per column: {out}")
     if cfg.singles:
         folder = output_folder(cfg.singles)
         for (c, seed), picture in zip(jobs, to_uint8(images)):

@@ -60,16 +60,18 @@ def packs(weight: Tensor) -> bool:
 
 
 def prepared(generator: Generator, precision: str = "float32") -> Generator:
-    """A copy of the generator for sampling alone; its weights are a second set in memory.
+    """A copy of the generator for sampling alone, with linear layers made ready.
 
+    On a CPU, and in bf16, their weights are a second set in memory; all other weights are
+    shared, so after a change of weights the copy is to be made again (`LastPrepared` does).
     precision: 'float32' computes the same function up to rounding, 'bf16' makes the matrix
-    products in bfloat16.  Weights that change later do not change the copy.
+    products in bfloat16.
     Raises ValueError for another precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     tensors = (*generator.parameters(), *generator.buffers())
-    twin = copy.deepcopy(generator, {id(t): t for t in tensors})  # shares them; linear layers go
+    twin = copy.deepcopy(generator, {id(t): t for t in tensors})  # shared
     for module in list(twin.modules()):
         _replace_linear_layers(module, PRECISIONS[precision])
     return twin.eval()
@@ -85,3 +87,18 @@ def _replace_linear_layers(module: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, ReadyLinear(child, dtype, after[1] if fused else None, fused))
             if fused:
                 setattr(module, after[0], nn.Identity())
+
+
+class LastPrepared:
+    """Keeps the last prepared copy of a generator, until its weights change."""
+
+    def __init__(self) -> None:
+        self.key, self.copy = None, None
+
+    def __call__(self, generator: Generator, precision: str) -> Generator:
+        """`prepared`, made again only where the precision or a weight is not the same."""
+        key = (precision, *((p.data_ptr(), p._version) for p in generator.parameters()))
+        if key != self.key:
+            self.copy = None  # frees it first
+            self.key, self.copy = key, prepared(generator, precision)
+        return self.copy

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -18,6 +18,7 @@ from equimini import checkpoint
 from equimini.autoencoder import Tokenizer
 from equimini.cli import UserError, config_from_dict
 from equimini.generator import Generator
+from equimini.inference import LastPrepared
 from equimini.presets import GeneratorConfig
 from equimini.sampler import sample_columns
 
@@ -29,6 +30,7 @@ class ImageGenerator:
     generator: Generator
     tokenizer: Tokenizer
     classes: list[str]
+    prepared: LastPrepared = field(default_factory=LastPrepared, repr=False, compare=False)
 
     def class_numbers(self, classes: Sequence[str | int]) -> list[int]:
         """Class numbers of names or numbers (a name wins over a number that reads the same).
@@ -49,24 +51,31 @@ class ImageGenerator:
 
     def sample(self, classes: Sequence[str | int], columns: int | None = None, *, seed: int = 0,
                cfg: float = 2.0, schedule: str = "linear", steps: int = 100,
+               solver: str = "euler", time_shift: float = 1.0, precision: str = "float32",
+               cuda_graphs: bool = False,
                progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
         """Draw one image per entry of `classes`; image i has the seed `seed` + i.
 
         columns: the images' length (default: a square).  cfg: guidance scale, 1 is none;
-        schedule: 'linear' or 'constant'; steps: Euler steps per column; progress: wraps the loop
-        over columns (tqdm, say).  Returns (B, 3, H, columns·f) in [−1, 1].
+        schedule: 'linear' or 'constant'; steps: of the solver per column; solver: 'euler',
+        'midpoint' or 'heun'; time_shift: see `solvers.time_grid`; precision: of the matrix
+        products, 'float32' or 'bf16'; cuda_graphs: see `graphs`; progress: wraps the loop over
+        columns (tqdm, say).  Returns (B, 3, H, columns·f) in [−1, 1].
         """
         tokens = self.sample_tokens(classes, columns, [seed + i for i in range(len(classes))],
-                                    cfg=cfg, schedule=schedule, steps=steps, progress=progress)
+                                    cfg=cfg, schedule=schedule, steps=steps, solver=solver,
+                                    time_shift=time_shift, precision=precision,
+                                    cuda_graphs=cuda_graphs, progress=progress)
         return self.decode(tokens)
 
     def sample_tokens(self, classes: Sequence[str | int], columns: int | None,
                       seeds: Sequence[int], progress: Callable[[Iterable], Iterable] = iter,
-                      **options: Any) -> Tensor:
+                      precision: str = "float32", **options: Any) -> Tensor:
         """Normalised tokens (B, columns, C) of one image per class and seed; see `sample`."""
         columns = columns or self.tokenizer.config.columns
         labels = torch.tensor(self.class_numbers(classes), dtype=torch.long)
-        drawn = sample_columns(self.generator, labels, columns, seeds, **options)
+        generator = self.prepared(self.generator, precision)
+        drawn = sample_columns(generator, labels, columns, seeds, **options)
         return torch.stack(list(progress(drawn)), 1)
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import nn
 
 from equimini.generator import Generator
 from equimini.graphs import GraphedColumn, GraphedStep, StaticCall
-from equimini.inference import ReadyLinear, prepared
+from equimini.inference import LastPrepared, ReadyLinear, prepared
 from equimini.sampler import ColumnSampler, sample_tokens
 
 LABELS = torch.tensor([0, 2, 1])
@@ -41,6 +41,18 @@ def test_a_prepared_copy_leaves_the_original_alone(generator):
         assert torch.equal(value, before[name])
     with pytest.raises(ValueError, match="precision must be one of float32, bf16"):
         prepared(generator, "fp8")
+
+
+@torch.no_grad()
+def test_a_prepared_copy_is_kept_until_a_weight_changes(generator):
+    keep = LastPrepared()
+    first = keep(generator, "float32")
+    assert keep(generator, "float32") is first
+    assert keep(generator, "bf16") is not first
+    before = sample_tokens(keep(generator, "float32"), LABELS, 1, SEEDS, steps=1)
+    generator.head.x_out.bias.add_(1.0)
+    after = sample_tokens(keep(generator, "float32"), LABELS, 1, SEEDS, steps=1)
+    torch.testing.assert_close(before - 1, after)
 
 
 def test_bf16_deviates_as_bf16_should(generator):
