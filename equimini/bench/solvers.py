@@ -1,1 +1,255 @@
-"""placeholder."""
+"""Solvers of the head's ODE: error and Fréchet distance over the number of head evaluations.
+
+    python -m equimini.bench solvers --checkpoint runs/generator/last.pt
+    python -m equimini.bench solvers --checkpoint … --network inception.pt --data pictures
+
+Every solver draws the same images from the same noise.  They are compared with the truth, the
+midpoint rule with 500 steps, in RMS over normalised tokens (channels of about unit variance):
+  columns  each column alone, after the truth's columns: the error that the solver makes itself
+  images   whole images: column i + 1 is drawn after what the solver made of column i, so small
+           errors grow from column to column, and a large one means another, no worse picture
+With --network, whole images are also compared with --data: what the error costs in quality.
+Tables go to the screen, pictures of the curves and results.json into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from equimini import load_generator
+from equimini.bench.timing import machine
+from equimini.cli import RunConfig, UserError, add_flags, output_folder, override, pick_device
+from equimini.data import load_data
+from equimini.feature_nets import FeatureNetwork, load_network
+from equimini.files import replacing
+from equimini.generator import Generator
+from equimini.images import to_uint8
+from equimini.metrics import Gaussian, frechet_distance
+from equimini.pipeline import ImageGenerator
+from equimini.plot import curves
+from equimini.presets import Checked, flag
+from equimini.sampler import SCHEDULES, ColumnSampler, column_noise, guidance_scale
+from equimini.solvers import SOLVERS, evaluation_times, time_grid
+
+TRUTH = {"solver": "midpoint", "steps": 500}
+
+
+@dataclass(frozen=True)
+class SolverBench(Checked):
+    """What is drawn, and what with."""
+
+    checkpoint: str = flag("runs/generator/last.pt", "checkpoint of a trained generator")
+    evaluations: tuple[int, ...] = flag((4, 6, 10, 20, 30, 50, 100), "numbers of head evaluations "
+                                        "per column; second-order solvers take two a step", min=2)
+    solvers: str = flag(",".join(SOLVERS), "solvers to compare, with commas")
+    time_shifts: str = flag("1", "time shifts to compare, with commas")
+    count: int = flag(32, "images whose error is measured", min=1)
+    columns: int = flag(0, "length of the images; 0: square", min=0)
+    cfg: float = flag(2.0, "guidance scale; 1: none", min=0)
+    cfg_schedule: str = flag("linear", "guidance from 1 up to --cfg over the columns, or --cfg "
+                             "throughout", choices=SCHEDULES)
+    precision: str = flag("float32", "arithmetic of the matrix products; the truth's is float32",
+                          choices=("float32", "bf16"))
+    seed: int = flag(0, "seed of the first image; the next ones count up", min=0)
+    batch_size: int = flag(64, "images drawn at a time", min=1)
+    network: str = flag("", "TorchScript feature network for the Fréchet distance, or 'download' "
+                        "(see equimini.evaluate); empty: no distance")
+    data: str = flag("", "folder of pictures that the distance is to, all of them")
+    distance_count: int = flag(1000, "images whose distance is measured", min=8)
+    device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")
+    out: str = flag("runs/solvers", "folder to write to")
+
+
+class Case:
+    """The images of one benchmark: their classes, seeds, guidance."""
+
+    def __init__(self, model: ImageGenerator, cfg: SolverBench, count: int) -> None:
+        self.model, self.cfg, self.count = model, cfg, count
+        self.columns = cfg.columns or model.tokenizer.config.columns
+
+    def batches(self, count: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Classes (in turn) and seeds of the first `count` images."""
+        for first in range(0, count, self.cfg.batch_size):
+            images = range(first, min(first + self.cfg.batch_size, count))
+            yield ([k % len(self.model.classes) for k in images],
+                   [self.cfg.seed + k for k in images])
+
+    def images(self, count: int, label: str, **how: Any) -> Tensor:
+        """Whole images by one solver, as tokens (count, columns, C)."""
+        options = {"cfg": self.cfg.cfg, "schedule": self.cfg.cfg_schedule, **how}
+        drawn = []
+        for labels, seeds in tqdm(list(self.batches(count)), desc=label, leave=False):
+            drawn.append(self.model.sample_tokens(labels, self.columns, seeds, **options))
+        return torch.cat(drawn)
+
+    @torch.no_grad()
+    def single_columns(self, truth: Tensor, **how: Any) -> Tensor:
+        """Each column by one solver, after the columns before it of `truth` (count, N, C)."""
+        generator = self.model.prepared(self.model.generator, self.cfg.precision)
+        draw, drawn = ColumnSampler(generator.head, **how), []
+        n, cfg = truth.shape[1], self.cfg
+        s = truth.new_tensor([guidance_scale(i, n, cfg.cfg, cfg.cfg_schedule) for i in range(n)])
+        for (labels, seeds), tokens in zip(self.batches(len(truth)), truth.split(cfg.batch_size)):
+            z = self.contexts(generator, torch.tensor(labels).to(truth.device), tokens)
+            noise = torch.stack([column_noise(seeds, i, tokens.shape[2]) for i in range(n)], 1)
+            scales = s[None, :, None].expand(len(tokens), -1, 1).flatten(0, 1)
+            drawn.append(draw(z, noise.to(truth).flatten(0, 1), scales).view_as(tokens))
+        return torch.cat(drawn)
+
+    def contexts(self, generator: Generator, labels: Tensor, tokens: Tensor) -> Tensor:
+        """z of every column, as one batch (branches·B·N, d)."""
+        branches = [torch.zeros_like(labels, dtype=torch.bool)]
+        if self.cfg.cfg != 1:
+            branches.append(~branches[0])
+        z = [generator.predict(tokens, labels, drop) for drop in branches]
+        return torch.cat(z).flatten(0, 1)
+
+
+def settings(cfg: SolverBench) -> list[dict[str, Any]]:
+    """Solver, time shift and steps of every point; raises UserError for what does not exist."""
+    found = []
+    for solver in names(cfg.solvers):
+        if solver not in SOLVERS:
+            raise UserError(f"--solvers takes {', '.join(SOLVERS)}, got {solver!r}")
+        per_step = len(evaluation_times(solver, time_grid(1)))
+        for shift in shifts(cfg.time_shifts):
+            steps = sorted({max(1, n // per_step) for n in cfg.evaluations})
+            found += [{"solver": solver, "time_shift": shift, "steps": n} for n in steps]
+    return found
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def shifts(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+        for shift in found:
+            time_grid(1, shift)
+    except ValueError:
+        raise UserError("--time-shifts takes numbers above 0, with commas between, got "
+                        f"{text!r}") from None
+    return found
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def distance_from(net: FeatureNetwork, cfg: SolverBench,
+                  model: ImageGenerator) -> Callable[[Tensor], float]:
+    """The Fréchet distance of tokens' pictures to the pictures of --data, as a function."""
+    data = load_data(RunConfig(data=cfg.data, val_data=cfg.data), model.tokenizer.config)[1]
+    loader = DataLoader(data, cfg.batch_size, sampler=[(0, i) for i in range(len(data))])
+    real = torch.cat([net.features(x) for x, _, _ in tqdm(loader, desc=f"features of {cfg.data}")])
+    reference = Gaussian.fit(real)
+
+    def distance(tokens: Tensor) -> float:
+        rows = []
+        for part in tokens.split(cfg.batch_size):
+            pictures = torch.from_numpy(to_uint8(model.decode(part))).permute(0, 3, 1, 2)
+            rows.append(net.features(pictures))
+        return frechet_distance(Gaussian.fit(torch.cat(rows)), reference)
+
+    return distance
+
+
+def rows_of(case: Case, distance: Callable[[Tensor], float] | None) -> Iterator[dict[str, Any]]:
+    """One row (a dict) for every point of every curve."""
+    cfg = case.cfg
+    truth = case.images(cfg.count, "truth", **TRUTH)
+    for how in settings(cfg):
+        n = len(evaluation_times(how["solver"], time_grid(how["steps"], how["time_shift"])))
+        tokens = case.images(case.count, f"{how['solver']}, {n} evaluations",
+                             precision=cfg.precision, **how)
+        row = {**how, "evaluations": n,
+               "column_error": rms(case.single_columns(truth, **how) - truth),
+               "image_error": rms(tokens[:cfg.count] - truth)}
+        yield row | ({"frechet": distance(tokens)} if distance else {})
+
+
+def curve_label(row: dict[str, Any]) -> str:
+    shift = "" if row["time_shift"] == 1 else f", shift {row['time_shift']:g}"
+    return row["solver"] + shift
+
+
+def draw_curves(rows: list[dict[str, Any]], out: Path, cfg: SolverBench) -> list[Path]:
+    """Pictures of all measures that there are, over the number of evaluations."""
+    about = {"column_error": ("log10 of the RMS error", "Error of single columns"),
+             "image_error": ("log10 of the RMS error", "Error of whole images"),
+             "frechet": ("Fréchet distance", f"{cfg.distance_count} images against {cfg.data}")}
+    written = []
+    for measure, (ylabel, title) in about.items():
+        if measure not in rows[0]:
+            continue
+        series: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            y = row[measure] if measure == "frechet" else math.log10(row[measure])
+            series.setdefault(curve_label(row), []).append((row["evaluations"], y))
+        written.append(out / f"{measure.replace('_', '-')}.png")
+        curves(written[-1], series, "head evaluations per column", ylabel, title)
+    return written
+
+
+def verdict(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """For each other curve: the fewest evaluations that are as good as plain Euler's most."""
+    plain = [row for row in rows if curve_label(row) == "euler"]
+    if not plain:
+        return
+    best = max(plain, key=lambda row: row["evaluations"])
+    for label in dict.fromkeys(map(curve_label, rows)):
+        enough = [row for row in rows if curve_label(row) == label
+                  and row["column_error"] <= best["column_error"]]
+        if label != "euler":
+            yield (f"{label}: " + (f"{min(row['evaluations'] for row in enough)} evaluations give"
+                                   if enough else "no number of evaluations here gives")
+                   + f" columns as exact as euler's {best['evaluations']}")
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m equimini.bench solvers", allow_abbrev=False,
+                                     description=__doc__.split("\n")[0])
+    add_flags(parser, SolverBench(), "options")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    args = parser.parse_args(argv)
+    cfg = override(SolverBench(), args)
+    settings(cfg)
+    if bool(cfg.network) != bool(cfg.data):
+        raise UserError("a Fréchet distance takes both --network and --data")
+    device, out = pick_device(cfg.device), output_folder(cfg.out)
+    model = load_generator(cfg.checkpoint, device)
+    distance = None
+    if cfg.network:
+        distance = distance_from(load_network(cfg.network, device=device), cfg, model)
+    case = Case(model, cfg, max(cfg.count, cfg.distance_count) if distance else cfg.count)
+
+    if not args.json:
+        print(f"# {machine(device.type)}\n# {cfg.count} images of {case.columns} columns, guidance "
+              f"{cfg.cfg:g} ({cfg.cfg_schedule}); RMS errors against {TRUTH['solver']} with "
+              f"{TRUTH['steps']} steps\n     solver  shift  steps  evaluations  columns' error  "
+              f"images' error{'  Fréchet distance' * bool(distance)}")
+    rows = []
+    for row in rows_of(case, distance):
+        rows.append(row)
+        if not args.json:
+            print(f"{row['solver']:>11} {row['time_shift']:6g} {row['steps']:6} "
+                  f"{row['evaluations']:12} {row['column_error']:15.4g} {row['image_error']:14.4g}"
+                  + (f"{row['frechet']:18.2f}" if distance else ""), flush=True)
+    result = {"machine": machine(device.type), "settings": asdict(cfg), "rows": rows}
+    with replacing(out / "results.json") as file:
+        file.write(json.dumps(result, indent=1).encode())
+    written = draw_curves(rows, out, cfg)
+    print(json.dumps(result, indent=1) if args.json else "\n".join(
+        [*verdict(rows), "curves: " + ", ".join(map(str, written))]))
