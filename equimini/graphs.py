@@ -15,49 +15,52 @@ from torch import Tensor
 
 from equimini.generator import ClassContext, Generator, KeyValue
 
+Function = Callable[..., list[Tensor]]
+Recorder = Callable[[Function, list[Tensor]], tuple[Callable[[], None], list[Tensor]]]
+
+
+def cuda_graph(function: Function, buffers: list[Tensor]) -> tuple[Callable[[], None],
+                                                                   list[Tensor]]:
+    """Record `function(*buffers)`; returns what replays it, and the outputs that that fills."""
+    with torch.cuda.device(buffers[0].device):
+        side = torch.cuda.Stream()  # libraries allocate at their first calls: not in a graph
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                function(*buffers)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = function(*buffers)
+    return graph.replay, outputs
+
 
 class StaticCall:
     """Calls `function`, from tensors to a list of tensors, over buffers that stay in place.
 
-    capture: record a CUDA graph at the first call and replay it; False calls the function on the
-    same buffers, on any device.  Inputs of other shapes start over.  Results are copies.
+    record: makes something to replay of the function and its buffers, at the first call and
+    whenever the inputs' shapes change.  Results are copies.
     """
 
-    def __init__(self, function: Callable[..., list[Tensor]], capture: bool = True) -> None:
-        self.function, self.capture = function, capture
+    def __init__(self, function: Function, record: Recorder = cuda_graph) -> None:
+        self.function, self.record = function, record
         self.buffers: list[Tensor] = []
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         if [x.shape for x in inputs] != [b.shape for b in self.buffers]:
             self.buffers = [x.clone() for x in inputs]
-            if self.capture:
-                self._record()
+            self.replay, self.outputs = self.record(self.function, self.buffers)
         torch._foreach_copy_(self.buffers, list(inputs))
-        if self.capture:
-            self.graph.replay()
-        else:
-            self.outputs = self.function(*self.buffers)
+        self.replay()
         return [out.clone() for out in self.outputs]
-
-    def _record(self) -> None:
-        with torch.cuda.device(self.buffers[0].device):
-            side = torch.cuda.Stream()  # libraries allocate at their first calls: not in a graph
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    self.function(*self.buffers)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs = self.function(*self.buffers)
 
 
 class GraphedColumn:
     """A `ColumnSampler`, as one graph over all of its steps."""
 
     def __init__(self, draw: Callable[[Tensor, Tensor, Tensor], Tensor],
-                 capture: bool = True) -> None:
-        self.call = StaticCall(lambda *inputs: [draw(*inputs)], capture)
+                 record: Recorder = cuda_graph) -> None:
+        self.call = StaticCall(lambda *inputs: [draw(*inputs)], record)
 
     def __call__(self, z: Tensor, noise: Tensor, s: float) -> Tensor:
         return self.call(z, noise, noise.new_tensor(s))[0]
@@ -66,9 +69,9 @@ class GraphedColumn:
 class GraphedStep:
     """`Generator.forward` for one token, as a graph, once the cache holds its W − 1 columns."""
 
-    def __init__(self, generator: Generator, capture: bool = True) -> None:
+    def __init__(self, generator: Generator, record: Recorder = cuda_graph) -> None:
         self.generator = generator
-        self.call = StaticCall(self._flat, capture)
+        self.call = StaticCall(self._flat, record)
 
     def __call__(self, tokens: Tensor, context: ClassContext, position: int,
                  cache: list[KeyValue]) -> Tensor:

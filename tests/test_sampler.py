@@ -1,6 +1,7 @@
 """Drawing columns: against the literal sampler, guidance, seeds, prefixes."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 from equimini import sampler
 from equimini.bench.sample import literal
 from equimini.inference import prepared
-from equimini.sampler import guidance_scale, guided, sample_columns, sample_tokens
+from equimini.sampler import (ColumnSampler, guidance_scale, guided, sample_columns,
+                              sample_tokens)
 
 LABELS = torch.tensor([0, 2, 1])
 SEEDS = [3, 4, 5]
@@ -41,6 +43,10 @@ def test_modulations_are_computed_once_per_time(generator, monkeypatch):
         asked.clear()
         sample_tokens(generator, LABELS, 1, SEEDS, cfg=2.0, steps=5, solver=solver)
         assert sum(asked) == times and max(asked) == 2
+    at = ColumnSampler(generator.head, 5).modulations(torch.zeros(6, 32))
+    for t in (1.0, 0.8, 0.6, 0.4):
+        at(t)
+        assert len(inspect.getclosurevars(at).nonlocals["ready"]) <= 2  # memory is bounded
 
 
 def test_guidance_schedules():
