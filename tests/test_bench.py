@@ -28,16 +28,16 @@ def model(generator, tokenizer, monkeypatch) -> ImageGenerator:
 
 def test_sampling_benchmark(capsys):
     arguments = ["--preset", "tiny", "--columns", "5", "--steps", "2", "--batch", "1", "2"]
-    sample.main([*arguments, "--json"])
+    sample.main([*arguments, "--json", "--plain"])
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(r["batch"], r["method"]) for r in rows] == [
-        (b, m) for b in (1, 2) for m in ("literal", "float32", "bf16")]
+        (b, m) for b in (1, 2) for m in ("literal", "plain", "float32", "bf16")]
     for row in rows:
         parts = row["head_s_per_column"] + row["transformer_s_per_column"]
         assert parts == pytest.approx(row["s_per_column"])
         assert 0 < row["head_s_per_column"] < row["s_per_column"]
         assert row["s_per_column"] * 5 == pytest.approx(row["s_per_image"] * row["batch"])
-        if row["method"] == "float32":
+        if row["method"] in ("plain", "float32"):
             assert row["rms_deviation"] < 1e-4
         if row["method"] == "bf16":
             assert 1e-4 < row["rms_deviation"] < 0.1

@@ -20,6 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from equimini import sampler
 from equimini.bench.timing import machine
 from equimini.cli import UserError, pick_device
 from equimini.generator import Generator
@@ -102,11 +103,13 @@ def contestants(generator: Generator, options: argparse.Namespace, labels: Tenso
     def fast(ready: Generator) -> Callable[[int, int], Tensor]:
         return lambda columns, steps: sample_tokens(ready, labels, columns, seeds, cfg=options.cfg,
                                                     steps=steps, cuda_graphs=options.cuda_graphs)
-    names = {precision: fast(prepared(generator, precision)) for precision in options.precision}
-    if options.no_literal:
-        return names
-    return {"literal": lambda columns, steps: literal(generator, labels, columns, seeds,
-                                                      options.cfg, "linear", steps), **names}
+    runs: dict[str, Callable[[int, int], Tensor]] = {}
+    if not options.no_literal:
+        runs["literal"] = lambda columns, steps: literal(generator, labels, columns, seeds,
+                                                         options.cfg, "linear", steps)
+    if options.plain:
+        runs["plain"] = fast(generator)
+    return runs | {name: fast(prepared(generator, name)) for name in options.precision}
 
 
 def batch_rows(generator: Generator, options: argparse.Namespace, batch: int,
@@ -149,7 +152,7 @@ def line(row: dict) -> str:
 
 def compare(options: argparse.Namespace) -> None:
     """Print the table, or JSON."""
-    device = pick_device(options.device)
+    device, sampler.PRODUCT_ROWS = pick_device(options.device), options.product_rows
     if options.cuda_graphs and device.type != "cuda":
         raise UserError(f"--cuda-graphs needs a CUDA device, got {device}")
     generator, rows = random_generator(options.preset, device), []
@@ -185,6 +188,10 @@ def main(argv: list[str]) -> None:
     add("--precision", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS),
         help="of the fast path; the literal one is float32 [both]")
     add("--repeats", type=positive, default=1, help="runs of each, in turns; medians are shown [1]")
+    add("--plain", action="store_true", help="also the float32 fast path over the weights as they "
+        "lie, without equimini.inference")
+    add("--product-rows", type=positive, default=sampler.PRODUCT_ROWS, help="steps times images of "
+        f"one matrix product for the head's modulations [{sampler.PRODUCT_ROWS}]")
     add("--no-literal", action="store_true", help="leave the slow one out")
     add("--cuda-graphs", action="store_true", help="replay recorded kernels (CUDA)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps [auto]")
