@@ -8,6 +8,7 @@ shift, scale and gate are linear in SiLU(y), y = MLP(t) + Linear(z).  They do no
 from __future__ import annotations
 
 import math
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,6 @@ def time_embedding(t: Tensor) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), -1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(1 + scale)·x + shift."""
-    return torch.addcmul(x + shift, x, scale)
-
-
 class HeadBlock(nn.Module):
     """x += gate · MLP((1 + scale)·LN(x) + shift)."""
 
@@ -41,10 +37,14 @@ class HeadBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.ada = nn.Linear(width, 3 * width)
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x (…, width); modulation (…, 3·width): shift, scale, gate, as `ada` makes them."""
-        shift, scale, gate = modulation.chunk(3, -1)
-        return x + gate * self.mlp(modulate(self.norm(x), shift, scale))
+    def modulation(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """shift, 1 + scale and gate, (…, width) each, of the condition y (…, width)."""
+        shift, scale, gate = self.ada(y).chunk(3, -1)
+        return shift, 1 + scale, gate
+
+    def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        shift, factor, gate = modulation  # (…, width), as x
+        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, factor, self.norm(x))))
 
 
 class FlowHead(nn.Module):
@@ -80,23 +80,23 @@ class FlowHead(nn.Module):
         """MLP(t): times t (…) in [0, 1] to (…, width)."""
         return self.time_mlp(time_embedding(t))
 
-    def modulations(self, time: Tensor, z: Tensor) -> list[Tensor]:
-        """Every block's (shift, scale, gate) and the output's (shift, scale).
+    def modulations(self, time: Tensor, z: Tensor) -> list[tuple[Tensor, ...]]:
+        """Every block's (shift, 1 + scale, gate) and the output's (shift, 1 + scale).
 
         time: `embed_time` of t, (…, width); z: (…, cond_channels).  Nothing here depends on x: a
         sampler may ask for many times at once, before it has the first x.
         """
         y = F.silu(time + self.z_in(z))
-        return [*(block.ada(y) for block in self.blocks), self.ada_out(y)]
+        shift, scale = self.ada_out(y).chunk(2, -1)
+        return [*(block.modulation(y) for block in self.blocks), (shift, 1 + scale)]
 
-    def velocity(self, x: Tensor, modulations: list[Tensor]) -> Tensor:
+    def velocity(self, x: Tensor, modulations: Sequence[tuple[Tensor, ...]]) -> Tensor:
         """v (…, channels) at x (…, channels): the part of the head that depends on x."""
-        *of_blocks, of_output = modulations
+        *of_blocks, (shift, factor) = modulations
         x = self.x_in(x)
         for block, modulation in zip(self.blocks, of_blocks):
             x = block(x, modulation)
-        shift, scale = of_output.chunk(2, -1)
-        return self.x_out(modulate(self.norm_out(x), shift, scale))
+        return self.x_out(torch.addcmul(shift, factor, self.norm_out(x)))
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """Velocity at x (…, channels), t (…) in [0, 1], given z (…, cond_channels).

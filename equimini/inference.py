@@ -35,16 +35,16 @@ class ReadyLinear(nn.Module):
         self.dtype, self.dtype_out = dtype, dtype if hidden else torch.float32
         self.bias = linear.bias.detach().to(dtype)
         self.weight = linear.weight.detach().to(dtype)
-        self.packed = packs(self.weight)
+        self.activation, self.packed = activation, packs(self.weight)
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
-        self.activation = activation
+            name, algorithm = ONEDNN_NAMES[type(activation)]
+            self.arguments = self.weight, self.bias, name, [], algorithm
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
         if self.packed:
-            name, algorithm = ONEDNN_NAMES[type(self.activation)]
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], algorithm)
+            y = torch.ops.mkldnn._linear_pointwise(x, *self.arguments)
         else:
             y = F.linear(x, self.weight, self.bias)
             y = y if self.activation is None else self.activation(y)
@@ -73,7 +73,8 @@ def prepared(generator: Generator, precision: str = "float32") -> Generator:
     tensors = (*generator.parameters(), *generator.buffers())
     twin = copy.deepcopy(generator, {id(t): t for t in tensors})  # shared
     for module in list(twin.modules()):
-        _replace_linear_layers(module, PRECISIONS[precision])
+        once = module is twin.head.time_mlp  # per run: no reason to round it
+        _replace_linear_layers(module, torch.float32 if once else PRECISIONS[precision])
     return twin.eval()
 
 

@@ -72,21 +72,22 @@ class ColumnSampler:
 
         return self.solve(velocity, noise, self.grid)
 
-    def modulations(self, z: Tensor) -> Callable[[float], list[Tensor]]:
+    def modulations(self, z: Tensor) -> Callable[[float], Sequence[tuple[Tensor, ...]]]:
         """The head's modulations for z (rows, d), as a function of t.
 
         They do not depend on x, so they are computed for many times in one matrix product: as
         many as make PRODUCT_ROWS rows, which bounds the memory; a large batch is enough alone.
         """
         together = max(1, PRODUCT_ROWS // len(z))
-        ready: dict[float, list[Tensor]] = {}
+        ready: dict[float, Sequence[tuple[Tensor, ...]]] = {}
 
-        def at(t: float) -> list[Tensor]:
+        def at(t: float) -> Sequence[tuple[Tensor, ...]]:
             if t not in ready:
                 ready.clear()
                 i = self.times.index(t)
-                parts = self.head.modulations(self.embedded[i:i + together, None], z)
-                ready.update(zip(self.times[i:i + together], zip(*(p.unbind(0) for p in parts))))
+                of_blocks = self.head.modulations(self.embedded[i:i + together, None], z)
+                of_times = zip(*(zip(*(x.unbind(0) for x in block)) for block in of_blocks))
+                ready.update(zip(self.times[i:i + together], of_times))
             return ready[t]
 
         return at

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from equimini import inference
 from equimini.generator import Generator
 from equimini.graphs import GraphedColumn, GraphedStep, StaticCall
 from equimini.inference import LastPrepared, ReadyLinear, prepared
@@ -16,8 +17,11 @@ SEEDS = [3, 4, 5]
 
 
 @pytest.mark.parametrize("rows", (1, 2, 7, 300))
+@pytest.mark.parametrize("packed", (True, False))  # False: as on a GPU, or without oneDNN
 @torch.no_grad()
-def test_ready_linear(rows):
+def test_ready_linear(rows, packed, monkeypatch):
+    if not packed:
+        monkeypatch.setattr(inference, "packs", lambda weight: False)
     linear, x = nn.Linear(37, 53), torch.randn(2, rows, 37)
     truth = (x.double() @ linear.weight.double().T + linear.bias.double())
     size = x.abs() @ linear.weight.abs().T + linear.bias.abs()  # of the terms that are summed
@@ -57,8 +61,11 @@ def test_a_prepared_copy_is_kept_until_a_weight_changes(generator):
     assert not torch.allclose(before, after, atol=0.1)
 
 
-def test_bf16_deviates_as_bf16_should(generator):
+@pytest.mark.parametrize("packed", (True, False))
+def test_bf16_deviates_as_bf16_should(generator, packed, monkeypatch):
     """Unit roundoff 2⁻⁹ per product, carried through some 30 layers and 5 columns."""
+    if not packed:
+        monkeypatch.setattr(inference, "packs", lambda weight: False)
     exact = sample_tokens(generator, LABELS, 5, SEEDS, cfg=2.0, steps=8)
     drawn = sample_tokens(prepared(generator, "bf16"), LABELS, 5, SEEDS, cfg=2.0, steps=8)
     assert drawn.dtype == torch.float32
