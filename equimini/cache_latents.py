@@ -49,15 +49,16 @@ class CacheConfig(DataConfig):
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 of the tokenizer's weights and statistics."""
-    return _hash(tokenizer.state_dict())
+    return weights_hash(tokenizer.state_dict())
 
 
 def latents_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 of what latents depend on: a tokenizer with a fine-tuned decoder has the same."""
-    return _hash(tokenizer.latent_side())
+    return weights_hash(tokenizer.latent_side())
 
 
-def _hash(weights: dict[str, Tensor]) -> str:
+def weights_hash(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors and their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

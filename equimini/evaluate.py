@@ -24,6 +24,7 @@ import torch
 
 from equimini import distributed, load_generator, load_tokenizer
 from equimini.autoencoder import Tokenizer
+from equimini.cache_latents import tokenizer_hash, weights_hash
 from equimini.cli import DataConfig, UserError, add_flags, output_folder, override, run
 from equimini.data import Synthetic, load_data, to_float
 from equimini.evaluation_report import (Reference, compare, distance_name, notes, print_report,
@@ -33,10 +34,13 @@ from equimini.feature_shards import (SHOWN, RealPictures, Reconstructions, Sampl
                                      read_all)
 from equimini.files import remove_leftovers, replacing
 from equimini.images import grid, save_png
+from equimini.inference import PRECISIONS
 from equimini.losses import FeatureDistance
 from equimini.plot import curves
 from equimini.presets import TokenizerConfig, flag
 from equimini.sampler import SCHEDULES
+from equimini.solvers import SOLVERS
+from equimini.weights import load_lpips
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class EvaluateConfig(DataConfig):
     network: str = flag("", "TorchScript network that gives the features, called as the Inception "
                         "of StyleGAN2-ADA is; 'download': that one")
     network_sha256: str = flag("", "hash that the network's file must have")
+    lpips_weights: str = flag("", "LPIPS of reconstructions: 'download', a folder with "
+                              "vgg16-397923af.pth and LPIPS v0.1's vgg.pth, or the two files with "
+                              "a comma between")
     maps_network: str = flag("", "TorchScript network whose feature maps give a perceptual "
                              "distance of reconstructions; empty: none")
     batch_size: int = flag(64, "pictures computed at a time", min=1)
@@ -69,7 +76,14 @@ class GeneratorEvaluation(EvaluateConfig):
     cfg: str = flag("2", "guidance scale; several with commas: all of them, and a curve")
     cfg_schedule: str = flag("linear", "guidance from 1 up to --cfg over the columns, or --cfg "
                              "throughout", choices=SCHEDULES)
-    steps: int = flag(100, "Euler steps per column", min=1)
+    steps: int = flag(100, "steps of the solver per column", min=1)
+    solver: str = flag("euler", "how a column follows the head's flow", choices=tuple(SOLVERS))
+    time_shift: float = flag(1.0, "above 1: smaller steps near the noise, below 1: near the "
+                             "token; 1: equal steps", min=1e-3)
+    precision: str = flag("float32", "arithmetic of the generator's matrix products",
+                          choices=tuple(PRECISIONS))
+    tokenizer: str = flag("", "checkpoint of the generator's tokenizer with a fine-tuned decoder; "
+                          "empty: the tokenizer inside the generator's checkpoint")
     sample_seed: int = flag(0, "seed of the first sample; the next ones count up", min=0)
     reference_n: int = flag(0, "pictures of the reference, at most; 0: all", min=0)
     keep_images: bool = flag(False, "keep every sample as a PNG in OUT/images")
@@ -89,10 +103,7 @@ class Bench:
             remove_leftovers(folder)
         with distributed.main_first():
             self.net = load_network(cfg.network, cfg.network_sha256, device)
-        self.distances = {}
-        if cfg.maps_network:
-            distance = FeatureDistance(cfg.maps_network).to(device)
-            self.distances["feature_distance"] = file_hash(cfg.maps_network), distance
+        self.distances = perceptual_distances(cfg, device)
         self.train, self.held_out, self.classes = load_data(cfg, shape)
         self.statistics = None  # published ones, if the reference is such
         if cfg.reference.endswith(".npz"):
@@ -133,6 +144,19 @@ class Bench:
                                or f"held out of {self.cfg.data}")
 
 
+def perceptual_distances(cfg: EvaluateConfig,
+                         device: torch.device) -> dict[str, tuple[str, torch.nn.Module]]:
+    """By name, a hash of the network's weights (or file) and the distance, where asked for."""
+    found = {}
+    if cfg.lpips_weights:
+        lpips = load_lpips(cfg.lpips_weights)
+        found["lpips"] = weights_hash(lpips.state_dict()), lpips.to(device)
+    if cfg.maps_network:
+        maps = FeatureDistance(cfg.maps_network)
+        found["feature_distance"] = file_hash(cfg.maps_network), maps.to(device)
+    return found
+
+
 def reference_data(cfg: EvaluateConfig, shape: TokenizerConfig) -> Any:
     """The data set --reference, all of it: a folder, or the built-in held-out pictures."""
     other = dataclasses.replace(cfg, data=cfg.reference, val_data="")
@@ -169,13 +193,14 @@ def claim(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
 
 def sampling(cfg: GeneratorEvaluation, scale: float) -> dict[str, Any]:
     """The options of `ImageGenerator.sample_tokens` at one guidance scale."""
-    return {"cfg": scale, "schedule": cfg.cfg_schedule, "steps": cfg.steps}
+    return {"cfg": scale, "schedule": cfg.cfg_schedule, "solver": cfg.solver, "steps": cfg.steps,
+            "time_shift": cfg.time_shift, "precision": cfg.precision}
 
 
 def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     """Samples at every scale against the reference; beside them the floor and the limit."""
     found = scales(cfg.cfg)
-    model = load_generator(cfg.checkpoint, device, ema=cfg.weights == "ema")
+    model = load_generator(cfg.checkpoint, device, cfg.weights == "ema", cfg.tokenizer)
     shape = model.tokenizer.config
     bench = Bench(cfg, shape, device)
     if isinstance(bench.train, Synthetic) and bench.classes != model.classes:
@@ -183,10 +208,10 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
                         f"generator {', '.join(model.classes[:30])}; give --data the pictures it "
                         "was trained on")
     columns = (cfg.width or shape.image_size) // shape.f
-    settings = {"solver": "euler", "seed": cfg.sample_seed, "columns": columns,
-                **{k: v for k, v in sampling(cfg, 0).items() if k != "cfg"}}
+    settings = {**{k: v for k, v in sampling(cfg, 0).items() if k != "cfg"},
+                "seed": cfg.sample_seed, "columns": columns}
     plan = {"checkpoint": file_hash(cfg.checkpoint), "weights": cfg.weights,
-            "network": bench.net.sha256, **settings}
+            "tokenizer": tokenizer_hash(model.tokenizer), "network": bench.net.sha256, **settings}
     with distributed.main_first():
         if distributed.is_main():
             claim(bench.out, plan, cfg.overwrite)
@@ -273,6 +298,7 @@ def finish(bench: Bench, kind: str, rows: list[dict], reference: Reference, floo
         "checkpoint": {"file": Path(cfg.checkpoint).name, "sha256": file_hash(cfg.checkpoint),
                        "weights": cfg.weights},
         "network": bench.net.describe(), "reference": reference.about, "settings": settings,
+        "distances": {name: sha256 for name, (sha256, _) in bench.distances.items()},
         "pixels": f"{floor.data.width}x{floor.data.height}", "results": rows, "notes": remarks}
     with replacing(bench.out / "report.json") as file:
         file.write(json.dumps(report, indent=1).encode())

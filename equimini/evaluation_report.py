@@ -21,7 +21,7 @@ FEATURES_KEPT = 50_000  # rows of the reference for KID and the extrapolation, a
 FAULTS = {"unreadable": "{} files cannot be read; the next picture stood in for each, so that it "
                         "counts twice", "scaled_up": "{} pictures are smaller than the model's and "
                         "were scaled up"}
-SCORES = ("psnr", "ssim", "feature_distance")
+SCORES = ("psnr", "ssim", "lpips", "feature_distance")
 
 
 @dataclass
@@ -142,7 +142,8 @@ COLUMNS = (("set", "set", ""), ("cfg", "cfg", "g"), ("n", "n", "d"),
            ("frechet_distance", "Frechet", ".3f"), ("frechet_extrapolated", "1/n -> 0", ".3f"),
            ("kid", "KID x1000", ".3f"), ("kid_std", "+-", ".3f"), ("inception_score", "IS", ".2f"),
            ("inception_score_std", "+-", ".2f"), ("psnr", "PSNR dB", ".2f"),
-           ("ssim", "SSIM", ".4f"), ("feature_distance", "feature dist.", ".4f"))
+           ("ssim", "SSIM", ".4f"), ("lpips", "LPIPS", ".4f"),
+           ("feature_distance", "feature dist.", ".4f"))
 
 
 def print_report(report: dict[str, Any]) -> None:

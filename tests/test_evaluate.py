@@ -14,12 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from equimini import checkpoint, evaluate, feature_nets, feature_shards, load_generator
+from equimini import (checkpoint, evaluate, feature_nets, feature_shards, load_generator,
+                      load_tokenizer)
 from equimini.cli import UserError
+from equimini.data import to_float
 from equimini.evaluation_report import distance_name
 from equimini.feature_nets import FeatureNetwork, file_hash, load_network
+from equimini.feature_shards import pixels
 from equimini.pipeline import ImageGenerator, tokenizer_content
+from equimini.weights import load_lpips
 from tests.conftest import SMALL_GENERATOR
+from tests.test_features import lpips_layout, vgg_layout
 from tests.test_losses import TwoMaps
 
 ROOT = Path(__file__).parents[1]
@@ -51,8 +56,8 @@ def folder(tmp_path, monkeypatch, tokenizer, generator):
         for name in "abc":
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(count):
-                pixels = draw.normal(draw.uniform(60, 190, 3), 30, (34, 40, 3)).clip(0, 255)
-                Image.fromarray(pixels.astype(np.uint8)).save(split + f"/{name}/{i}.png")
+                image = draw.normal(draw.uniform(60, 190, 3), 30, (34, 40, 3)).clip(0, 255)
+                Image.fromarray(image.astype(np.uint8)).save(split + f"/{name}/{i}.png")
     return tmp_path
 
 
@@ -97,8 +102,8 @@ def test_a_sweep_reports_everything_and_draws_it(folder, capsys):
     kept = sorted(Path("a/images/cfg-3.0").iterdir())
     assert len(kept) == 20 and kept[-1].name == "class0002_seed000017.png"
     image = model.sample(["c"], seed=17, cfg=3.0, steps=2)[0]
-    pixels = ((image + 1) * 127.5).round().permute(1, 2, 0).numpy()
-    assert abs(pixels - np.asarray(Image.open(kept[-1]))).max() <= 1
+    drawn = ((image + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    assert abs(drawn - np.asarray(Image.open(kept[-1]))).max() <= 1
     sheet = Image.open("a/samples.png")
     assert sheet.height > 2 * 32 and sheet.width > 8 * 32  # a shard has 8
     assert Image.open("a/curve.png").size == (720, 440)
@@ -264,6 +269,37 @@ def test_the_tokenizer_against_its_originals(folder):
     # the same tokenizer inside a generator
     call("tokenizer", "--checkpoint", "generator.pt", *DATA, "--out", "b")
     assert row(report("b"), "recon")["psnr"] == decoded["psnr"]
+
+
+def test_lpips_where_its_weights_are_given(folder):
+    torch.manual_seed(0)
+    torch.save(vgg_layout(), "vgg.pt")
+    torch.save(lpips_layout(), "lin.pt")
+    call("tokenizer", "--checkpoint", "tokenizer.pt", *DATA, "--n", 8, "--lpips-weights",
+         "vgg.pt,lin.pt", "--out", "a")
+    found = report("a")
+    assert len(found["distances"]["lpips"]) == 64
+    tokenizer, lpips = load_tokenizer("tokenizer.pt"), load_lpips("vgg.pt,lin.pt")
+    x = evaluate.Bench(dataclasses.replace(
+        evaluate.TOKENIZER, data="train", val_data="val", network="net.pt", workers=0),
+        tokenizer.config, torch.device("cpu"))
+    x = to_float(next(x.real(x.held_out, 8).batches(0, 8))[0])
+    expected = lpips(x, tokenizer.decode(tokenizer.encode(x)).clamp(-1, 1)).mean().item()
+    assert row(found, "recon")["lpips"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_solvers_are_passed_on_and_reported(folder):
+    call(*GENERATOR, "--solver", "heun", "--time-shift", "2", "--precision", "bf16",
+         "--keep-images", "--cfg", "2", "--out", "a")
+    settings = report("a")["settings"]
+    assert settings["solver"] == "heun" and settings["time_shift"] == 2
+    assert settings["precision"] == "bf16"
+    image = load_generator("generator.pt").sample(["b"], seed=4, steps=2, solver="heun",
+                                                  time_shift=2.0, precision="bf16")
+    kept = np.asarray(Image.open("a/images/cfg-2.0/class0001_seed000004.png")).astype(int)
+    plain = load_generator("generator.pt").sample(["b"], seed=4, steps=2)
+    near, far = (abs(pixels(x)[0].permute(1, 2, 0).numpy() - kept).mean() for x in (image, plain))
+    assert near < 2 and far > 2 * near  # bf16 depends on the batch a little
 
 
 def test_a_perfect_tokenizer_is_at_distance_zero(folder, monkeypatch):
