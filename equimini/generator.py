@@ -107,13 +107,15 @@ class Block(nn.Module):
         """Class tokens c (B, T, d): what image tokens read of them here, and c after the MLP."""
         return self.cross.keys_values(self.class_norm(c)), c + self.mlp(self.norm2(c))
 
-    def forward(self, x: Tensor, class_kv: KeyValue, rope: Rope,
+    def forward(self, x: Tensor, class_kv: KeyValue, rope: Rope, cross_rope: Rope,
                 past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
-        """Image tokens x (B, n, d); rope covers the past keys and x. Returns x and the cache."""
-        n = x.shape[1]
+        """Image tokens x (B, n, d) to (the same, the cache).
+
+        rope: tables of the past keys and x, for self-attention; cross_rope: of x alone.
+        """
         o, past = self.attn(self.norm1(x), rope, past)
         x = x + o
-        x = x + self.cross(self.cross_norm(x), class_kv, (rope[0][-n:], rope[1][-n:]))
+        x = x + self.cross(self.cross_norm(x), class_kv, cross_rope)
         return x + self.mlp(self.norm2(x)), past
 
 
@@ -162,20 +164,26 @@ class Generator(nn.Module):
         return ClassContext(keys_values, self.norm_out(c[:, -1:]))
 
     def forward(self, tokens: Tensor, context: ClassContext, position: int | Tensor = 0,
-                cache: list[KeyValue] | None = None) -> Tensor:
+                cache: list[KeyValue] | None = None, hold: int | None = None) -> Tensor:
         """Tokens x_p … x_{p+n−1} (B, n, C), p = position, to z_{p+1} … z_{p+n} (B, n, d).
 
         position: a number, or a tensor of one on the device (which a CUDA graph reads anew).
         cache: one (keys, values) per layer of the tokens before, extended and trimmed to the
-        last W−1 in place; start with an empty list.
+        last W−1 in place; start with an empty list.  hold: the largest position that
+        cross-attention is shown, for columns beyond any length seen in training; None: no limit.
+        Self-attention sees differences of positions only, and always the true ones.
         """
         x = self.norm_in(self.x_in(tokens))
         known = cache[0][0].shape[1] if cache else 0
         positions = position + torch.arange(-known, x.shape[1], device=x.device)
-        rope = rope_tables(positions, self.config.embed_dim // self.config.heads)
+        head_dim = self.config.embed_dim // self.config.heads
+        rope = rope_tables(positions, head_dim)
+        cross_rope = rope[0][known:], rope[1][known:]
+        if hold is not None:
+            cross_rope = rope_tables(positions[known:].clamp(max=hold), head_dim)
         pasts = list(cache) if cache else [None] * len(self.blocks)
         for i, block in enumerate(self.blocks):
-            x, pasts[i] = block(x, context.keys_values[i], rope, pasts[i])
+            x, pasts[i] = block(x, context.keys_values[i], rope, cross_rope, pasts[i])
         if cache is not None:
             cache[:] = pasts
         return self.norm_out(x)

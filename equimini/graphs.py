@@ -69,15 +69,16 @@ class GraphedColumn:
 class GraphedStep:
     """`Generator.forward` for one token, as a graph, once the cache holds its W − 1 columns."""
 
-    def __init__(self, generator: Generator, record: Recorder = cuda_graph) -> None:
-        self.generator = generator
+    def __init__(self, generator: Generator, hold: int | None = None,
+                 record: Recorder = cuda_graph) -> None:
+        self.generator, self.hold = generator, hold
         self.call = StaticCall(self._flat, record)
 
     def __call__(self, tokens: Tensor, context: ClassContext, position: int,
                  cache: list[KeyValue]) -> Tensor:
         full = cache and cache[0][0].shape[1] == self.generator.config.window - 1
         if not full or tokens.shape[1] > 1:
-            return self.generator(tokens, context, position, cache)
+            return self.generator(tokens, context, position, cache, self.hold)
         where = torch.tensor(position, device=tokens.device)
         z, *flat = self.call(tokens, where, *_flatten(context.keys_values), *_flatten(cache))
         cache[:] = _pairs(flat)
@@ -87,7 +88,7 @@ class GraphedStep:
         pairs = _pairs(flat)
         cache = pairs[len(pairs) // 2:]
         context = ClassContext(pairs[:len(pairs) // 2], z0=tokens[:, :0])  # z_0 is not read
-        return [self.generator(tokens, context, position, cache), *_flatten(cache)]
+        return [self.generator(tokens, context, position, cache, self.hold), *_flatten(cache)]
 
 
 def _flatten(pairs: list[KeyValue]) -> list[Tensor]:

@@ -6,14 +6,16 @@ whatever batch it is drawn in, and a longer image begins with the shorter one's 
 
 from __future__ import annotations
 
-from typing import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from equimini import keyed
 from equimini.flow_head import FlowHead
-from equimini.generator import Generator
+from equimini.generator import Generator, KeyValue
 from equimini.graphs import GraphedColumn, GraphedStep
 from equimini.solvers import SOLVERS, evaluation_times, time_grid
 
@@ -22,14 +24,14 @@ PRODUCT_ROWS = 256  # rows (steps times batch) of one matrix product for the hea
 
 
 def guidance_scale(i: int, n: int, s: float, schedule: str = "linear") -> float:
-    """Guidance of column i of n: 1 + (s−1)·(i+1)/n for 'linear' (the paper's), s for 'constant'.
+    """Guidance of column i: 'linear' (the paper's) is 1 + (s−1)·(i+1)/n, then s; 'constant' s.
 
     i counts from 0 at the left end of the image, also when a prefix is given.
     Raises ValueError for another schedule.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    return 1 + (s - 1) * (i + 1) / n if schedule == "linear" else s
+    return 1 + (s - 1) * min(1, (i + 1) / n) if schedule == "linear" else s
 
 
 def guided(v: Tensor, s: float) -> Tensor:
@@ -93,59 +95,95 @@ class ColumnSampler:
         return at
 
 
+@dataclass
+class SamplerState:
+    """All that the next column depends on besides the options; it does not grow with the picture.
+
+    Filled in place by `sample_columns`, column after column; a copy of it continues there.
+    """
+
+    column: int = 0  # the next one
+    last: Tensor | None = None  # (B, C), the column before
+    cache: list[KeyValue] = field(default_factory=list)
+
+
 @torch.no_grad()
 def sample_columns(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int], *,
-                   cfg: float = 1.0, schedule: str = "linear", steps: int = 100,
-                   solver: str = "euler", time_shift: float = 1.0,
-                   cuda_graphs: bool = False, prefix: Tensor | None = None) -> Iterator[Tensor]:
+                   cfg: float = 1.0, schedule: str = "linear", guidance_columns: int = 0,
+                   hold: int | None = None, prefix: Tensor | None = None,
+                   redraw: Collection[int] = (), state: SamplerState | None = None,
+                   cuda_graphs: bool = False, **drawing: Any) -> Iterator[Tensor]:
     """Yield the columns of B images one by one, (B, C) each, normalised.
 
-    labels: (B,) class numbers; seeds: B integers ≥ 0; columns: the images' length.  cfg: the
-    guidance scale s; at s = 1 the unconditional branch is not run.  prefix: (B, P, C), columns
-    that are given; the first column that is drawn and yielded is then column P.
-    Raises ValueError for arguments that do not fit.
+    labels: (B,) class numbers, or (B, columns), the class of every column; seeds: B integers ≥ 0;
+    columns: the images' length.  cfg: the guidance scale s; at s = 1 the unconditional branch is
+    not run; guidance_columns: columns over which the linear schedule rises, 0: all.  hold: see
+    `Generator.forward`.  prefix: (B, P, C), columns that are given; only the ones after them, and
+    those in `redraw`, are drawn and yielded.  state: goes on from there.  drawing: steps, solver
+    and time_shift of `ColumnSampler`.  Raises ValueError for arguments that do not fit.
+
+    Column i is drawn under the class of column i.  Given columns pass through the transformer one
+    at a time, like drawn ones, so that what follows them is the same to the last bit.
     """
-    _check(generator, labels, columns, seeds, prefix, cuda_graphs)
-    step, draw = generator, ColumnSampler(generator.head, steps, solver, time_shift)
+    _check(generator, labels, columns, seeds, prefix, redraw, cuda_graphs)
+    step, draw = partial(generator, hold=hold), ColumnSampler(generator.head, **drawing)
     if cuda_graphs:
-        step, draw = GraphedStep(generator), GraphedColumn(draw)
+        step, draw = GraphedStep(generator, hold), GraphedColumn(draw)
     device = generator.no_class.device
-    labels = labels.to(device)
+    if labels.dim() == 1:
+        labels = labels[:, None].expand(-1, columns)
+    given = 0 if prefix is None else prefix.shape[1]
     branches = 1 if cfg == 1 else 2
     drop = torch.arange(branches, device=device).bool().repeat_interleave(len(labels))
-    context = generator.encode_classes(labels.repeat(branches), drop)
-    z, cache, start = context.z0, [], 0
-    if prefix is not None and prefix.shape[1]:
-        start = prefix.shape[1]
-        z = generator(prefix.to(device).repeat(branches, 1, 1), context, 0, cache)
-    for i in range(start, columns):
-        noise = column_noise(seeds, i, generator.channels).to(device)
-        x = draw(z[:, -1], noise, guidance_scale(i, columns, cfg, schedule))
-        yield x
-        if i + 1 < columns:
-            z = step(x[:, None].repeat(branches, 1, 1), context, i, cache)
+    state, context = SamplerState() if state is None else state, None
+    for i in range(state.column, columns):
+        if context is None or not torch.equal(labels[:, i], labels[:, i - 1]):
+            context = generator.encode_classes(labels[:, i].repeat(branches).to(device), drop)
+        z = context.z0  # (branches·B, 1, d)
+        if i:
+            last = state.last[:, None].repeat(branches, 1, 1)
+            z = step(last, context, i - 1, state.cache)
+        if drawn := i >= given or i in redraw:
+            noise = column_noise(seeds, i, generator.channels).to(device)
+            s = guidance_scale(i, guidance_columns or columns, cfg, schedule)
+            x = draw(z[:, 0], noise, s)
+        else:
+            x = prefix[:, i].to(device)
+        state.last, state.column = x, i + 1
+        if drawn:
+            yield x
 
 
 def sample_tokens(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int],
-                  **options) -> Tensor:
-    """All drawn columns of `sample_columns`, stacked behind the prefix: (B, columns, C)."""
+                  **options: Any) -> Tensor:
+    """All columns of the images, given and drawn: (B, columns, C); see `sample_columns`."""
     drawn = torch.stack(list(sample_columns(generator, labels, columns, seeds, **options)), 1)
     prefix = options.get("prefix")
-    return drawn if prefix is None else torch.cat((prefix.to(drawn), drawn), 1)
+    if prefix is None:
+        return drawn
+    redraw = sorted(options.get("redraw", ()))
+    tokens = torch.cat((prefix.to(drawn), drawn[:, len(redraw):]), 1)
+    tokens[:, redraw] = drawn[:, :len(redraw)]
+    return tokens
 
 
 def _check(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int],
-           prefix: Tensor | None, cuda_graphs: bool) -> None:
+           prefix: Tensor | None, redraw: Collection[int], cuda_graphs: bool) -> None:
     if len(seeds) != len(labels):
         raise ValueError(f"seeds must be one per label ({len(labels)}), got {len(seeds)}")
     if any(seed < 0 for seed in seeds):
         raise ValueError(f"seeds must be at least 0, got {min(seeds)}")
-    if len(labels) == 0 or labels.min() < 0 or labels.max() >= generator.num_classes:
+    if labels.dim() > 1 and labels.shape[1:] != (columns,):
+        raise ValueError(f"labels must be (B,) or (B, columns = {columns}), got "
+                         f"{tuple(labels.shape)}")
+    if labels.numel() == 0 or labels.min() < 0 or labels.max() >= generator.num_classes:
         raise ValueError(f"labels must be class numbers 0 to {generator.num_classes - 1}, got "
-                         f"{labels.tolist()}")
+                         f"{labels.unique().tolist()}")
     given = 0 if prefix is None else prefix.shape[1]
-    if columns <= given:
+    if columns < given + (not redraw):
         raise ValueError(f"columns must be more than the {given} given, got {columns}")
+    if any(not 0 <= i < given for i in redraw):
+        raise ValueError(f"redraw must be columns 0 to {given - 1}, got {sorted(redraw)}")
     if cuda_graphs and generator.no_class.device.type != "cuda":
         raise ValueError("cuda_graphs needs a generator on a CUDA device, got one on "
                          f"{generator.no_class.device}")
