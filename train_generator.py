@@ -55,6 +55,7 @@ class Trainer:
             weight_decay_groups(self.model, self.cfg.weight_decay), lr=self.cfg.lr,
             betas=(0.9, 0.95))
         self.stepper = Stepper()
+        self.columns = 0  # of the training pictures, once one has been seen
 
     def autocast(self) -> torch.autocast:
         """Matrix products in bfloat16 where asked for; weights and the loss stay in float32."""
@@ -91,6 +92,7 @@ class Trainer:
         lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps)
 
         x = self.tokens(data, rngs)  # (B, N, C)
+        self.columns = x.shape[1]
         u, eps = self.flow_draws(x, rngs)
         drop = keyed.uniform((), rngs).to(x.device) < cfg.label_dropout
         shift = int(keyed.rng("shift", self.seed, step).integers(cfg.position_shift))
@@ -105,7 +107,7 @@ class Trainer:
         """Everything a resumed run needs, and the tokenizer that sampling needs."""
         return {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "skipped": self.stepper.skipped,
-                "tokenizer": tokenizer_content(self.tokenizer)}
+                "columns": self.columns, "tokenizer": tokenizer_content(self.tokenizer)}
 
     def load_state(self, state: dict) -> None:
         """The inverse of `state`; raises UserError if the run had another tokenizer."""
@@ -118,6 +120,7 @@ class Trainer:
         checkpoint.load_weights(self.ema.model, state["ema"], "last.pt")
         self.optimizer.load_state_dict(state["optimizer"])
         self.stepper.skipped = state["skipped"]
+        self.columns = state.get("columns", 0)
 
     def start_from(self, state: dict) -> None:
         """Take the EMA weights of another generator's checkpoint as the initial ones.

@@ -250,8 +250,8 @@ class StopRequest:
     A second one interrupts at once.  A context: the usual handlers are back at its end.
     """
 
-    def __init__(self) -> None:
-        self.asked = 0  # the signal's number
+    def __init__(self, message: str = "stopping after this step; a checkpoint is written") -> None:
+        self.asked, self.message = 0, message  # asked: the signal's number
 
     def __enter__(self) -> StopRequest:
         self.usual = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -265,7 +265,7 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = number
-        tqdm.write("stopping after this step; a checkpoint is written (again to stop at once)")
+        tqdm.write(f"{self.message} (again to stop at once)")
 
 
 class Trainer(Protocol):

@@ -1,0 +1,138 @@
+"""How well long pictures are decoded piece by piece: are there seams, what is the difference.
+
+    python -m equimini.show seams --checkpoint runs/generator/last.pt
+    python -m equimini.show seams --tokens panoramas.pt --windows "32 8 2, 64 8 2"
+
+For every choice of windows (length, overlap and discarded columns; see equimini/wide.py):
+
+    seam     mean absolute horizontal gradient of the brightness, across the pixel borders where
+             windows meet (all those of a fade, or the cut), over that across pixel borders
+             elsewhere that lie at the same place within a column; 1: nothing to be seen
+    control  the same ratio, at the same places, where the picture was decoded whole
+    decode   difference from the picture decoded whole, as PSNR in dB
+    step     what fading hides: difference of two windows where they overlap, as PSNR in dB
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from equimini import load_generator
+from equimini.cli import UserError, add_flags, override, pick_device
+from equimini.edit import load_tokens
+from equimini.pipeline import ImageGenerator
+from equimini.presets import Checked, flag
+from equimini.wide import Windows
+
+
+@dataclass(frozen=True)
+class SeamsConfig(Checked):
+    """What to decode, and how."""
+
+    checkpoint: str = flag("runs/generator/last.pt", "checkpoint of a trained generator")
+    tokens: str = flag("", "token file with long pictures; empty: draw some")
+    windows: str = flag("", "choices to compare, each 'length overlap discard' in columns, with "
+                        "commas; empty: several around the default")
+    columns: int = flag(128, "length of the pictures that are drawn, in columns", min=16)
+    count: int = flag(8, "pictures that are drawn, of the classes in turn", min=1)
+    cfg: float = flag(3.0, "guidance scale for drawing", min=0)
+    steps: int = flag(25, "steps per column for drawing", min=1)
+    device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")
+
+
+def brightness(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [−1, 1] to luma (B, H, W), 0 to 255."""
+    weights = images.new_tensor([0.299, 0.587, 0.114])
+    return ((images * weights[:, None, None]).sum(1) + 1) * 127.5
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB between pictures in [−1, 1]."""
+    error = (a - b).square().mean().item()
+    return 10 * math.log10(4 / error) if error else math.inf
+
+
+def seam_borders(windows: Windows, columns: int, f: int) -> list[int]:
+    """Pixel borders (between pixels p and p + 1) at which windows meet."""
+    fade = (windows.overlap - 2 * windows.discard) * f
+    last = columns - windows.length
+    starts = range(windows.stride, last + windows.stride, windows.stride) if last > 0 else []
+    return [p for s in starts for p in range((s + windows.discard) * f - 1,
+                                             (s + windows.discard) * f + fade)]
+
+
+def seam_ratio(images: Tensor, borders: list[int], f: int) -> float:
+    """Mean gradient across `borders`, over that across the others at the same place mod f."""
+    light = brightness(images)
+    gradient = (light[..., 1:] - light[..., :-1]).abs().mean((0, 1))
+    at = torch.zeros(len(gradient), dtype=torch.bool)
+    at[borders] = True
+    total = matched = 0.0
+    for phase in range(f):
+        seam, other = gradient[phase::f][at[phase::f]], gradient[phase::f][~at[phase::f]]
+        if len(seam) and len(other):
+            total, matched = total + seam.sum(), matched + len(seam) * other.mean()
+    return float(total / matched) if matched else math.nan
+
+
+def overlap_difference(model: ImageGenerator, tokens: Tensor, windows: Windows) -> float:
+    """PSNR between the first two windows over their fade (or the whole overlap without one)."""
+    f, s, d = model.tokenizer.config.f, windows.stride, windows.discard
+    if windows.overlap == 0 or tokens.shape[1] < s + windows.length:
+        return math.nan
+    first = model.decode_whole(tokens[:, :windows.length])
+    second = model.decode_whole(tokens[:, s:s + windows.length])
+    d = d if windows.overlap > 2 * d else 0
+    a, b = (s + d) * f, (windows.length - d) * f
+    return psnr(first[..., a:b], second[..., d * f:d * f + b - a])
+
+
+def choices(text: str, columns: int) -> list[Windows]:
+    """The windows to compare; raises UserError for text that does not describe any."""
+    if not text:
+        n = columns
+        sizes = [(n, 0, 0), (n, n // 4, 0), (n, n // 2, n // 8), (2 * n, 0, 0), (2 * n, n // 8, 0),
+                 (2 * n, n // 2, n // 8), (4 * n, 0, 0), (4 * n, n // 8, 0), (4 * n, n // 4, 0),
+                 (4 * n, n // 2, 0), (4 * n, n // 2, n // 8)]
+        return [Windows(*size) for size in sizes]
+    try:
+        return [Windows(*(int(number) for number in part.split())) for part in text.split(",")]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--windows takes 'length overlap discard', with commas between choices, "
+                        f"got {text!r} ({error})") from None
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m equimini.show seams", allow_abbrev=False,
+                                     description=__doc__.split("\n")[0])
+    add_flags(parser, SeamsConfig(), "options")
+    cfg = override(SeamsConfig(), parser.parse_args(argv))
+    model = load_generator(cfg.checkpoint, pick_device(cfg.device))
+    windows = choices(cfg.windows, model.columns)
+    if cfg.tokens:
+        tokens = load_tokens(cfg.tokens, model).tokens.to(model.device)
+    else:
+        classes = [i % len(model.classes) for i in range(cfg.count)]
+        tokens = model.sample_tokens(classes, cfg.columns, range(cfg.count), cfg=cfg.cfg,
+                                     steps=cfg.steps, progress=lambda drawn: tqdm(
+                                         drawn, desc="columns", total=cfg.columns))
+    f, n = model.tokenizer.config.f, tokens.shape[1]
+    whole = model.decode_whole(tokens)
+    print(f"{len(tokens)} pictures of {n} columns\nlength overlap discard   seam control   "
+          "decode     step")
+    for w in windows:
+        if w.length >= n:
+            print(f"{w.length:6} {w.overlap:7} {w.discard:7}   not shorter than the pictures")
+            continue
+        pieces, borders = model.decode(tokens, w), seam_borders(w, n, f)
+        mark = "  (default)" if w == model.windows else ""
+        print(f"{w.length:6} {w.overlap:7} {w.discard:7} {seam_ratio(pieces, borders, f):6.3f} "
+              f"{seam_ratio(whole, borders, f):7.3f} {psnr(pieces, whole):5.1f} dB "
+              f"{overlap_difference(model, tokens, w):5.1f} dB{mark}", flush=True)
