@@ -280,14 +280,15 @@ def edit_picture(cfg: SampleConfig, args: Namespace, model: ImageGenerator) -> N
         kept = torch.cat((before, before.new_zeros(*before.shape[:3], (columns - given) * f)), -1)
         after = paste(kept.expand(len(seeds), -1, -1, -1), after, changed, f)
     out = Path(cfg.out or "samples.png")
-    labels = [f"seed {seed}" for seed in seeds]
     if len(seeds) == 1:
         save_png(to_uint8(after)[0], out)
     else:
-        save_png(grid([before, *after.split(1)], ["before", *labels]), out)
+        rows = after.split(max(1, 8 * model.tokenizer.config.columns // columns))
+        firsts = torch.tensor(seeds).split([len(row) for row in rows])
+        save_png(grid([before, *rows], ["before", *(f"from seed {s[0]}" for s in firsts)]), out)
     print(f"{len(seeds)} version{'s' if len(seeds) > 1 else ''} of {columns} columns, "
           f"{len(order)} of them drawn with {evaluations(cfg)}: {out}")
-    save_extras(cfg, model, drawn, after, seeds, order, labels,
+    save_extras(cfg, model, drawn, after, seeds, order, [f"seed {seed}" for seed in seeds],
                 [f"seed{seed:06d}.png" for seed in seeds])
 
 

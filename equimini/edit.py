@@ -189,7 +189,7 @@ def _draw(model: ImageGenerator, source: Tokens, labels: Tensor, seeds: Sequence
     all_seeds[:, :given] = source.seeds
     drawn = model.draw(all_labels, n, seeds, prefix=source.tokens.expand(b, -1, -1),
                        redraw=redraw, **options)
-    for i, x in zip([*redraw, *range(given, n)], progress(drawn)):
+    for x, i in zip(progress(drawn), [*redraw, *range(given, n)]):
         tokens[:, i] = x.cpu()
         all_seeds[:, i] = torch.tensor(seeds)
     return Tokens(tokens, all_labels, all_seeds, source.options)

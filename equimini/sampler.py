@@ -136,7 +136,7 @@ def sample_columns(generator: Generator, labels: Tensor, columns: int, seeds: Se
     branches = 1 if cfg == 1 else 2
     drop = torch.arange(branches, device=device).bool().repeat_interleave(len(labels))
     state, context = SamplerState() if state is None else state, None
-    for i in range(state.column, columns):
+    for i in range(state.column, columns if columns > given else max(redraw) + 1):
         if context is None or not torch.equal(labels[:, i], labels[:, i - 1]):
             context = generator.encode_classes(labels[:, i].repeat(branches).to(device), drop)
         z = context.z0  # (branches·B, 1, d)
