@@ -24,10 +24,11 @@ def rope_tables(positions: Tensor, head_dim: int, base: float = 10000.0) -> Rope
     """
     if head_dim % 2:
         raise ValueError(f"head_dim must be even to form pairs, got {head_dim}")
-    dtype = torch.float32 if positions.device.type == "mps" else torch.float64  # MPS has no f64
-    pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype)
-    angle = positions.to(dtype)[:, None] * base ** (-pair / head_dim)
-    return angle.cos().float(), angle.sin().float()
+    device = positions.device
+    positions = positions.cpu() if device.type == "mps" else positions  # MPS has no float64
+    pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
+    angle = positions.double()[:, None] * base ** (-pair / head_dim)
+    return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from equimini.autoencoder import Tokenizer
 from equimini.generator import Generator
+from equimini.pipeline import ImageGenerator
 from equimini.presets import GeneratorConfig, TokenizerConfig
 from tests.scripts import GENERATOR, TOKENIZER, call
 
@@ -66,3 +67,8 @@ def runs(tmp_path_factory):
     call("train_tokenizer.py", *TOKENIZER, "--steps", 6, cwd=folder)
     call("train_generator.py", *GENERATOR, "--steps", 6, cwd=folder)
     return folder
+
+
+@pytest.fixture
+def model(generator, tokenizer) -> ImageGenerator:
+    return ImageGenerator(generator, tokenizer, ["cat", "dog", "eel"])

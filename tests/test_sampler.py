@@ -9,8 +9,8 @@ import torch
 from equimini import sampler
 from equimini.bench.sample import literal
 from equimini.inference import prepared
-from equimini.sampler import (ColumnSampler, guidance_scale, guided, sample_columns,
-                              sample_tokens)
+from equimini.sampler import (ColumnSampler, SamplerState, column_noise, guidance_scale, guided,
+                              sample_columns, sample_tokens)
 
 LABELS = torch.tensor([0, 2, 1])
 SEEDS = [3, 4, 5]
@@ -93,6 +93,81 @@ def test_a_prefix_is_continued_as_if_it_had_been_drawn(generator):
     rest = sample_tokens(generator, LABELS, 9, SEEDS, prefix=whole[:, :5], **options)
     torch.testing.assert_close(rest, whole, rtol=1e-4, atol=1e-4)
     assert len(list(sample_columns(generator, LABELS, 9, SEEDS, prefix=whole[:, :5]))) == 4
+
+
+def test_guidance_reaches_its_full_scale_and_stays(generator):
+    assert [guidance_scale(i, 2, 3.0) for i in range(4)] == [2.0, 3.0, 3.0, 3.0]
+    long = sample_tokens(generator, LABELS, 9, SEEDS, cfg=2.0, steps=3, guidance_columns=4)
+    other = sample_tokens(generator, LABELS, 6, SEEDS, cfg=2.0, steps=3, guidance_columns=4)
+    assert torch.equal(long[:, :6], other)  # the length plays no part
+
+
+def test_columns_are_drawn_under_their_own_class(generator):
+    options = dict(cfg=2.0, schedule="constant", steps=3)
+    plain = sample_tokens(generator, LABELS, 8, SEEDS, **options)
+    classes = LABELS[:, None].repeat(1, 8)
+    assert torch.equal(sample_tokens(generator, classes, 8, SEEDS, **options), plain)
+    classes[:, 5:] = (LABELS[:, None] + 1) % 3
+    turned = sample_tokens(generator, classes, 8, SEEDS, **options)
+    assert torch.equal(turned[:, :5], plain[:, :5])
+    assert (turned[:, 5] != plain[:, 5]).any(-1).all()
+    # z of the turning column is that of the new class over the old class's past
+    with torch.no_grad():
+        cache, contexts = [], [generator.encode_classes(c) for c in (LABELS, (LABELS + 1) % 3)]
+        for i in range(4):
+            generator(plain[:, i:i + 1], contexts[0], i, cache)
+        z = generator(plain[:, 4:5], contexts[1], 4, cache)[:, 0]
+    one = sample_tokens(generator, classes, 8, SEEDS, cfg=1.0, steps=3, prefix=plain[:, :5])
+    draw = ColumnSampler(generator.head, steps=3)
+    with torch.no_grad():
+        expected = draw(z, column_noise(SEEDS, 5, generator.channels), 1.0)
+    torch.testing.assert_close(one[:, 5], expected)
+
+
+def test_a_given_column_and_a_drawn_one_leave_the_same_to_the_last_bit(generator):
+    options = dict(cfg=2.0, steps=4)
+    whole = sample_tokens(generator, LABELS, 9, SEEDS, **options)
+    rest = sample_tokens(generator, LABELS, 9, SEEDS, prefix=whole[:, :5], **options)
+    assert torch.equal(rest, whole)
+    again = sample_tokens(generator, LABELS, 9, SEEDS, prefix=whole, redraw=[3, 4], **options)
+    assert torch.equal(again, whole)
+
+
+def test_columns_drawn_again_leave_the_others_alone(generator):
+    options = dict(cfg=2.0, steps=4)
+    whole = sample_tokens(generator, LABELS, 9, SEEDS, **options)
+    new = [seed + 10 for seed in SEEDS]
+    kept = sample_tokens(generator, LABELS, 9, new, prefix=whole, redraw=[3, 4], **options)
+    same = [(kept[:, i] == whole[:, i]).all().item() for i in range(9)]
+    assert same == [i not in (3, 4) for i in range(9)]
+    later = sample_tokens(generator, LABELS, 9, new, prefix=whole, redraw=range(3, 9), **options)
+    assert torch.equal(later[:, :5], kept[:, :5]) and (later[:, 5:] != whole[:, 5:]).any()
+    assert len(list(sample_columns(generator, LABELS, 9, new, prefix=whole, redraw=[4]))) == 1
+
+
+def test_a_saved_state_goes_on_to_the_last_bit_and_does_not_grow(generator):
+    options = dict(cfg=2.0, schedule="constant", steps=3)
+    whole = sample_tokens(generator, LABELS, 12, SEEDS, **options)
+    state, sizes = SamplerState(), []
+    for _ in sample_columns(generator, LABELS, 12, SEEDS, state=state, **options):
+        sizes.append(sum(x.numel() for pair in state.cache for x in pair))
+        if state.column == 7:
+            kept = copy.deepcopy(state)
+    assert sizes[3:] == sizes[3:4] * 9
+    rest = list(sample_columns(generator, LABELS, 12, SEEDS, state=kept, **options))
+    assert torch.equal(torch.stack(rest, 1), whole[:, 7:])
+
+
+def test_held_positions(generator):
+    free = sample_tokens(generator, LABELS, 10, SEEDS, cfg=1.0, steps=3)
+    held = sample_tokens(generator, LABELS, 10, SEEDS, cfg=1.0, steps=3, hold=4)
+    # column i follows from the token at position i − 1: 5 is the last one with a position up to 4
+    assert torch.equal(held[:, :6], free[:, :6]) and (held[:, 6] != free[:, 6]).any()
+    with torch.no_grad():  # beyond the limit, no place can be told from another
+        tokens, context = torch.randn(3, 6, generator.channels), generator.encode_classes(LABELS)
+        near, far = (generator(tokens, context, p, hold=4) for p in (20, 10_000))
+        torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-5)
+        assert (generator(tokens, context, 20) - generator(tokens, context, 30)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("change, name", (

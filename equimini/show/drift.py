@@ -1,0 +1,148 @@
+"""Do long pictures stay what they were: statistics of column k over many panoramas.
+
+    python -m equimini.show drift --checkpoint runs/generator/last.pt --positions hold,grow
+    python -m equimini.show drift --tokens panoramas.pt --data scenes/val
+
+Of every column, over all pictures:
+
+    token       root mean square of the normalised token values; about 1 in the training set
+    contrast    standard deviation of the brightness (0 to 255) within the column
+    gradient x  mean absolute difference of the brightness of neighbouring pixels, horizontally
+    gradient y  the same, vertically
+    red, blue   mean of red − green and of blue − green (0 to 255): does the tint wander
+
+A curve that falls or rises along the picture is a model that drifts; one that jumps shows that
+positions are not alike.  --data adds the columns of real pictures, encoded and decoded.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from equimini import load_generator
+from equimini.cli import DataConfig, UserError, add_flags, output_folder, override, pick_device
+from equimini.data import fixed_loader, load_data, to_float
+from equimini.edit import load_tokens
+from equimini.images import grid, save_png
+from equimini.pipeline import POSITIONS, SCHEDULES, ImageGenerator
+from equimini.plot import curves
+from equimini.presets import Checked, flag
+from equimini.show.seams import brightness
+
+Statistics = dict[str, Tensor]  # name: value of every column, (N,)
+
+
+@dataclass(frozen=True)
+class DriftConfig(Checked):
+    """What to draw and measure."""
+
+    checkpoint: str = flag("runs/generator/last.pt", "checkpoint of a trained generator")
+    tokens: str = flag("", "token file to measure instead of drawing")
+    positions: str = flag("hold", f"positions that cross-attention sees, of {', '.join(POSITIONS)}; "
+                          "several with commas are compared")
+    columns: int = flag(128, "length of the pictures, in columns", min=4)
+    count: int = flag(24, "pictures, of the classes in turn", min=1)
+    cfg: float = flag(3.0, "guidance scale; 1: none", min=0)
+    cfg_schedule: str = flag("auto", "see sample.py", choices=SCHEDULES)
+    steps: int = flag(50, "Euler steps per column", min=1)
+    seed: int = flag(0, "seed of the first picture", min=0)
+    data: str = flag("", "folder of pictures to compare with")
+    images: int = flag(256, "pictures of --data, at most", min=1)
+    device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")
+    out: str = flag("drift", "folder for the plots and pictures")
+
+
+def column_statistics(tokens: Tensor, images: Tensor, f: int) -> Statistics:
+    """Statistics of every column of tokens (B, N, C) and their pictures (B, 3, H, N·f)."""
+    light = brightness(images)
+    columns = light.unflatten(2, (-1, f))  # (B, H, N, f)
+    x = torch.nn.functional.pad(light.diff(dim=2).abs().mean((0, 1)), (0, 1))
+    x = x.unflatten(0, (-1, f))  # border f−1 is the one to the next column
+    inside = torch.full((len(x),), f)
+    inside[-1] = f - 1  # the last column has no next one
+    tint = (images - images[:, 1:2]).mean((0, 2)).unflatten(1, (-1, f)).mean(-1) * 127.5  # (3, N)
+    return {"token": tokens.square().mean((0, 2)).sqrt().cpu(),
+            "contrast": columns.std((1, 3)).mean(0).cpu(), "gradient x": x.sum(1).cpu() / inside,
+            "gradient y": columns.diff(dim=1).abs().mean((0, 1, 3)).cpu(),
+            "red": tint[0].cpu(), "blue": tint[2].cpu()}
+
+
+def of_pictures(model: ImageGenerator, folder: str, count: int) -> Statistics:
+    """The same of real pictures, encoded and decoded."""
+    _, data, _ = load_data(DataConfig(data=folder, val_data=folder), model.tokenizer.config)
+    tokens, images = [], []
+    for pixels, _, _ in fixed_loader(data, 32, min(count, len(data))):
+        x = to_float(pixels).to(model.device)
+        tokens.append(model.tokenizer.normalize(model.tokenizer.encode(x)))
+        images.append(model.decode(tokens[-1]))
+    return column_statistics(torch.cat(tokens), torch.cat(images), model.tokenizer.config.f)
+
+
+def spans(columns: int) -> list[tuple[int, int]]:
+    """Ranges of columns for the table: 0, 1, 2-3, 4-7, … doubling, first and last."""
+    edges = [0, 1]
+    while edges[-1] < columns:
+        edges.append(min(2 * edges[-1], columns))
+    return list(zip(edges, edges[1:]))
+
+
+def table(measured: dict[str, Statistics]) -> str:
+    """Means over ranges of columns, one line for each statistic and each of `measured`."""
+    longest = max(len(s["token"]) for s in measured.values())
+    width = max(len(name) for name in measured) + 2
+    lines = ["columns".ljust(12 + width) + "".join(
+        f"{f'{a}-{b - 1}' if b - a > 1 else a:>8}" for a, b in spans(longest))]
+    for key in next(iter(measured.values())):
+        for name, statistics in measured.items():
+            values = [statistics[key][a:b] for a, b in spans(longest)]
+            lines.append(key.ljust(12) + name.ljust(width) + "".join(
+                f"{v.mean():8.2f}" if len(v) else " " * 8 for v in values))
+    return "\n".join(lines)
+
+
+def draw(cfg: DriftConfig, model: ImageGenerator, positions: str) -> Tensor:
+    """The panoramas' tokens, (count, columns, C)."""
+    labels = torch.arange(cfg.count) % len(model.classes)
+    seeds = range(cfg.seed, cfg.seed + cfg.count)
+    drawn = model.draw(labels, cfg.columns, seeds, cfg=cfg.cfg, schedule=cfg.cfg_schedule,
+                       steps=cfg.steps, positions=positions)
+    return torch.stack(list(tqdm(drawn, desc=positions, total=cfg.columns)), 1)
+
+
+@torch.no_grad()
+def main(argv: list[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m equimini.show drift", allow_abbrev=False,
+                                     description=__doc__.split("\n")[0])
+    add_flags(parser, DriftConfig(), "options")
+    cfg = override(DriftConfig(), parser.parse_args(argv))
+    wanted = [name.strip() for name in cfg.positions.split(",")]
+    if not set(wanted) <= set(POSITIONS):
+        raise UserError(f"--positions takes {' or '.join(POSITIONS)}, or both with a comma, got "
+                        f"{cfg.positions}")
+    out = output_folder(cfg.out)
+    model = load_generator(cfg.checkpoint, pick_device(cfg.device))
+    measured, rows, names = {}, [], []
+    if cfg.data:
+        measured["pictures"] = of_pictures(model, cfg.data, cfg.images)
+    for name in ["tokens"] if cfg.tokens else wanted:
+        tokens = load_tokens(cfg.tokens, model).tokens.to(model.device) if cfg.tokens else \
+            draw(cfg, model, name)
+        images = model.decode(tokens).cpu()
+        measured[name] = column_statistics(tokens.cpu(), images, model.tokenizer.config.f)
+        rows += list(images[:len(model.classes)].split(1))
+        names += [name] * len(images[:len(model.classes)])
+    print(table(measured))
+    for key in next(iter(measured.values())):
+        series = {name: [(k, float(v)) for k, v in enumerate(s[key])]
+                  for name, s in measured.items()}
+        curves(out / f"{key.replace(' ', '-')}.png", series, "column", key,
+               f"{key} of column k")
+    save_png(grid(rows, names), Path(out) / "pictures.png")
+    print(f"plots and pictures: {out}")
