@@ -115,7 +115,7 @@ class ImageGenerator:
     @property
     def windows(self) -> Windows:
         """Windows of columns in which long pictures are decoded (docs/sampling.md)."""
-        return Windows(4 * self.columns, self.columns // 2, self.columns // 8)
+        return Windows(4 * self.columns, 2 * self.columns, self.columns // 4)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, windows: Windows | None = None) -> Tensor:

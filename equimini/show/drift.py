@@ -34,7 +34,9 @@ from equimini.pipeline import POSITIONS, SCHEDULES, ImageGenerator
 from equimini.plot import curves
 from equimini.presets import Checked, flag
 from equimini.show.seams import brightness
+from equimini.solvers import SOLVERS
 
+SHOWN = 8  # pictures of each choice on the sheet
 Statistics = dict[str, Tensor]  # name: value of every column, (N,)
 
 
@@ -50,7 +52,8 @@ class DriftConfig(Checked):
     count: int = flag(24, "pictures, of the classes in turn", min=1)
     cfg: float = flag(3.0, "guidance scale; 1: none", min=0)
     cfg_schedule: str = flag("auto", "see sample.py", choices=SCHEDULES)
-    steps: int = flag(50, "Euler steps per column", min=1)
+    solver: str = flag("midpoint", "see sample.py", choices=tuple(SOLVERS))
+    steps: int = flag(10, "steps of the solver per column", min=1)
     seed: int = flag(0, "seed of the first picture", min=0)
     data: str = flag("", "folder of pictures to compare with")
     images: int = flag(256, "pictures of --data, at most", min=1)
@@ -111,7 +114,7 @@ def draw(cfg: DriftConfig, model: ImageGenerator, positions: str) -> Tensor:
     labels = torch.arange(cfg.count) % len(model.classes)
     seeds = range(cfg.seed, cfg.seed + cfg.count)
     drawn = model.draw(labels, cfg.columns, seeds, cfg=cfg.cfg, schedule=cfg.cfg_schedule,
-                       steps=cfg.steps, positions=positions)
+                       solver=cfg.solver, steps=cfg.steps, positions=positions)
     return torch.stack(list(tqdm(drawn, desc=positions, total=cfg.columns)), 1)
 
 
@@ -136,8 +139,10 @@ def main(argv: list[str]) -> None:
             draw(cfg, model, name)
         images = model.decode(tokens).cpu()
         measured[name] = column_statistics(tokens.cpu(), images, model.tokenizer.config.f)
-        rows += list(images[:len(model.classes)].split(1))
-        names += [name] * len(images[:len(model.classes)])
+        shown = images[:SHOWN].split(1)
+        rows += shown
+        names += [name if cfg.tokens else f"{name} {model.classes[i % len(model.classes)]}"
+                  for i in range(len(shown))]
     print(table(measured))
     for key in next(iter(measured.values())):
         series = {name: [(k, float(v)) for k, v in enumerate(s[key])]

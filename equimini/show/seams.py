@@ -9,8 +9,11 @@ For every choice of windows (length, overlap and discarded columns; see equimini
              windows meet (all those of a fade, or the cut), over that across pixel borders
              elsewhere that lie at the same place within a column; 1: nothing to be seen
     control  the same ratio, at the same places, where the picture was decoded whole
-    decode   difference from the picture decoded whole, as PSNR in dB
-    step     what fading hides: difference of two windows where they overlap, as PSNR in dB
+    whole    difference from the picture decoded whole, as PSNR in dB
+    tint     by how much two windows differ in the mean colour of a column where they overlap
+             (mean absolute difference, 0 to 255), and the same per column of the fade: the slope
+             that fading makes of it; the first line says how much neighbouring columns differ
+             anyway
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class SeamsConfig(Checked):
     columns: int = flag(128, "length of the pictures that are drawn, in columns", min=16)
     count: int = flag(8, "pictures that are drawn, of the classes in turn", min=1)
     cfg: float = flag(3.0, "guidance scale for drawing", min=0)
-    steps: int = flag(25, "steps per column for drawing", min=1)
+    steps: int = flag(10, "steps of the midpoint rule per column for drawing", min=1)
     device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")
 
 
@@ -81,16 +84,23 @@ def seam_ratio(images: Tensor, borders: list[int], f: int) -> float:
     return float(total / matched) if matched else math.nan
 
 
-def overlap_difference(model: ImageGenerator, tokens: Tensor, windows: Windows) -> float:
-    """PSNR between the first two windows over their fade (or the whole overlap without one)."""
-    f, s, d = model.tokenizer.config.f, windows.stride, windows.discard
-    if windows.overlap == 0 or tokens.shape[1] < s + windows.length:
+def column_colours(images: Tensor, f: int) -> Tensor:
+    """Mean colour of every column, (B, 3, N), 0 to 255."""
+    return (images.mean(2).unflatten(2, (-1, f)).mean(-1) + 1) * 127.5
+
+
+def tint(model: ImageGenerator, tokens: Tensor, windows: Windows) -> float:
+    """Mean absolute difference of columns' colours between windows, over what both show."""
+    f, d = model.tokenizer.config.f, windows.discard if windows.overlap > 2 * windows.discard else 0
+    if windows.overlap == 0:
         return math.nan
-    first = model.decode_whole(tokens[:, :windows.length])
-    second = model.decode_whole(tokens[:, s:s + windows.length])
-    d = d if windows.overlap > 2 * d else 0
-    a, b = (s + d) * f, (windows.length - d) * f
-    return psnr(first[..., a:b], second[..., d * f:d * f + b - a])
+    starts = range(0, tokens.shape[1] - windows.length + 1, windows.stride)
+    colours = [column_colours(model.decode_whole(tokens[:, s:s + windows.length]), f)
+               for s in starts]
+    first, second = slice(windows.stride + d, windows.length - d), slice(d, windows.overlap - d)
+    differences = [(a[..., first] - b[..., second]).abs().mean()
+                   for a, b in zip(colours, colours[1:])]
+    return float(torch.stack(differences).mean()) if differences else math.nan
 
 
 def choices(text: str, columns: int) -> list[Windows]:
@@ -121,18 +131,19 @@ def main(argv: list[str]) -> None:
     else:
         classes = [i % len(model.classes) for i in range(cfg.count)]
         tokens = model.sample_tokens(classes, cfg.columns, range(cfg.count), cfg=cfg.cfg,
-                                     steps=cfg.steps, progress=lambda drawn: tqdm(
+                                     solver="midpoint", steps=cfg.steps, progress=lambda drawn: tqdm(
                                          drawn, desc="columns", total=cfg.columns))
     f, n = model.tokenizer.config.f, tokens.shape[1]
     whole = model.decode_whole(tokens)
-    print(f"{len(tokens)} pictures of {n} columns\nlength overlap discard   seam control   "
-          "decode     step")
+    usual = column_colours(whole, f).diff(dim=2).abs().mean()
+    print(f"{len(tokens)} pictures of {n} columns; colours of neighbouring columns differ by "
+          f"{usual:.2f}\nlength overlap discard   seam control    whole   tint  per column")
     for w in windows:
         if w.length >= n:
             print(f"{w.length:6} {w.overlap:7} {w.discard:7}   not shorter than the pictures")
             continue
         pieces, borders = model.decode(tokens, w), seam_borders(w, n, f)
-        mark = "  (default)" if w == model.windows else ""
+        mark, differs = "  (default)" if w == model.windows else "", tint(model, tokens, w)
         print(f"{w.length:6} {w.overlap:7} {w.discard:7} {seam_ratio(pieces, borders, f):6.3f} "
-              f"{seam_ratio(whole, borders, f):7.3f} {psnr(pieces, whole):5.1f} dB "
-              f"{overlap_difference(model, tokens, w):5.1f} dB{mark}", flush=True)
+              f"{seam_ratio(whole, borders, f):7.3f} {psnr(pieces, whole):5.1f} dB {differs:6.2f} "
+              f"{differs / max(1, w.overlap - 2 * w.discard):11.3f}{mark}", flush=True)
