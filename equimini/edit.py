@@ -95,7 +95,7 @@ def open_picture(path: str, model: ImageGenerator, pick: int | None = None,
     """
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}")
-    if zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path) or Path(path).suffix == ".pt":
         source = load_tokens(path, model)
         if pick is None and len(source) > 1:
             raise UserError(f"{path} holds {len(source)} pictures; choose one with --pick 0 to "

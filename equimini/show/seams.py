@@ -107,9 +107,9 @@ def choices(text: str, columns: int) -> list[Windows]:
     """The windows to compare; raises UserError for text that does not describe any."""
     if not text:
         n = columns
-        sizes = [(n, 0, 0), (n, n // 4, 0), (n, n // 2, n // 8), (2 * n, 0, 0), (2 * n, n // 8, 0),
-                 (2 * n, n // 2, n // 8), (4 * n, 0, 0), (4 * n, n // 8, 0), (4 * n, n // 4, 0),
-                 (4 * n, n // 2, 0), (4 * n, n // 2, n // 8)]
+        sizes = [(n, 0, 0), (n, n // 2, n // 8), (2 * n, n, n // 4), (4 * n, 0, 0),
+                 (4 * n, n // 2, n // 8), (4 * n, n, n // 4), (4 * n, 2 * n, 0),
+                 (4 * n, 2 * n, n // 4), (8 * n, 4 * n, n // 4)]
         return [Windows(*size) for size in sizes]
     try:
         return [Windows(*(int(number) for number in part.split())) for part in text.split(",")]
