@@ -18,6 +18,8 @@ SMALL = {
     "train_tokenizer.py": f"{SHORT} --stats-images 2",
     "train_generator.py": f"{SHORT} --preview-steps 1",
     "sample.py": "--steps 1",
+    "sample.py --scroll": "--steps 1 --scroll 40 --classes forest:20,sea:20",
+    "equimini.show drift": "--columns 20 --count 2 --steps 1",
     "equimini.convert places_large.ckpt": f"--heads {HEADS} --window {WINDOW}",
     "equimini.evaluate generator": "--n 4 --steps 1 --workers 0 --val-fraction 0.5",
     "equimini.evaluate tokenizer": "--n 4 --workers 0 --val-fraction 0.5",
@@ -60,6 +62,7 @@ def test_readme(picture_folder, tmp_path, monkeypatch):
         for name in ("buildings", "forest", "glacier", "mountain", "sea", "street"):
             (tmp_path / "scenes" / split / name).symlink_to(picture_folder / "cat")
     torch.jit.script(TinyNet()).save(str(tmp_path / "inception-2015-12-05.pt"))
+    (tmp_path / "my/photo.jpg").symlink_to(picture_folder / "cat" / "0.png")
     tokenizer_file(tmp_path / "tokenizer.ckpt", random_tokenizer())
     generator_file(tmp_path / "places_large.ckpt", random_generator(), random_generator(1))
     for words in found:
