@@ -84,7 +84,7 @@ def test_stage_two_trains_the_decoder_alone(stage_one, critic, tmp_path):
     extra = ["--disc-net", stage_one / "maps.pt"] if critic == "dino" else []
     before = stage_one / "one/last.pt"
     script("train_tokenizer.py", *TRAINING, *STARTS, *extra, "--discriminator", critic, "--steps",
-           3, "--finetune-decoder", before, "--out", tmp_path / "two")
+           3, "--finetune-decoder", before, "--out", tmp_path / "two", "--stats-images", 4)
     a = weights(before)
     for which in ("model", "ema"):
         b = weights(tmp_path / "two/last.pt", which)
