@@ -188,7 +188,8 @@ def draw_curves(rows: list[dict[str, Any]], out: Path, cfg: SolverBench) -> list
     """Pictures of all measures that there are, over the number of evaluations."""
     about = {"column_error": ("log10 of the RMS error", "Error of single columns"),
              "image_error": ("log10 of the RMS error", "Error of whole images"),
-             "frechet": ("Frechet distance", f"{cfg.distance_count} images against {Path(cfg.data).name}")}
+             "frechet": ("Frechet distance",  # the plot's font lacks the accent
+                         f"{cfg.distance_count} images against {Path(cfg.data).name}")}
     written = []
     for measure, (ylabel, title) in about.items():
         if measure not in rows[0]:
