@@ -64,8 +64,8 @@ def draw_sheet(cfg: SampleConfig, model: ImageGenerator) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, SampleConfig(), "options")
     parser.add_argument("--redraw-later", action="store_true",
                         help="with --edit: draw all columns after the first one of --resample "

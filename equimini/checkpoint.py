@@ -23,7 +23,8 @@ FORMAT = 1  # of the dict's layout
 def save(path: Path | str, kind: str, content: dict[str, Any], keep: int = 1) -> None:
     """Write a checkpoint under a temporary name, flush it to disk, then rename it to `path`.
 
-    kind: 'tokenizer', 'generator', 'tokens' or 'scroll'.  content: tensors, numbers, strings, lists and dicts only.
+    kind: 'tokenizer', 'generator', 'tokens' or 'scroll'.  content: tensors, numbers, strings,
+    lists and dicts only.
     keep: how many to keep; older ones are path-1, path-2, … (before the suffix).
     Raises UserError if the disk is full or cannot be written; older files then stay.
     """

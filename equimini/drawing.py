@@ -217,9 +217,9 @@ def draw_scroll(cfg: SampleConfig, args: Namespace,
     if args.resume:
         resumed = load_state(folder)
         begun = config_from_dict(SampleConfig, resumed["settings"])
-        free = {name: getattr(cfg, name) for name in ("scroll", "checkpoint", "device", "out")}
-        cfg, begun = override(replace(begun, **free), args), replace(begun, **free)
-        other = [name for name in asdict(cfg) if getattr(cfg, name) != getattr(begun, name)]
+        cfg = override(begun, args)
+        other = [name for name in asdict(cfg) if getattr(cfg, name) != getattr(begun, name)
+                 and name not in ("scroll", "checkpoint", "device", "out")]
         if other:
             name = other[0]
             raise UserError(f"the scroll in {folder} was begun with --{name.replace('_', '-')} "
@@ -242,7 +242,8 @@ def draw_scroll(cfg: SampleConfig, args: Namespace,
         drawn = scroll(model, labels, cfg.seed, folder, tile=cfg.tile_columns, caption=what,
                        settings=asdict(cfg), resumed=resumed, stop=lambda: bool(stop.asked),
                        progress=bar("columns", cfg.scroll, done), **options)
-    print(f"{drawn} columns with {evaluations(cfg)}, {drawn * model.tokenizer.config.f} pixels: {folder}/index.html")
+    print(f"{drawn} columns ({drawn * model.tokenizer.config.f} pixels), {evaluations(cfg)}: "
+          f"{folder}/index.html")
     if stop.asked:
         print(f"stopped; go on with --scroll {cfg.scroll} --out {folder} --resume")
         sys.exit(128 + stop.asked)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from equimini import checkpoint
-from equimini.cache_latents import tokenizer_hash
+from equimini.cache_latents import latents_hash
 from equimini.cli import UserError, first_line
 from equimini.data import load_image, to_float
 from equimini.pipeline import ImageGenerator
@@ -50,12 +50,12 @@ def save_tokens(path: Path | str, model: ImageGenerator, drawn: Tokens) -> None:
     """Write a token file; raises UserError if it cannot be written.
 
     It holds plain tensors, numbers and strings: the normalised tokens, class numbers and seeds of
-    every column, class names, options, and the SHA-256 of the tokenizer that they belong to.
+    every column, class names, options, and the SHA-256 of the tokenizer but for its decoder.
     """
     checkpoint.save(path, "tokens", {
         "tokens": drawn.tokens.cpu().float().clone(), "labels": drawn.labels.cpu().clone(),
         "seeds": drawn.seeds.cpu().clone(), "classes": list(model.classes),
-        "tokenizer": tokenizer_hash(model.tokenizer), "options": drawn.options})
+        "tokenizer": latents_hash(model.tokenizer), "options": drawn.options})
 
 
 def load_tokens(path: Path | str, model: ImageGenerator) -> Tokens:
@@ -77,7 +77,7 @@ def load_tokens(path: Path | str, model: ImageGenerator) -> Tokens:
         fits = False
     if not fits:
         raise UserError(f"{path} is damaged: its tokens, classes and seeds do not fit together")
-    if made_by != tokenizer_hash(model.tokenizer):
+    if made_by != latents_hash(model.tokenizer):
         raise UserError(f"the tokens in {path} belong to another tokenizer than that of the "
                         "generator; give the --checkpoint they were drawn with")
     known = torch.tensor([model.classes.index(name) if name in model.classes else UNKNOWN

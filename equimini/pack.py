@@ -35,7 +35,8 @@ def pack(source: Path, out: Path) -> list[Path]:
     content = checkpoint.load(source, "generator")
     inside = content["tokenizer"]
     beside = out.with_name(f"{out.stem}-tokenizer{out.suffix}")
-    kept = {key: content[key] for key in ("config", "classes", "step")}
+    kept = {key: content[key] for key in ("config", "classes", "step", "columns")
+            if key in content}
     checkpoint.save(beside, "tokenizer", {"config": {"preset": content["config"]["preset"],
                                                      "model": inside["config"]},
                                           "ema": half(inside["weights"], source)})

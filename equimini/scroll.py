@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from equimini import checkpoint
-from equimini.cache_latents import tokenizer_hash as weights_hash
+from equimini.cache_latents import weights_hash
 from equimini.cli import UserError
 from equimini.files import remove_leftovers, replacing
 from equimini.images import save_png, to_uint8
@@ -166,7 +166,7 @@ def scroll(model: ImageGenerator, labels: Tensor, seed: int, folder: Path, *, ti
     """
     f, height = model.tokenizer.config.f, model.tokenizer.config.image_size
     state, decoder = SamplerState(), WindowedDecoder(model.decode_whole, f, model.windows)
-    made_by = weights_hash(model.generator)
+    made_by = weights_hash(model.generator.state_dict())
     remove_leftovers(folder)
     if resumed:
         _check_resumed(resumed, made_by, labels, folder)

@@ -23,7 +23,8 @@ def test_ten_thousand_columns_out_float32_is_as_exact_as_at_the_start():
     for m in (3, 10_003, 1_000_003):
         tables = [rope_tables(torch.tensor([p]), 64) for p in (m, m - 3)]
         turned = [rotate(x, table) for x, table in zip((q, k), tables)]
-        exact = [rotate(x.double(), rope_tables(torch.tensor([p]), 64)) for x, p in ((q, 3), (k, 0))]
+        exact = [rotate(x.double(), rope_tables(torch.tensor([p]), 64))
+                 for x, p in ((q, 3), (k, 0))]
         error = (turned[0] * turned[1]).sum(-1) - (exact[0] * exact[1]).sum(-1)
         assert error.abs().max() < 64 * 4 * 2 ** -23
 

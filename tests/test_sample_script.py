@@ -1,6 +1,7 @@
 """sample.py and equimini.show, run as a user runs them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -13,7 +14,7 @@ from PIL import Image
 from tests.scripts import ROOT, call, command, mistake
 
 
-def test_a_scroll_is_interrupted_resumed_and_prolonged(runs):
+def test_a_scroll_is_interrupted_resumed_and_prolonged(runs, monkeypatch, capsys):
     """SIGTERM leaves a scroll that opens; resumed and prolonged it is the one drawn at once."""
     options = ["--classes", "sea:30,forest:20", "--steps", 2, "--seed", 5, "--tile-columns", 16]
     call("sample.py", *options, "--scroll", 120, "--out", "once", cwd=runs)
@@ -28,10 +29,15 @@ def test_a_scroll_is_interrupted_resumed_and_prolonged(runs):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM and "--resume" in output
     assert "Traceback" not in output
-    call("sample.py", *options, "--scroll", 70, "--out", "short", cwd=runs)
+    shutil.copy(runs / "runs/generator/last.pt", runs / "mine.pt")
+    call("sample.py", *options, "--scroll", 70, "--out", "short", "--checkpoint", "mine.pt",
+         cwd=runs)
+    assert "begun with --seed 5, not 6" in mistake(
+        "sample.py", "--scroll", 120, "--out", "short", "--resume", "--seed", 6, cwd=runs,
+        monkeypatch=monkeypatch, capsys=capsys)
     call("sample.py", "--scroll", 120, "--out", "short", "--resume", cwd=runs)
     for path in sorted((runs / "once").iterdir()):
-        if path.suffix != ".pt":
+        if path.suffix == ".png":  # the page names the checkpoint
             assert path.read_bytes() == (runs / "short" / path.name).read_bytes(), path.name
     final = torch.load(runs / "cut/state.pt", weights_only=True)["done"]
     for tile in sorted((runs / "cut").glob("tile-*.png"))[:7]:  # the full ones of "once"

@@ -46,8 +46,8 @@ class DriftConfig(Checked):
 
     checkpoint: str = flag("runs/generator/last.pt", "checkpoint of a trained generator")
     tokens: str = flag("", "token file to measure instead of drawing")
-    positions: str = flag("hold", f"positions that cross-attention sees, of {', '.join(POSITIONS)}; "
-                          "several with commas are compared")
+    positions: str = flag("hold", "positions that cross-attention sees: hold, grow (see sample.py), or "
+                          "both with a comma")
     columns: int = flag(128, "length of the pictures, in columns", min=4)
     count: int = flag(24, "pictures, of the classes in turn", min=1)
     cfg: float = flag(3.0, "guidance scale; 1: none", min=0)

@@ -130,9 +130,9 @@ def main(argv: list[str]) -> None:
         tokens = load_tokens(cfg.tokens, model).tokens.to(model.device)
     else:
         classes = [i % len(model.classes) for i in range(cfg.count)]
-        tokens = model.sample_tokens(classes, cfg.columns, range(cfg.count), cfg=cfg.cfg,
-                                     solver="midpoint", steps=cfg.steps, progress=lambda drawn: tqdm(
-                                         drawn, desc="columns", total=cfg.columns))
+        tokens = model.sample_tokens(
+            classes, cfg.columns, range(cfg.count), cfg=cfg.cfg, solver="midpoint",
+            steps=cfg.steps, progress=lambda drawn: tqdm(drawn, "columns", cfg.columns))
     f, n = model.tokenizer.config.f, tokens.shape[1]
     whole = model.decode_whole(tokens)
     usual = column_colours(whole, f).diff(dim=2).abs().mean()
