@@ -172,7 +172,8 @@ def find_tokenizer(setup: Setup) -> Tokenizer:
     if setup.resumed and asked == setup.resumed["config"]["run"]["tokenizer"]:
         asked = ""  # not a wish, but what the run began with
     if source and not asked:
-        return tokenizer_inside(source, "the checkpoint to go on from")
+        return tokenizer_inside(source, setup.run.init_from if setup.initial else
+                                setup.out / "last.pt")
     tokenizer = checkpoint.load_tokenizer(asked or TOKENIZER)
     checkpoint.check_statistics(tokenizer, asked or TOKENIZER)
     return tokenizer

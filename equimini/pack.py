@@ -1,4 +1,4 @@
-"""Make a trained generator small enough to ship: its EMA weights and its tokenizer, in half precision.
+"""Make a trained generator small enough to ship: EMA weights and tokenizer in half precision.
 
     python -m equimini.pack runs/generator/last.pt --out equimini/assets/scenes.pt
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from equimini import checkpoint, load_generator
 from equimini.cli import UserError, output_folder, run
+from equimini.pipeline import tokenizer_content, tokenizer_inside
 
 LARGEST = 65504.0  # float16
 
@@ -33,7 +34,7 @@ def half(weights: dict[str, Tensor], path: Any) -> dict[str, Tensor]:
 def pack(source: Path, out: Path) -> list[Path]:
     """Write the packed generator to `out` and its tokenizer beside it; returns both paths."""
     content = checkpoint.load(source, "generator")
-    inside = content["tokenizer"]
+    inside = tokenizer_content(tokenizer_inside(content, source))
     beside = out.with_name(f"{out.stem}-tokenizer{out.suffix}")
     kept = {key: content[key] for key in ("config", "classes", "step", "columns")
             if key in content}

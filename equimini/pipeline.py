@@ -138,8 +138,10 @@ def tokenizer_content(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def tokenizer_inside(content: dict[str, Any], path: Any) -> Tokenizer:
-    """The tokenizer that a generator's loaded checkpoint holds."""
+    """The tokenizer that a generator's checkpoint, loaded from `path`, holds or (packed) names."""
     inside = content["tokenizer"]
+    if "file" in inside:
+        return checkpoint.load_tokenizer(Path(path).with_name(Path(inside["file"]).name))
     return checkpoint.tokenizer_from_dict({"config": {"model": inside["config"]},
                                            "ema": inside["weights"]}, path)
 

@@ -6,9 +6,10 @@ import os
 import pytest
 import torch
 
-from equimini import checkpoint, load_tokenizer
+from equimini import checkpoint, load_generator, load_tokenizer
 from equimini.cli import UserError
 from tests.conftest import SMALL_TOKENIZER
+from tests.scripts import invoke
 
 
 def content(tokenizer):
@@ -109,3 +110,26 @@ def test_an_interrupted_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatc
     with pytest.raises(UserError, match="No space left"):
         checkpoint.save(path, "tokenizer", content(tokenizer))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["t.pt"]
+
+
+def test_a_packed_generator_draws_the_same_and_is_small(runs, tmp_path, monkeypatch, capsys):
+    source = runs / "runs/generator/last.pt"
+    invoke("equimini.pack", source, "--out", tmp_path / "box.pt", cwd=tmp_path,
+           monkeypatch=monkeypatch)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["box-tokenizer.pt", "box.pt"]
+    one, other = (load_generator(path) for path in (source, tmp_path / "box.pt"))
+    assert one.classes == other.classes and one.columns == other.columns
+    for a, b in ((one.generator, other.generator), (one.tokenizer, other.tokenizer)):
+        for p, q in zip(a.parameters(), b.parameters()):  # half: 11 bits, and none below 2^-24
+            assert q.dtype == torch.float32 and torch.equal(q, p.half().float())
+    weights = [p for model in (one.generator, one.tokenizer) for p in model.state_dict().values()]
+    overhead = 1000 * (len(weights) + 2)  # bytes of names and alignment
+    assert sum(p.stat().st_size for p in tmp_path.iterdir()) < overhead + 2 * sum(
+        p.numel() for p in weights)
+    images = [model.sample([1], steps=2) for model in (one, other)]
+    assert not torch.equal(*images) and (images[0] - images[1]).abs().max() < 0.05
+    with pytest.raises(UserError, match="one set of weights"):
+        load_generator(tmp_path / "box.pt", ema=False)
+    (tmp_path / "box-tokenizer.pt").unlink()
+    with pytest.raises(UserError, match="box-tokenizer.pt"):
+        load_generator(tmp_path / "box.pt")
