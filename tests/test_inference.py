@@ -1,6 +1,7 @@
 """Generators made ready for sampling: layouts of weights, bf16, static buffers."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_static_calls_copy_in_and_out():
 def test_static_buffers_draw_the_same_columns(generator):
     """What a CUDA graph replays, called over the same buffers without a graph."""
     plain_draw = ColumnSampler(generator.head, 4)
-    steps = (generator, GraphedStep(generator, record=rerun))
+    steps = (functools.partial(generator, hold=4), GraphedStep(generator, 4, rerun))
     draws = (plain_draw, GraphedColumn(plain_draw, rerun))
     labels = torch.tensor([0, 1, 0, 1])
     context = generator.encode_classes(labels, torch.tensor([False, False, True, True]))

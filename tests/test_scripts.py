@@ -120,7 +120,8 @@ def test_a_folder_of_pictures_wide_crops_and_a_perceptual_network(picture_folder
     call("train_generator.py", *GENERATOR, *wide, "--steps", 3, cwd=tmp_path)
     log = records(tmp_path / "runs/generator/log.jsonl")
     assert len(log[-1]["val_loss_per_column"]) == 12  # 48 pixels, f = 4
-    assert load_generator(tmp_path / "runs/generator/last.pt").classes == ["cat", "dog", "eel"]
+    model = load_generator(tmp_path / "runs/generator/last.pt")
+    assert model.classes == ["cat", "dog", "eel"] and model.columns == 12
 
 
 def test_cached_latents_train_and_belong_to_one_tokenizer(runs, picture_folder, monkeypatch,
