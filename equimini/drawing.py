@@ -255,7 +255,8 @@ def edit_picture(cfg: SampleConfig, args: Namespace, model: ImageGenerator) -> N
     source, before = open_picture(path, model, None if cfg.pick < 0 else cfg.pick,
                                   keep="left" if cfg.edit else "right")
     recorded = {k: v for k, v in source.options.items() if k in DRAWING}
-    cfg = override(replace(cfg, **recorded), args)  # a token file's own options are the defaults
+    # a token file's own options are the defaults
+    cfg = override(config_from_dict(SampleConfig, {**asdict(cfg), **recorded}), args)
     first = cfg.seed if "seed" in args else next_seed(source)
     seeds = [first + i for i in range(cfg.count or 1)]
     plan = class_plan(cfg, model) if "classes" in args else None
