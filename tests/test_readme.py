@@ -23,6 +23,7 @@ SMALL = {
     "equimini.convert places_large.ckpt": f"--heads {HEADS} --window {WINDOW}",
     "equimini.evaluate generator": "--n 4 --steps 1 --workers 0 --val-fraction 0.5",
     "equimini.evaluate tokenizer": "--n 4 --workers 0 --val-fraction 0.5",
+    "equimini.bench data": "--images 8 --workers 0",
     "equimini.bench attention": "--shape 1 8 2 16 4",
 }
 ELSEWHERE = ("tests/kill_and_resume.py",  # test_scripts.py calls it
