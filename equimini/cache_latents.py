@@ -160,7 +160,11 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="start anew")
     add_flags(parser, CacheConfig(out="runs/latents"), "options")
     args = parser.parse_args()
-    cfg = override(CacheConfig(out="runs/latents"), args)
+    encode(override(CacheConfig(out="runs/latents"), args), args.overwrite)
+
+
+def encode(cfg: CacheConfig, overwrite: bool = False) -> None:
+    """Make the cache, or go on with it; raises UserError for what does not serve."""
     device, out = pick_device(cfg.device), output_folder(cfg.out)
     tokenizer = checkpoint.load_tokenizer(cfg.tokenizer, device)
     checkpoint.check_statistics(tokenizer, cfg.tokenizer)
@@ -172,7 +176,7 @@ def main() -> None:
             "width": cfg.width, "seed": cfg.seed, "val_data": cfg.val_data,
             "val_fraction": cfg.val_fraction}
     begun = out / "plan.json"
-    if args.overwrite:
+    if overwrite:
         own = ("train-[0-9]*.npy", "val-[0-9]*.npy", "train-[0-9]*.labels", "val-[0-9]*.labels",
                "labels.npz", "meta.json", "plan.json")
         for path in (path for pattern in own for path in out.glob(pattern)):
