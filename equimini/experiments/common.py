@@ -36,6 +36,7 @@ class Scale:
     generator: str
     tokenizer_steps: int
     steps: int
+    images: int  # pictures whose latents are kept, 0: all
     val_images: int
     samples: int  # pictures drawn where samples are judged
 
@@ -44,11 +45,11 @@ SCALES = {
     "toy": Scale("--image-size 32 --multipliers 1,2 --base-channels 8 --norm-groups 4 "
                  "--z-channels 4 --token-channels 8 --batch-size 4 --stats-images 16",
                  "--layers 1 --embed-dim 16 --heads 1 --class-tokens 2 --head-width 16 "
-                 "--head-depth 1 --batch-size 4", 4, 20, 8, 8),
+                 "--head-depth 1 --batch-size 4", 4, 20, 64, 8, 8),
     "default": Scale("--lr-decay-every 225", "--layers 4 --embed-dim 128 --heads 4 "
                      "--class-tokens 4 --head-width 128 --head-depth 3 --batch-size 32",
-                     400, 500, 512, 512),
-    "large": Scale("", "--batch-size 64", 4000, 6000, 1024, 2048),
+                     400, 500, 4096, 512, 512),
+    "large": Scale("", "--batch-size 64", 4000, 6000, 0, 1024, 2048),
 }
 
 
@@ -180,7 +181,7 @@ class Lab:
             pictures = dict(zip(("data", "val_data"), self.data_flags(data)[1::2]))
             cache_latents.encode(cache_latents.CacheConfig(
                 **pictures, tokenizer=str(tokenizer.last), out=str(output_folder(str(folder))),
-                workers=self.cfg.workers, device=self.cfg.device))
+                images=self.scale.images, workers=self.cfg.workers, device=self.cfg.device))
         return folder
 
     def generator(self, name: str, seed: int, flags: str = "", *, layout: str = "columns",
@@ -190,12 +191,9 @@ class Lab:
         flags: of the variant; steps: 0 is the experiment's; initial: the run that it starts from
         (its EMA weights), with a shorter warm-up.
         """
-        size = self.scale.generator.split()
-        if initial:
-            size = [*size[size.index("--batch-size"):], "--warmup-steps", "20", "--init-from",
-                    str(initial.last)]
+        more = ["--warmup-steps", "20", "--init-from", str(initial.last)] if initial else []
         return self.train("generator", f"{name}-s{seed}", steps or self.steps, [
-            *size, "--latents", str(self.latents(layout, data)), "--tokenizer",
+            *self.scale.generator.split(), *more, "--latents", str(self.latents(layout, data)), "--tokenizer",
             str(self.tokenizer(layout, data).last), "--seed", str(seed), "--precision",
             self.cfg.precision, "--preview-steps", "5", *flags.split()])
 
@@ -207,8 +205,6 @@ class Lab:
         """The 2-D baseline: patches in raster order, full causal attention."""
         tokens = checkpoint.load_tokenizer(self.tokenizer("grid").last).config.columns
         flags = f"--window {tokens} --position-shift {self.cfg.grid_shift} {flags}"
-        if "initial" in options:
-            flags = f"--position-shift {self.cfg.grid_shift} {flags.split(' ', 4)[-1]}"
         return self.generator(name, seed, flags, layout="grid", **options)
 
 
@@ -230,6 +226,6 @@ def finished(run: Run, kind: str, steps: int) -> bool:
     return content["step"] == steps
 
 
-def settings(cfg: ExperimentConfig) -> dict[str, Any]:
+def settings(cfg: Checked) -> dict[str, Any]:
     """The options as plain values, for the report."""
     return {f.name: getattr(cfg, f.name) for f in fields(cfg)}
