@@ -161,7 +161,8 @@ def subcommand(package: str, names: Sequence[str], argv: list[str] | None = None
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in names:
         asked = [] if not argv or argv[0] in ("-h", "--help") else argv[:1]
-        lines, longest = [f"usage: python -m {package} WHAT [options]", ""], max(12, *map(len, names))
+        lines = [f"usage: python -m {package} WHAT [options]", ""]
+        longest = max(12, *map(len, names))
         for name in names:
             about = _module(package, name).__doc__.splitlines()[0]
             lines.append(f"  {name:{longest}} {about}")
