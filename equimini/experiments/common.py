@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from equimini import cache_latents, checkpoint
+from equimini import cache_latents
 from equimini.cli import UserError, add_flags, output_folder, override
 from equimini.files import replacing
 from equimini.presets import Checked, flag
@@ -116,10 +116,10 @@ class Run:
         scores = [r for r in map(json.loads, lines) if "val_loss_per_column" in r]
         return np.array(scores[-1]["val_loss_per_column"])
 
-    def cpu_seconds(self) -> float:
-        """Processor time of its training."""
-        path = self.folder / "seconds.json"
-        return json.loads(path.read_text()) if path.exists() else 0.0
+    def record(self) -> dict[str, float]:
+        """`cpu_seconds` of its training so far, and `steps` once it is finished."""
+        path = self.folder / "record.json"
+        return json.loads(path.read_text()) if path.exists() else {"cpu_seconds": 0.0}
 
 
 class Lab:
@@ -133,6 +133,7 @@ class Lab:
         self.steps = cfg.steps or self.scale.steps
         self.runs = output_folder(f"{cfg.out}/runs")
         self.used: dict[Path, float] = {}  # CPU seconds of the runs that were asked for
+        self.ready: dict[tuple[str, str], tuple[Run, Path]] = {}  # tokenizers and latents
 
     def data_flags(self, data: str) -> list[str]:
         """--data and what belongs to it; `data` '' is the experiment's own."""
@@ -145,26 +146,30 @@ class Lab:
         """The training of this kind with these flags, done now if it is not done yet."""
         flags = ["--preset", "tiny", *flags, "--steps", str(steps)]
         run = Run(self.runs / f"{kind}-{name}-{key(flags)}")
-        if not finished(run, kind, steps):
-            every = str(max(1, steps // 4))
-            more = ["--out", str(run.folder), "--workers", str(self.cfg.workers), "--device",
-                    self.cfg.device, "--val-images", str(self.scale.val_images), "--val-every",
-                    str(steps), "--save-every", every, "--preview-every", str(steps), "--keep", "1"]
-            more += ["--resume"] if run.last.exists() else []
-            print(f"$ python train_{kind}.py {' '.join([*flags, *more])}", flush=True)
-            began, before = time.process_time(), run.cpu_seconds()
-            try:
-                script(f"train_{kind}").main([*flags, *more])
-            except SystemExit as stop:
-                print("the experiment goes on here when the same command is given again")
-                raise stop
-            finally:
-                if run.folder.exists():
-                    with replacing(run.folder / "seconds.json") as file:
-                        file.write(json.dumps(before + time.process_time() - began).encode())
-            (run.folder / "best.pt").unlink(missing_ok=True)  # as large as last.pt, and not used
-        self.used[run.folder] = run.cpu_seconds()
+        if run.record().get("steps") != steps:
+            self._train(kind, steps, flags, run)
+        self.used[run.folder] = run.record()["cpu_seconds"]
         return run
+
+    def _train(self, kind: str, steps: int, flags: list[str], run: Run) -> None:
+        flags = [*flags, "--out", str(run.folder), "--workers", str(self.cfg.workers), "--device",
+                 self.cfg.device, "--val-images", str(self.scale.val_images), "--val-every",
+                 str(steps), "--save-every", str(max(1, steps // 4)), "--preview-every",
+                 str(steps), "--keep", "1", *(["--resume"] if run.last.exists() else [])]
+        print(f"$ python train_{kind}.py {' '.join(flags)}", flush=True)
+        began, before, done = time.process_time(), run.record()["cpu_seconds"], {}
+        try:
+            script(f"train_{kind}").main(flags)
+            done = {"steps": steps}
+        except SystemExit as stop:
+            print("the same command again goes on here")
+            raise stop
+        finally:
+            if run.folder.exists():
+                seconds = before + time.process_time() - began
+                with replacing(run.folder / "record.json") as file:
+                    file.write(json.dumps({"cpu_seconds": seconds, **done}).encode())
+        (run.folder / "best.pt").unlink(missing_ok=True)  # as large as last.pt, and not used
 
     def tokenizer(self, layout: str = "columns", data: str = "") -> Run:
         """A tokenizer of this layout."""
@@ -173,8 +178,10 @@ class Lab:
         return self.train("tokenizer", name, steps, [
             *self.scale.tokenizer.split(), "--layout", layout, *self.data_flags(data)])
 
-    def latents(self, layout: str = "columns", data: str = "") -> Path:
-        """Its latents of all pictures."""
+    def latents(self, layout: str = "columns", data: str = "") -> tuple[Run, Path]:
+        """A tokenizer, and the folder of its latents of the pictures."""
+        if (layout, data) in self.ready:
+            return self.ready[layout, data]
         tokenizer = self.tokenizer(layout, data)
         folder = self.runs / tokenizer.folder.name.replace("tokenizer-", "latents-")
         if not (folder / "meta.json").exists():
@@ -182,7 +189,8 @@ class Lab:
             cache_latents.encode(cache_latents.CacheConfig(
                 **pictures, tokenizer=str(tokenizer.last), out=str(output_folder(str(folder))),
                 images=self.scale.images, workers=self.cfg.workers, device=self.cfg.device))
-        return folder
+        self.ready[layout, data] = tokenizer, folder
+        return tokenizer, folder
 
     def generator(self, name: str, seed: int, flags: str = "", *, layout: str = "columns",
                   data: str = "", steps: int = 0, initial: Run | None = None) -> Run:
@@ -192,9 +200,10 @@ class Lab:
         (its EMA weights), with a shorter warm-up.
         """
         more = ["--warmup-steps", "20", "--init-from", str(initial.last)] if initial else []
+        tokenizer, latents = self.latents(layout, data)
         return self.train("generator", f"{name}-s{seed}", steps or self.steps, [
-            *self.scale.generator.split(), *more, "--latents", str(self.latents(layout, data)), "--tokenizer",
-            str(self.tokenizer(layout, data).last), "--seed", str(seed), "--precision",
+            *self.scale.generator.split(), *more, "--latents", str(latents), "--tokenizer",
+            str(tokenizer.last), "--seed", str(seed), "--precision",
             self.cfg.precision, "--preview-steps", "5", *flags.split()])
 
     def columns(self, seed: int, flags: str = "", name: str = "columns", **options: Any) -> Run:
@@ -203,7 +212,8 @@ class Lab:
 
     def grid(self, seed: int, flags: str = "", name: str = "grid", **options: Any) -> Run:
         """The 2-D baseline: patches in raster order, full causal attention."""
-        tokens = checkpoint.load_tokenizer(self.tokenizer("grid").last).config.columns
+        views = np.load(self.latents("grid")[1] / "val-00000.npy", mmap_mode="r")
+        tokens = views.shape[2]  # of (images, views, tokens, channels)
         flags = f"--window {tokens} --position-shift {self.cfg.grid_shift} {flags}"
         return self.generator(name, seed, flags, layout="grid", **options)
 
@@ -213,17 +223,6 @@ def key(flags: list[str]) -> str:
     short = [Path(f).parent.name if f.endswith(".pt") else f for f in flags]
     short = [Path(f).name if "/latents-" in f else f for f in short]
     return hashlib.sha256(json.dumps(short).encode()).hexdigest()[:8]
-
-
-def finished(run: Run, kind: str, steps: int) -> bool:
-    """Whether a run has been trained to its last step (a tokenizer: and measured)."""
-    if not run.last.exists():
-        return False
-    content = checkpoint.load(run.last, kind)
-    if kind == "tokenizer":
-        return (content["step"] == steps
-                and checkpoint.tokenizer_from_dict(content, run.last).has_statistics)
-    return content["step"] == steps
 
 
 def settings(cfg: Checked) -> dict[str, Any]:
