@@ -154,9 +154,12 @@ def test_numbers_and_tables():
 def test_mistakes(pictures, monkeypatch, capsys):
     data = ["--data", "data", "--val-data", "data", "--out", "out", *TOY]
     for arguments, text in ((["transfer", "--data", "nowhere"], "nowhere"),
-                            (["wonder"], "grid-vs-columns"),
                             (["matrix", *data, "--checkpoint", "none.pt"], "none.pt"),
                             (["dynamics", *data, "--single", "16"], "--single"),
                             (["grid-vs-columns", *data, "--network", "none.pt"], "none.pt")):
         assert text in mistake("equimini.experiments", *arguments, cwd=pictures,
                                monkeypatch=monkeypatch, capsys=capsys)
+    with pytest.raises(SystemExit):
+        invoke("equimini.experiments", "--help", cwd=pictures, monkeypatch=monkeypatch)
+    listed = capsys.readouterr().out
+    assert "grid-vs-columns  Columns against" in listed and "tokenizer  " in listed

@@ -192,6 +192,11 @@ class Lab:
         self.ready[layout, data] = tokenizer, folder
         return tokenizer, folder
 
+    def tokens(self, layout: str = "columns") -> int:
+        """How many tokens an image has: its subtasks."""
+        views = np.load(self.latents(layout)[1] / "val-00000.npy", mmap_mode="r")
+        return views.shape[2]  # (images, views, tokens, channels)
+
     def generator(self, name: str, seed: int, flags: str = "", *, layout: str = "columns",
                   data: str = "", steps: int = 0, initial: Run | None = None) -> Run:
         """A generator over cached latents.
@@ -212,9 +217,7 @@ class Lab:
 
     def grid(self, seed: int, flags: str = "", name: str = "grid", **options: Any) -> Run:
         """The 2-D baseline: patches in raster order, full causal attention."""
-        views = np.load(self.latents("grid")[1] / "val-00000.npy", mmap_mode="r")
-        tokens = views.shape[2]  # of (images, views, tokens, channels)
-        flags = f"--window {tokens} --position-shift {self.cfg.grid_shift} {flags}"
+        flags = f"--window {self.tokens('grid')} --position-shift {self.cfg.grid_shift} {flags}"
         return self.generator(name, seed, flags, layout="grid", **options)
 
 

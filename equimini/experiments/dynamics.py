@@ -38,13 +38,12 @@ def train(cfg: DynamicsConfig, lab: Lab) -> dict[str, np.ndarray]:
     """Held-out losses (seeds, N) by 'layout stage', stages early, late, all, and each single."""
     found: dict[str, list[np.ndarray]] = {}
     early, more = max(1, lab.steps // 10), max(1, 3 * lab.steps // 10)
+    if max(cfg.single) >= lab.tokens():
+        raise UserError(f"--single must be subtasks 0 to {lab.tokens() - 1}, got {max(cfg.single)}")
     for seed in range(cfg.seeds):
         for layout, train_one in (("columns", lab.columns), ("grid", lab.grid)):
             start = train_one(seed, name=f"{layout}-early", steps=early)
             stages = {"early": start, "late": train_one(seed)}
-            n = len(start.losses())
-            if max(cfg.single) >= n:
-                raise UserError(f"--single must be subtasks 0 to {n - 1}, got {max(cfg.single)}")
             for name, flags in [("all", "")] + [(f"{i + 1} alone", f"--subtasks {i}")
                                                 for i in cfg.single]:
                 stages[name] = train_one(seed, flags, f"{layout}-then-{name.replace(' ', '-')}",

@@ -113,8 +113,11 @@ def report(cfg: MatrixConfig, lab: Lab, folder: Path, found: dict[str, np.ndarra
         gain = np.array([100 * (m[~np.eye(n, dtype=bool)] < 0).mean() for m in matrices])
         rows.append((name, spread(on, 5, True), spread(off, 5, True), spread(ratios[name], 2),
                      spread(gain, 0)))
-    reading = "; ".join(f"{name}: a subtask gains {spread(r, 2)} times as much from training on "
-                        "another as from training on itself" for name, r in ratios.items())
+    reading = "; ".join(
+        f"{name}: a subtask gains {spread(r, 2)} times as much from training on another as from "
+        "training on itself" if np.isfinite(r).all() else f"{name}: training on a subtask does not "
+        "improve it, so there is no ratio (try other --tune-steps or --tune-lr)"
+        for name, r in ratios.items())
     if len(ratios) > 1:
         first, second = ratios.values()
         reading += f"; {verdict('columns are the more equivariant', first > second)}"
