@@ -16,7 +16,8 @@ from equimini.autoencoder import Tokenizer, add_noise
 from equimini.cache_latents import CachedLatents
 from equimini.cli import RunConfig, UserError, run
 from equimini.data import load_data, to_float
-from equimini.generator import Generator, flow_matching_loss, weight_decay_groups
+from equimini.generator import (Generator, flow_matching_loss, random_crops,
+                                 weight_decay_groups)
 from equimini.images import clean_label, grid, save_png
 from equimini.pipeline import ImageGenerator, tokenizer_content, tokenizer_inside
 from equimini.presets import flag
@@ -56,6 +57,9 @@ class Trainer:
             betas=(0.9, 0.95))
         self.stepper = Stepper()
         self.columns = 0  # of the training pictures, once one has been seen
+        if self.cfg.subtasks and setup.model.real_equivariant:
+            raise UserError("--subtasks are places in the picture, which --real-equivariant does "
+                            "not train on; give one of the two")
 
     def autocast(self) -> torch.autocast:
         """Matrix products in bfloat16 where asked for; weights and the loss stay in float32."""
@@ -81,6 +85,19 @@ class Trainer:
         eps = keyed.normal((m, *x.shape[1:]), rngs).transpose(0, 1)
         return u.to(x.device), eps.to(x.device)
 
+    def crops(self, x: torch.Tensor, labels: torch.Tensor, u: torch.Tensor, eps: torch.Tensor,
+              drop: torch.Tensor, rngs: list) -> tuple[torch.Tensor, ...]:
+        """A batch of random crops of W columns (Eq. 6): as many of each image as it is long."""
+        w, n = self.model.config.window, x.shape[1]
+        k = n // w
+        if k == 0:
+            raise UserError(f"--window {w} is longer than the pictures of {n} columns, of which "
+                            "--real-equivariant takes crops")
+        starts = (keyed.uniform((k,), rngs) * (n - w + 1)).long().to(x.device)
+        u, eps = (a[:, :, :k * w].unflatten(2, (k, w)).flatten(1, 2) for a in (u, eps))
+        return (random_crops(x, w, starts), labels.repeat_interleave(k), u, eps,
+                drop.repeat_interleave(k))
+
     def step(self, step: int, data: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         """One step of the generator (Eq. 8).
 
@@ -96,9 +113,12 @@ class Trainer:
         u, eps = self.flow_draws(x, rngs)
         drop = keyed.uniform((), rngs).to(x.device) < cfg.label_dropout
         shift = int(keyed.rng("shift", self.seed, step).integers(cfg.position_shift))
+        labels = labels.to(x.device)
+        if self.model.config.real_equivariant:
+            x, labels, u, eps, drop = self.crops(x, labels, u, eps, drop, rngs)
         with self.autocast():
-            loss = flow_matching_loss(self.model, x, labels.to(x.device), u, eps, drop,
-                                      shift).mean()
+            loss = flow_matching_loss(self.model, x, labels, u, eps, drop, shift)
+        loss = loss[:, list(cfg.subtasks)].mean() if cfg.subtasks else loss.mean()
         norm = self.stepper(loss, self.optimizer, lr, cfg.grad_clip)
         self.ema.update(self.model)
         return {"loss": loss.item(), "lr": lr, "grad_norm": norm}
@@ -179,8 +199,8 @@ def find_tokenizer(setup: Setup) -> Tokenizer:
     return tokenizer
 
 
-def main() -> None:
-    setup = set_up("generator", __doc__.split("\n")[0], GeneratorRun(out="runs/generator"))
+def main(argv: list[str] | None = None) -> None:
+    setup = set_up("generator", __doc__.split("\n")[0], GeneratorRun(out="runs/generator"), argv)
     tokenizer = find_tokenizer(setup)
     if setup.run.latents:
         if (setup.run.data, setup.run.val_data, setup.run.width) != ("synthetic", "", 0):
@@ -191,6 +211,12 @@ def main() -> None:
         classes = train.classes
     else:
         train, val, classes = load_data(setup.run, tokenizer.config)
+    columns = (setup.run.width or tokenizer.config.image_size) // tokenizer.config.f
+    if setup.run.latents:
+        columns = len(train[0, 0][0])
+    if max(setup.training.subtasks, default=0) >= columns:
+        raise UserError(f"--subtasks must be columns 0 to {columns - 1}, got "
+                        f"{','.join(map(str, setup.training.subtasks))}")
     trainer = Trainer(setup, tokenizer, classes)
     millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     print(f"generator {setup.preset}: {millions:.2f} M parameters, tokens of "

@@ -245,8 +245,9 @@ def store_statistics(path: Path, loader, device: torch.device) -> None:
     checkpoint.save(path, "tokenizer", content)
 
 
-def main() -> None:
-    setup = set_up("tokenizer", __doc__.split("\n")[0], TokenizerRun(out="runs/tokenizer"))
+def main(argv: list[str] | None = None) -> None:
+    setup = set_up("tokenizer", __doc__.split("\n")[0], TokenizerRun(out="runs/tokenizer"),
+                   argv)
     check_starts(setup)
     finetuning = setup.run.finetune_decoder
     if setup.resumed and setup.resumed["config"]["run"].get("finetune_decoder", "") != finetuning:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equimini.columnize import ColumnConv, columnize, rasterize, reflect_pad
+from equimini.columnize import columnize, rasterize, reflect_pad, token_conv
 from equimini.presets import TokenizerConfig
 
 
@@ -142,7 +142,8 @@ class Encoder(nn.Module):
         self.norm_out = Norm(c, config.norm_groups)
         self.conv_out = Conv3x3(c, config.z_channels)
         column = config.z_channels * config.rows
-        self.column_conv = ColumnConv(column, column)
+        self.layout = config.layout
+        self.column_conv = token_conv(config.layout, column, column)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -151,7 +152,7 @@ class Encoder(nn.Module):
             if i < len(self.downs):
                 x = self.downs[i](x)
         x = self.conv_out(F.silu(self.norm_out(self.middle(x))))  # (B, z, H/f, W/f)
-        return self.column_conv(columnize(x))
+        return self.column_conv(columnize(x, self.layout))
 
 
 class Decoder(nn.Module):
@@ -160,9 +161,9 @@ class Decoder(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         channels = [config.base_channels * m for m in reversed(config.multipliers)]
-        c, self.rows = channels[0], config.rows
+        c, self.rows, self.layout = channels[0], config.rows, config.layout
         column = config.z_channels * config.rows
-        self.column_conv = ColumnConv(column, column)
+        self.column_conv = token_conv(config.layout, column, column)
         self.conv_in = Conv3x3(config.z_channels, c)
         self.middle = Middle(c, config)
         self.stages, self.ups = nn.ModuleList(), nn.ModuleList()  # from the lowest resolution up
@@ -177,7 +178,7 @@ class Decoder(nn.Module):
 
     def lowest_stage(self, columns: Tensor) -> Tensor:
         """The map after the first stage, before any upsampling: (B, C, rows, W/f)."""
-        x = self.conv_in(rasterize(self.column_conv(columns), self.rows))
+        x = self.conv_in(rasterize(self.column_conv(columns), self.rows, self.layout))
         return self.stages[0](self.middle(x))
 
     def upper_stages(self, x: Tensor) -> Tensor:
@@ -218,8 +219,8 @@ class Tokenizer(nn.Module):
         self.config = config
         column = config.z_channels * config.rows
         self.encoder = Encoder(config)
-        self.to_tokens = ColumnConv(column, config.token_channels)
-        self.from_tokens = ColumnConv(config.token_channels, column)
+        self.to_tokens = token_conv(config.layout, column, config.token_channels)
+        self.from_tokens = token_conv(config.layout, config.token_channels, column)
         self.decoder = Decoder(config)
         self.semantic_head = None
         if config.semantic_channels:
@@ -241,6 +242,9 @@ class Tokenizer(nn.Module):
         if width % f or width < 2 * f:
             raise ValueError(f"the images' width must be a multiple of f = {f} and at least "
                              f"{2 * f} pixels (2 columns), got {width}")
+        if self.config.layout == "grid" and width != height:
+            raise ValueError(f"a grid tokenizer takes square images of {size} pixels only, got "
+                             f"{height}x{width}")
         return self.to_tokens(self.encoder(images)).mT
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -258,6 +262,9 @@ class Tokenizer(nn.Module):
         d = self.config.token_channels
         if tokens.dim() != 3 or tokens.shape[1] < 2 or tokens.shape[2] != d:
             raise ValueError(f"tokens must be (B, N >= 2, {d}), got {tuple(tokens.shape)}")
+        if self.config.layout == "grid" and tokens.shape[1] != self.config.columns:
+            raise ValueError(f"a grid tokenizer takes the {self.config.columns} tokens of a square "
+                             f"image only, got {tokens.shape[1]}")
         return self.from_tokens(tokens.mT)
 
     def freeze_latents(self) -> None:

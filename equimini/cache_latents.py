@@ -44,6 +44,7 @@ class CacheConfig(DataConfig):
 
     tokenizer: str = flag("runs/tokenizer/last.pt", "checkpoint of the trained tokenizer")
     crops: int = flag(1, "random crops kept of every training picture; 1: the centre one", min=1)
+    images: int = flag(0, "pictures kept of either split, chosen at random; 0: all", min=0)
     batch_size: int = flag(64, "pictures encoded at a time", min=1)
 
 
@@ -63,6 +64,23 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+class Chosen(Dataset):
+    """At most `count` random pictures of a data set."""
+
+    def __init__(self, data: Dataset, count: int) -> None:
+        self.data, self.mirrors, self.seed = data, data.mirrors, data.seed
+        order = keyed.rng("chosen", data.seed).permutation(len(data))
+        self.indices = sorted(order[:count].tolist())
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def view(self, index: int, draw: np.random.Generator | None,
+             flip: bool) -> tuple[Tensor, int]:
+        """As that of the data set."""
+        return self.data.view(self.indices[index], draw, flip)
 
 
 class Views(Dataset):
@@ -160,19 +178,26 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="start anew")
     add_flags(parser, CacheConfig(out="runs/latents"), "options")
     args = parser.parse_args()
-    cfg = override(CacheConfig(out="runs/latents"), args)
+    encode(override(CacheConfig(out="runs/latents"), args), args.overwrite)
+
+
+def encode(cfg: CacheConfig, overwrite: bool = False) -> None:
+    """Make the cache, or go on with it; raises UserError for what does not serve."""
     device, out = pick_device(cfg.device), output_folder(cfg.out)
     tokenizer = checkpoint.load_tokenizer(cfg.tokenizer, device)
     checkpoint.check_statistics(tokenizer, cfg.tokenizer)
     if cfg.crops > 1 and cfg.data.startswith("synthetic"):
         raise UserError("--crops is for pictures; the built-in data has nothing to crop")
     train, val, classes = load_data(cfg, tokenizer.config)
+    whole = train, val
+    if cfg.images:
+        train, val = Chosen(train, cfg.images), Chosen(val, cfg.images)
     plan = {"tokenizer": latents_hash(tokenizer), "classes": classes, "data": cfg.data,
             "images": {"train": len(train), "val": len(val)}, "crops": cfg.crops,
             "width": cfg.width, "seed": cfg.seed, "val_data": cfg.val_data,
             "val_fraction": cfg.val_fraction}
     begun = out / "plan.json"
-    if args.overwrite:
+    if overwrite:
         own = ("train-[0-9]*.npy", "val-[0-9]*.npy", "train-[0-9]*.labels", "val-[0-9]*.labels",
                "labels.npz", "meta.json", "plan.json")
         for path in (path for pattern in own for path in out.glob(pattern)):
@@ -188,7 +213,7 @@ def main() -> None:
         np.savez(file, **labels)
     with replacing(out / "meta.json") as file:
         file.write(json.dumps(plan, indent=1).encode())
-    report_pictures([train, val], out)
+    report_pictures(list(whole), out)
     size = sum(p.stat().st_size for p in out.glob("*.npy")) / 1e6
     print(f"done: {out}, {len(train)} + {len(val)} pictures, {size:.0f} MB")
 

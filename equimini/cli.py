@@ -162,15 +162,20 @@ def subcommand(package: str, names: Sequence[str], argv: list[str] | None = None
     if not argv or argv[0] not in names:
         asked = [] if not argv or argv[0] in ("-h", "--help") else argv[:1]
         lines = [f"usage: python -m {package} WHAT [options]", ""]
+        longest = max(12, *map(len, names))
         for name in names:
-            about = importlib.import_module(f"{package}.{name}").__doc__.splitlines()[0]
-            lines.append(f"  {name:12} {about}")
+            about = _module(package, name).__doc__.splitlines()[0]
+            lines.append(f"  {name:{longest}} {about}")
         print("\n".join([*lines, "", f"python -m {package} WHAT --help explains each."]),
               file=sys.stderr if asked or not argv else sys.stdout)
         if asked:
             raise UserError(f"unknown command {asked[0]!r}; there are {', '.join(names)}")
         sys.exit(0 if argv else 2)
-    importlib.import_module(f"{package}.{argv[0]}").main(argv[1:])
+    _module(package, argv[0]).main(argv[1:])
+
+
+def _module(package: str, name: str) -> Any:
+    return importlib.import_module(f"{package}.{name.replace('-', '_')}")
 
 
 def run(main: Callable[[], None]) -> None:

@@ -3,22 +3,39 @@
 A feature map F (B, C, H, W) becomes a sequence of W vectors of C·H values: column w, index
 c·H + h.  Nothing else happens here; the linear maps around it are convolutions over the
 sequence (Conv1d over neighbouring columns), which commute with a shift along x.
+
+The paper's 2-D baseline has another layout, "grid": a square map of p²×p² positions is cut into
+p×p patches of p×p positions, which become as many tokens of the same size, in raster order.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+LAYOUTS = ("columns", "grid")
 
-def columnize(feature_map: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, C·H, W), value c·H + h of column w being F[c, h, w] (Eq. 3)."""
+
+def columnize(feature_map: Tensor, layout: str = "columns") -> Tensor:
+    """(B, C, H, W) to (B, C·H, W), value c·H + h of column w being F[c, h, w] (Eq. 3).
+
+    For 'grid', H = W = p²: (B, C·p², p²), value (c·p + i)·p + j of token y·p + x being
+    F[c, y·p + i, x·p + j].
+    """
+    if layout == "grid":
+        return F.pixel_unshuffle(feature_map, math.isqrt(feature_map.shape[2])).flatten(2)
     return feature_map.flatten(1, 2)
 
 
-def rasterize(columns: Tensor, rows: int) -> Tensor:
-    """(B, C·H, W) back to (B, C, H=rows, W) (Eq. 4)."""
-    return columns.unflatten(1, (-1, rows))
+def rasterize(tokens: Tensor, rows: int, layout: str = "columns") -> Tensor:
+    """(B, C·H, W) back to (B, C, H=rows, W) (Eq. 4); the inverse of `columnize`."""
+    if layout == "grid":
+        p = math.isqrt(rows)
+        return F.pixel_shuffle(tokens.unflatten(2, (p, p)), p)
+    return tokens.unflatten(1, (-1, rows))
 
 
 def reflect_pad(x: Tensor, dim: int) -> Tensor:
@@ -39,3 +56,32 @@ class ColumnConv(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(reflect_pad(x, -1))
+
+
+class GridConv(nn.Sequential):
+    """What stands in for ColumnConv where tokens are patches of a grid: (B, C, p²).
+
+    Neighbours in raster order are not neighbours in the picture, so it is a 3×3 convolution over
+    the p×p grid, reflected at the borders.  That has three times the weights of a ColumnConv; a
+    1×1 convolution on the side of more channels narrows it until both have the same number
+    (nothing is applied between the two, so together they are one linear map, as ColumnConv is).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        few, many = sorted((in_channels, out_channels))
+        between = max(1, round(3 * few * many / (9 * few + many)))
+        widen = in_channels < out_channels
+        super().__init__(nn.Conv2d(in_channels, between, 3 if widen else 1),
+                         nn.Conv2d(between, out_channels, 1 if widen else 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = math.isqrt(x.shape[-1])
+        x = x.unflatten(2, (p, p))
+        for conv in self:
+            x = conv(reflect_pad(reflect_pad(x, -1), -2) if conv.kernel_size == (3, 3) else x)
+        return x.flatten(2)
+
+
+def token_conv(layout: str, in_channels: int, out_channels: int) -> nn.Module:
+    """A linear map of each token and its neighbours: (B, C, N)."""
+    return {"columns": ColumnConv, "grid": GridConv}[layout](in_channels, out_channels)

@@ -173,6 +173,9 @@ class Generator(nn.Module):
         cross-attention is shown, for columns beyond any length seen in training; None: no limit.
         Self-attention sees differences of positions only, and always the true ones.
         """
+        if self.config.real_equivariant and (cache is not None
+                                             or tokens.shape[1] >= self.config.window):
+            return self._in_windows(tokens, context, position, cache)
         x = self.norm_in(self.x_in(tokens))
         known = cache[0][0].shape[1] if cache else 0
         positions = position + torch.arange(-known, x.shape[1], device=x.device)
@@ -188,6 +191,32 @@ class Generator(nn.Module):
             cache[:] = pasts
         return self.norm_out(x)
 
+    def _in_windows(self, tokens: Tensor, context: ClassContext, position: int,
+                    cache: list[KeyValue] | None) -> Tensor:
+        """`forward` of Eq. 6: each z from the W−1 columns before it alone, as in a crop of W.
+
+        Their positions are those of a crop, whatever their place in the image.  Near its left end
+        there are fewer: column i < W−1 is drawn as the i-th of a crop that begins with the image,
+        so column 0 is drawn from the class alone, like the first column of any crop.  The cache
+        holds the columns themselves.
+        """
+        past = cache[0][0] if cache else tokens[:, :0]
+        known, reach, layers = past.shape[1], self.config.window - 1, len(self.blocks)
+        tokens, parts = torch.cat((past, tokens), 1), []
+        if known < reach:
+            parts.append(self(tokens[:, :reach], context, position if cache is None else 0))
+            parts[0] = parts[0][:, known:]
+        if tokens.shape[1] > reach:
+            windows = tokens.unfold(1, reach, 1)[:, 1:].transpose(2, 3)  # (B, m, W−1, C)
+            m = windows.shape[1]
+            keys_values = [(k.repeat_interleave(m, 0), v.repeat_interleave(m, 0))
+                           for k, v in context.keys_values]
+            z = self(windows.flatten(0, 1), ClassContext(keys_values, context.z0), 0)
+            parts.append(z[:, -1].unflatten(0, (-1, m)))
+        if cache is not None:
+            cache[:] = [(tokens[:, -reach:], tokens[:, -reach:])] * layers
+        return torch.cat(parts, 1)
+
     def predict(self, tokens: Tensor, labels: Tensor, drop: Tensor | None = None,
                 shift: int = 0) -> Tensor:
         """z_0 … z_{N−1} (B, N, d) for all columns of `tokens` (B, N, C) at once.
@@ -198,6 +227,13 @@ class Generator(nn.Module):
         if tokens.shape[1] == 1:
             return context.z0
         return torch.cat((context.z0, self(tokens[:, :-1], context, shift)), 1)
+
+
+def random_crops(tokens: Tensor, length: int, starts: Tensor) -> Tensor:
+    """Crops of `length` columns: tokens (B, N, C), first columns (B, k) to (B·k, length, C)."""
+    columns = starts[:, :, None] + torch.arange(length, device=starts.device)  # (B, k, length)
+    return tokens[torch.arange(len(tokens), device=tokens.device)[:, None, None],
+                  columns].flatten(0, 1)
 
 
 def flow_matching_loss(generator: Generator, tokens: Tensor, labels: Tensor, u: Tensor,

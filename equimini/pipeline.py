@@ -80,7 +80,11 @@ class ImageGenerator:
                       seeds: Sequence[int], progress: Callable[[Iterable], Iterable] = iter,
                       **options: Any) -> Tensor:
         """Normalised tokens (B, columns, C) of one image per class and seed; see `sample`."""
-        columns = columns or self.tokenizer.config.columns
+        square = self.tokenizer.config.columns
+        columns = columns or square
+        if self.tokenizer.config.layout == "grid" and columns != square:
+            raise UserError(f"a generator over a grid draws square pictures only ({square} tokens), "
+                            f"got {columns}")
         labels = torch.tensor(self.class_numbers(classes), dtype=torch.long)
         return torch.stack(list(progress(self.draw(labels, columns, seeds, **options))), 1)
 

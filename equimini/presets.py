@@ -8,6 +8,7 @@ Command-line flags, `--help` and the checkpoints' configuration are made from th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -52,6 +53,9 @@ class TokenizerConfig(Checked):
     token_channels: int = flag(256, "channels of one token (one column)", min=1)
     semantic_channels: int = flag(0, "channels of the semantic head's map; 0: no head", min=0)
     dropout: float = flag(0.0, "dropout probability inside residual blocks", min=0, max=0.99)
+    layout: str = flag("columns", "what one token is: a column of the feature map, or, the paper's "
+                       "2-D baseline, a patch of a grid in raster order (square images only)",
+                       choices=("columns", "grid"))
     noise: float = flag(
         2.5, "largest latent noise: sigma ~ N(0, (noise/0.8)^2) clamped to +-noise", min=0)
 
@@ -68,6 +72,9 @@ class TokenizerConfig(Checked):
                              f"{self.norm_groups}, got {self.semantic_channels}")
         if self.base_channels % 4:
             raise ValueError(f"base-channels must be a multiple of 4, got {self.base_channels}")
+        if self.layout == "grid" and (math.isqrt(self.rows) ** 2 != self.rows or self.rows < 4):
+            raise ValueError(f"layout grid needs a feature map of 4, 9, 16, 25, ... rows, to be cut "
+                             f"into as many patches; image-size {self.image_size} gives {self.rows}")
 
     @property
     def f(self) -> int:
@@ -147,6 +154,9 @@ class GeneratorConfig(Checked):
     embed_dim: int = flag(512, "channels (width d) of the transformer", min=8)
     heads: int = flag(8, "attention heads", min=1)
     window: int = flag(4, "columns that a column attends to, itself counted", min=1)
+    real_equivariant: bool = flag(False, "Eq. 6: nothing beyond the window exists. Trained on random "
+                                  "crops of as many columns; each column is drawn from the ones "
+                                  "before it in the window alone")
     class_tokens: int = flag(16, "learned tokens that carry the class", min=1)
     head_width: int = flag(960, "channels of the flow head's MLP", min=1)
     head_depth: int = flag(12, "blocks of the flow head", min=1)
@@ -157,6 +167,8 @@ class GeneratorConfig(Checked):
         if self.embed_dim % (8 * self.heads) or self.embed_dim > 128 * self.heads:
             raise ValueError(f"embed-dim / heads, the head size, must be a multiple of 8 up to "
                              f"128, got {self.embed_dim} / {self.heads}")
+        if self.real_equivariant and self.window < 2:
+            raise ValueError("real-equivariant needs a window of at least 2")
 
 
 @dataclass(frozen=True)
@@ -177,6 +189,8 @@ class GeneratorTraining(Checked):
                                 min=0, max=1)
     batch_multiplier: int = flag(4, "times that every token is used per step, each with its own "
                                  "t and noise", min=1)
+    subtasks: tuple[int, ...] = flag((), "columns, counted from 0, whose loss is trained, such as "
+                                     "0,2,4 (the others are context only); empty: all", min=0)
     position_shift: int = flag(16, "positions are shifted by a random number of columns below "
                                "this; 1: no augmentation", min=1)
 

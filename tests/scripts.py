@@ -50,5 +50,5 @@ def mistake(program, *arguments, cwd, monkeypatch, capsys):
         invoke(program, *arguments, cwd=cwd, monkeypatch=monkeypatch)
     *bars, message = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and message.startswith("error: ")
-    assert all(not line or "|" in line or line.startswith("warning: ") for line in bars)
+    assert all(not line.strip() or "|" in line or line.startswith("warning: ") for line in bars)
     return message

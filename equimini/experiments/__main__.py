@@ -2,4 +2,6 @@
 
 from equimini.cli import run, subcommand
 
-run(lambda: subcommand("equimini.experiments", ["tokenizer"]))
+run(lambda: subcommand("equimini.experiments", [
+    "all", "compute", "transfer", "grid-vs-columns", "attention", "dynamics", "uniformity",
+    "extrapolation", "matrix", "tokenizer"]))

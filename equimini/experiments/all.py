@@ -1,0 +1,21 @@
+"""Every experiment, one after another; what they share is trained once.
+
+    python -m equimini.experiments all --data synthetic
+"""
+
+from __future__ import annotations
+
+from equimini.experiments import (attention, compute, dynamics, extrapolation, grid_vs_columns,
+                                  matrix, transfer, uniformity)
+from equimini.experiments.common import ExperimentConfig, parse
+
+EXPERIMENTS = (transfer, attention, dynamics, grid_vs_columns, matrix, extrapolation, uniformity)
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    cfg = parse("all", __doc__, ExperimentConfig(), argv)
+    compute.main(["--out", cfg.out])
+    for experiment in EXPERIMENTS:
+        print(f"\n== {experiment.__doc__.splitlines()[0]}", flush=True)
+        experiment.main(argv)

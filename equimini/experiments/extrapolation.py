@@ -1,0 +1,124 @@
+"""Position augmentation on and off: loss and pictures beyond the training length (Fig. 7).
+
+    python -m equimini.experiments extrapolation --data synthetic
+
+Trains the columns model with and without random shifts of its positions, measures the loss of each
+column of held-out scrolls that are several times as long as the training pictures, and draws
+pictures of that length.  Pictures of a folder are no longer than they are: they are continued by
+their own mirror image, again and again, for the measure alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from equimini.cli import DataConfig, output_folder, pick_device
+from equimini.data import ImageFolder, fixed_loader, load_data
+from equimini.experiments.common import ExperimentConfig, Lab, Run, parse
+from equimini.experiments.probe import Probe
+from equimini.experiments.report import Report, spread, verdict
+from equimini.images import grid, save_png
+from equimini.pipeline import load_generator
+from equimini.plot import curves
+from equimini.presets import flag
+from equimini.sampler import sample_tokens
+
+PAPER = ("without the augmentation pictures show artefacts and breaks beyond the training length, "
+         "with it they do not (Fig. 7; pictures only).")
+
+
+@dataclass(frozen=True)
+class ExtrapolationConfig(ExperimentConfig):
+    """How far beyond, and what is drawn."""
+
+    times: int = flag(8, "length of the long pictures, in training pictures", min=2)
+    measured: int = flag(64, "held-out pictures that the loss is measured on", min=1)
+    shown: int = flag(2, "pictures drawn per model", min=1)
+    cfg: float = flag(1.5, "guidance scale of these, the same for all columns", min=0)
+    euler_steps: int = flag(50, "Euler steps per column of these", min=1)
+
+
+class Mirrored(Dataset):
+    """Pictures of a folder, continued `times` times by their own mirror image."""
+
+    def __init__(self, data: ImageFolder, times: int) -> None:
+        self.data, self.times = data, times
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
+        image, label, index = self.data[key]
+        return torch.cat([image.flip(2) if i % 2 else image for i in range(self.times)],
+                         2), label, index
+
+
+def long_pictures(cfg: ExtrapolationConfig, probe: Probe) -> Dataset:
+    """Held-out pictures, `times` as long as those of the training."""
+    shape, data = probe.tokenizer.config, DataConfig(data=cfg.data, val_data=cfg.val_data)
+    _, val, _ = load_data(data, shape)
+    if isinstance(val, ImageFolder):
+        return Mirrored(val, cfg.times)
+    return load_data(DataConfig(data=cfg.data, width=cfg.times * shape.image_size), shape)[1]
+
+
+def losses(cfg: ExtrapolationConfig, run: Run) -> np.ndarray:
+    """Loss of each column of long pictures, (times·N,)."""
+    probe = Probe(run.last, pick_device(cfg.device))
+    loader = fixed_loader(long_pictures(cfg, probe), 8, cfg.measured)
+    return np.array(probe.trainer().validate(loader)["val_loss_per_column"])
+
+
+def draw(cfg: ExtrapolationConfig, run: Run) -> Tensor:
+    """Long pictures (shown, 3, H, W), with positions that grow beyond those of training."""
+    model = load_generator(run.last, pick_device(cfg.device))
+    labels = torch.arange(cfg.shown) % len(model.classes)
+    tokens = sample_tokens(model.generator, labels, cfg.times * model.tokenizer.config.columns,
+                           range(cfg.shown), cfg=cfg.cfg, schedule="constant",
+                           steps=cfg.euler_steps)
+    return model.decode(tokens).cpu()
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    cfg = parse("extrapolation", __doc__, ExtrapolationConfig(), argv)
+    lab, folder = Lab(cfg), output_folder(f"{cfg.out}/extrapolation")
+    runs = {"on": [lab.columns(s) for s in range(cfg.seeds)],
+            "off": [lab.columns(s, "--position-shift 1", "unshifted") for s in range(cfg.seeds)]}
+    found = {k: np.stack([losses(cfg, run) for run in of]) for k, of in runs.items()}
+    n = found["on"].shape[1] // cfg.times
+    strips = {k: draw(cfg, of[0]) for k, of in runs.items()}
+    save_png(grid([strips[k][i:i + 1] for i in range(cfg.shown) for k in ("on", "off")],
+                  ["with augmentation", "without"] * cfg.shown), folder / "strips.png")
+    report(cfg, lab, folder, found, n)
+
+
+def report(cfg: ExtrapolationConfig, lab: Lab, folder: Path, found: dict[str, np.ndarray],
+           n: int) -> None:
+    """The table, the curves, the sentence; found: (seeds, times·n)."""
+    edges = [n // 2, n, *(n * 2 ** k for k in range(1, 10) if 2 ** k < cfg.times), n * cfg.times]
+    bands = list(zip(edges, edges[1:]))
+    rows = [("position augmentation", *(f"columns {a + 1}–{b}" for a, b in bands),
+             "beyond / within, %")]
+    rises = {}
+    for name, values in found.items():
+        within, beyond = values[:, n // 2:n].mean(1), values[:, n:].mean(1)
+        rises[name] = 100 * (beyond / within - 1)
+        rows.append((name, *(spread(values[:, a:b].mean(1)) for a, b in bands),
+                     spread(rises[name], 2, True)))
+    reading = (f"Beyond the training length the loss rises by {spread(rises['on'], 2, True)} % "
+               f"with position augmentation and by {spread(rises['off'], 2, True)} % without; "
+               f"{verdict('augmentation rises less', rises['on'] < rises['off'])}.")
+    width = max(1, n // 4)
+    points = {name: [(a + (width + 1) / 2, float(v[:, a:a + width].mean()))
+                     for a in range(width, v.shape[1], width)] for name, v in found.items()}
+    curves(folder / "extrapolation.png", {f"augmentation {k}": v for k, v in points.items()},
+           "column", "held-out loss", f"Loss along the scroll; trained on {n} columns")
+    Report("extrapolation", "Beyond the training length (Fig. 7)", PAPER, rows, reading, [],
+           {"losses": found, "rises": rises}).write(cfg, lab, folder)

@@ -1,0 +1,127 @@
+"""The transfer matrix A_ij: what a little training on subtask j does to the loss of subtask i.
+
+    python -m equimini.experiments matrix --checkpoint runs/generator/last.pt --data my/pictures
+
+From a common checkpoint, the generator is trained on each subtask j alone for a few steps.  A_ij is
+the change of the held-out loss of subtask i (below 0: better).  The summary, mean off the diagonal
+over mean on it, is 1 if the subtasks are fully equivariant: each learns as much from any other as
+from itself.  Without --checkpoint, both models of the other experiments are measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from equimini import keyed
+from equimini.cli import DataConfig, UserError, output_folder, pick_device
+from equimini.data import load_data
+from equimini.experiments.common import ExperimentConfig, Lab, parse
+from equimini.experiments.probe import Probe
+from equimini.experiments.report import Report, heat_map, spread, verdict
+from equimini.images import save_png
+from equimini.presets import flag
+
+PAPER = ("has no such number; its Fig. 3 shows two columns of the matrix (training on the 4th and "
+         "on the 11th subtask).")
+
+
+@dataclass(frozen=True)
+class MatrixConfig(ExperimentConfig):
+    """What is measured, and how short the trainings are."""
+
+    checkpoint: str = flag("", "checkpoint of a generator; empty: the columns and the grid of the "
+                           "other experiments, trained now if need be")
+    tune_steps: int = flag(20, "steps on one subtask", min=1)
+    tune_lr: float = flag(1e-4, "learning rate of these steps (AdamW, warm-up over a quarter)",
+                          min=0)
+    tune_batch: int = flag(32, "pictures per step", min=1)
+    images: int = flag(1024, "training pictures that these steps draw from", min=1)
+    measured: int = flag(256, "held-out pictures that losses are measured on", min=1)
+
+
+def transfer_matrix(probe: Probe, train: Dataset, val: Dataset, cfg: MatrixConfig,
+                    seed: int) -> np.ndarray:
+    """A (N, N): row i, column j is the change of subtask i's loss by training on j alone."""
+    pool = probe.encode(train, cfg.images, cfg.tune_batch, "encoding training pictures")
+    means, labels = (torch.cat(parts) for parts in list(zip(*pool))[:2])
+    held_out = probe.encode(val, cfg.measured, cfg.tune_batch, "encoding held-out pictures")
+    before = np.array(probe.trainer().validate(held_out)["val_loss_per_column"])
+    after = []
+    for j in tqdm(range(len(before)), desc="training on each subtask alone"):
+        trainer = probe.trainer(seed, subtasks=(j,), lr=cfg.tune_lr, ema_decay=0.0,
+                                warmup_steps=cfg.tune_steps // 4)
+        for step in range(cfg.tune_steps):
+            chosen = keyed.rng("matrix", seed, step).integers(len(means), size=cfg.tune_batch)
+            trainer.step(step, means[chosen], labels[chosen])
+        after.append(trainer.validate(held_out)["val_loss_per_column"])
+    return np.array(after).T - before[:, None]
+
+
+def summary(matrix: np.ndarray) -> float:
+    """Mean off the diagonal over mean on it; NaN if training on itself helps no subtask."""
+    diagonal = np.diag(matrix).mean()
+    off = (matrix.sum() - np.trace(matrix)) / (matrix.size - len(matrix))
+    return off / diagonal if diagonal < 0 else float("nan")
+
+
+def checkpoints(cfg: MatrixConfig, lab: Lab) -> dict[str, list[Path]]:
+    """The files to measure, one per seed, by name."""
+    if cfg.checkpoint:
+        return {Path(cfg.checkpoint).stem: [Path(cfg.checkpoint)] * cfg.seeds}
+    return {name: [train(seed).last for seed in range(cfg.seeds)]
+            for name, train in (("columns", lab.columns), ("grid", lab.grid))}
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    cfg = parse("matrix", __doc__, MatrixConfig(), argv)
+    lab, folder = Lab(cfg), output_folder(f"{cfg.out}/matrix")
+    device, found = pick_device(cfg.device), {}
+    for name, paths in checkpoints(cfg, lab).items():
+        matrices = []
+        for seed, path in enumerate(paths):
+            probe = Probe(path, device, cfg.precision)
+            train, val, classes = load_data(DataConfig(data=cfg.data, val_data=cfg.val_data),
+                                            probe.tokenizer.config)
+            if classes != probe.classes:
+                raise UserError(f"{path} knows the classes {', '.join(probe.classes)}, --data has "
+                                f"{', '.join(classes)}")
+            matrices.append(transfer_matrix(probe, train, val, cfg, seed))
+        found[name] = np.stack(matrices)
+        save_png(np.asarray(heat_map(-found[name].mean(0), f"{name}: gain of each subtask",
+                                     "subtask trained alone", "subtask measured")),
+                 folder / f"matrix-{name}.png")
+    report(cfg, lab, folder, found)
+
+
+def report(cfg: MatrixConfig, lab: Lab, folder: Path, found: dict[str, np.ndarray]) -> None:
+    """The table and the sentence; found: matrices (seeds, N, N) by name."""
+    rows = [("model", "mean on the diagonal", "mean off the diagonal", "off / on",
+             "pairs that gain, %")]
+    ratios = {}
+    for name, matrices in found.items():
+        ratios[name] = np.array([summary(m) for m in matrices])
+        n = matrices.shape[1]
+        on = np.array([np.diag(m).mean() for m in matrices])
+        off = np.array([m[~np.eye(n, dtype=bool)].mean() for m in matrices])
+        gain = np.array([100 * (m[~np.eye(n, dtype=bool)] < 0).mean() for m in matrices])
+        rows.append((name, spread(on, 5, True), spread(off, 5, True), spread(ratios[name], 2),
+                     spread(gain, 0)))
+    reading = "; ".join(
+        f"{name}: a subtask gains {spread(r, 2)} times as much from training on another as from "
+        "training on itself" if np.isfinite(r).all() else f"{name}: training on a subtask does not "
+        "improve it, so there is no ratio (try other --tune-steps or --tune-lr)"
+        for name, r in ratios.items())
+    if len(ratios) > 1:
+        first, second = ratios.values()
+        reading += f"; {verdict('columns are the more equivariant', first > second)}"
+    Report("matrix", "Transfer matrix", PAPER, rows, f"{reading[0].upper()}{reading[1:]}.", [
+        "Changes of the loss, below 0 is better; off / on is 1 for fully equivariant subtasks. "
+        f"{cfg.tune_steps} steps on one subtask at a learning rate of {cfg.tune_lr:g}."],
+        {"matrices": found, "ratios": ratios}).write(cfg, lab, folder)

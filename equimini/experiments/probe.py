@@ -1,0 +1,58 @@
+"""A trained generator under test: loss per column, and short trainings from its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from equimini import checkpoint
+from equimini.cli import config_from_dict
+from equimini.data import fixed_loader, to_float
+from equimini.experiments.common import script
+from equimini.pipeline import tokenizer_inside
+from equimini.presets import GeneratorConfig, GeneratorTraining
+from equimini.training import Setup
+
+Batch = tuple[Tensor, Tensor, Tensor]  # means or images, labels, indices
+
+
+class Probe:
+    """A generator's checkpoint, from whose EMA weights trainers are made.
+
+    Raises UserError for a file that is no generator.
+    """
+
+    def __init__(self, path: Path | str, device: torch.device, precision: str = "float32") -> None:
+        self.path, self.device, self.precision = path, device, precision
+        self.content = checkpoint.load(path, "generator")
+        self.classes: list[str] = self.content["classes"]
+        self.tokenizer = tokenizer_inside(self.content, path).to(device)
+        self.model = config_from_dict(GeneratorConfig, self.content["config"]["model"])
+
+    def trainer(self, seed: int = 0, **training: Any):
+        """train_generator.py's Trainer at the start; training: fields of GeneratorTraining.
+
+        With ema_decay 0 what `validate` measures is the trained weights themselves.
+        """
+        module = script("train_generator")
+        before = config_from_dict(GeneratorTraining, self.content["config"]["training"])
+        setup = Setup("", self.model, dataclasses.replace(before, **training),
+                      module.GeneratorRun(seed=seed, precision=self.precision), self.device,
+                      Path(), None)
+        trainer = module.Trainer(setup, self.tokenizer, self.classes)
+        for model in (trainer.model, trainer.ema.model):
+            checkpoint.load_weights(model, self.content["ema"], self.path)
+        return trainer
+
+    @torch.no_grad()
+    def encode(self, data: Dataset, count: int, batch_size: int, label: str) -> list[Batch]:
+        """Means of `count` random pictures, the same every time, in batches, in memory."""
+        return [(self.tokenizer.encode(to_float(images.to(self.device))).cpu(), labels, indices)
+                for images, labels, indices in tqdm(fixed_loader(data, batch_size, count),
+                                                    desc=label)]

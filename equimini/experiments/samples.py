@@ -1,0 +1,93 @@
+"""Drawn pictures against real ones: Fréchet distances, at each model's own best guidance scale."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from equimini import checkpoint, load_generator
+from equimini.cli import DataConfig, UserError, pick_device
+from equimini.data import fixed_loader, load_data, to_float
+from equimini.experiments.common import ExperimentConfig, Lab, Run
+from equimini.feature_nets import load_network
+from equimini.images import to_uint8
+from equimini.metrics import Gaussian, frechet_distance
+from equimini.presets import flag
+
+GUIDANCE = (1.0, 1.5, 2.0, 3.0)  # scales that are tried for every model
+EULER_STEPS, BATCH = 25, 64
+
+
+@dataclass(frozen=True)
+class SampledConfig(ExperimentConfig):
+    """How drawn pictures are judged."""
+
+    network: str = flag("", "TorchScript network of the Fréchet distances (the call of the "
+                        "published Inception), or 'download'")
+    samples: int = flag(0, "pictures drawn of every model; 0: the scale's", min=0)
+
+
+def thumbnails(pictures: Tensor) -> Tensor:
+    """Features that need no network: uint8 (B, 3, H, W) shrunk to 8×8, (B, 192), in [−1, 1].
+
+    They see layout and colours, not detail.
+    """
+    return F.adaptive_avg_pool2d(to_float(pictures), 8).flatten(1)
+
+
+class Judge:
+    """Fréchet distances between a model's samples and the held-out pictures.
+
+    floor: the distance of as many training pictures as a model draws.  Raises UserError for a
+    network that cannot be used.
+    """
+
+    def __init__(self, cfg: SampledConfig, lab: Lab) -> None:
+        self.device, self.samples = pick_device(cfg.device), cfg.samples or lab.scale.samples
+        self.features: Callable[[Tensor], Tensor] = thumbnails
+        self.name = "8x8 thumbnails"
+        if cfg.network:
+            net = load_network(cfg.network, device=self.device)
+            self.features, self.name = net.features, net.name
+        shape = checkpoint.load_tokenizer(lab.tokenizer().last).config
+        train, val, _ = load_data(DataConfig(data=cfg.data, val_data=cfg.val_data), shape)
+        if min(len(train), len(val)) < 2:
+            raise UserError("a Fréchet distance needs at least two training and two held-out "
+                            "pictures; give more as --data, or --val-data")
+        self.real = self.gaussian(val, len(val))
+        self.floor = frechet_distance(self.real, self.gaussian(train, self.samples))
+
+    def gaussian(self, data: Dataset, count: int) -> Gaussian:
+        """Fitted to the features of `count` pictures of a data set."""
+        loader = tqdm(fixed_loader(data, BATCH, count), desc="features of real pictures")
+        return Gaussian.fit(torch.cat([self.features(images) for images, _, _ in loader]))
+
+    def distance(self, run: Run, scale: float, count: int, first: int = 0) -> float:
+        """Of `count` samples with seeds `first`, first + 1, …, classes in turn."""
+        kept = run.folder / f"frechet-{Path(self.name).stem}-{scale:g}-{count}-{first}.json"
+        if kept.exists():
+            return json.loads(kept.read_text())
+        model, found = load_generator(run.last, self.device), []
+        for i in tqdm(range(0, count, BATCH), desc=f"drawing, guidance {scale:g}"):
+            seeds = range(first + i, first + min(i + BATCH, count))
+            images = model.sample([s % len(model.classes) for s in seeds], seed=seeds[0],
+                                  cfg=scale, steps=EULER_STEPS)
+            found.append(self.features(torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)))
+        value = frechet_distance(self.real, Gaussian.fit(torch.cat(found)))
+        kept.write_text(json.dumps(value))
+        return value
+
+    def best(self, runs: list[Run]) -> tuple[float, list[float]]:
+        """The best guidance scale, found on half as many samples of the first run, and the
+        distance at that scale of every run's samples (with other seeds)."""
+        half = max(2, self.samples // 2)
+        scale = min(GUIDANCE, key=lambda s: self.distance(runs[0], s, half, 1_000_000))
+        return scale, [self.distance(run, scale, self.samples) for run in runs]
