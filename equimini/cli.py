@@ -162,10 +162,10 @@ def subcommand(package: str, names: Sequence[str], argv: list[str] | None = None
     if not argv or argv[0] not in names:
         asked = [] if not argv or argv[0] in ("-h", "--help") else argv[:1]
         lines = [f"usage: python -m {package} WHAT [options]", ""]
-        longest = max(12, *map(len, names))
+        longest = max(map(len, names))
         for name in names:
             about = _module(package, name).__doc__.splitlines()[0]
-            lines.append(f"  {name:{longest}} {about}")
+            lines.append(f"  {name:{longest}}  {about}")
         print("\n".join([*lines, "", f"python -m {package} WHAT --help explains each."]),
               file=sys.stderr if asked or not argv else sys.stdout)
         if asked:

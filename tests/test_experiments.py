@@ -162,4 +162,4 @@ def test_mistakes(pictures, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         invoke("equimini.experiments", "--help", cwd=pictures, monkeypatch=monkeypatch)
     listed = capsys.readouterr().out
-    assert "grid-vs-columns  Columns against" in listed and "tokenizer  " in listed
+    assert "grid-vs-columns  Columns against" in listed and "tokenizer        The" in listed

@@ -51,4 +51,4 @@ def test_neighbours_mistakes(runs, picture_folder, monkeypatch, capsys):
                                monkeypatch=monkeypatch, capsys=capsys)
     with pytest.raises(SystemExit):
         invoke("equimini.show", "--help", cwd=runs, monkeypatch=monkeypatch)
-    assert "neighbours   Samples beside" in capsys.readouterr().out
+    assert "neighbours  Samples beside" in capsys.readouterr().out
