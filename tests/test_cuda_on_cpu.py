@@ -15,6 +15,7 @@ import sys
 import tempfile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 import torch
@@ -51,9 +52,11 @@ def run(case: Case, kernels: EmulatedKernels) -> None:
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> EmulatedKernels:
+def kernels(tmp_path_factory) -> Iterator[EmulatedKernels]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    return EmulatedKernels(tmp_path_factory.mktemp("cuda_on_cpu"))
+    yield EmulatedKernels(tmp_path_factory.mktemp("cuda_on_cpu"))
+    torch.set_num_threads(threads)  # later tests compare bits with processes of their own
 
 
 @pytest.mark.parametrize("path,case", [(path, case) for path in CHOSEN for case in CHOSEN[path]],

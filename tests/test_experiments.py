@@ -10,17 +10,20 @@ import torch
 from PIL import Image
 
 from equimini import training
+from equimini.cli import DataConfig
+from equimini.data import load_data
 from equimini.experiments import compute
 from equimini.experiments.attention import pairs
 from equimini.experiments.common import ExperimentConfig, Lab, Run, key
 from equimini.experiments.extrapolation import Mirrored
 from equimini.experiments.matrix import summary
+from equimini.experiments.probe import Probe
 from equimini.experiments.report import markdown, plain, spread, verdict
 from equimini.experiments.uniformity import bump
 from equimini.presets import PRESETS
 from tests.scripts import invoke, mistake
 
-TOY = "--scale toy --seeds 1 --steps 10 --workers 0".split()
+TOY = "--scale toy --seeds 1 --steps 4 --workers 0".split()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,8 @@ def test_every_experiment_runs_and_shares_its_trainings(pictures, monkeypatch):
             ("transfer", [], ["transfer.png"]), ("attention", [], ["attention.png"]),
             ("dynamics", [], ["losses.png", "gains.png"]),
             ("grid-vs-columns", [], ["samples.png"]),
-            ("matrix", ["--tune-steps", 1], ["matrix-columns.png", "matrix-grid.png"]),
+            ("matrix", ["--tune-steps", 1, "--tune-batch", 4, "--measured", 4],
+             ["matrix-columns.png", "matrix-grid.png"]),
             ("extrapolation", ["--times", 2, "--euler-steps", 1, "--measured", 2],
              ["extrapolation.png", "strips.png"]),
             ("uniformity", ["--centred-data", "data"], ["uniformity.png"])):
@@ -53,7 +57,7 @@ def test_every_experiment_runs_and_shares_its_trainings(pictures, monkeypatch):
         result = json.loads((folder / "results.json").read_text())
         assert {p.name for p in folder.iterdir()} == {"table.md", "results.json", *files}
         assert result["reading"] in (folder / "table.md").read_text()
-        assert "--scale toy" in result["command"] and "--steps 10" in result["command"]
+        assert "--scale toy" in result["command"] and "--steps 4" in result["command"]
     done = [p.name.rsplit("-", 1)[0] for p in (pictures / "out" / "runs").glob("generator-*")]
     assert sorted(done) == sorted(set(done))  # nothing was trained twice
     names = {name.removeprefix("generator-").removesuffix("-s0") for name in done
@@ -117,6 +121,20 @@ def test_summary_of_the_transfer_matrix():
     assert summary(-np.eye(4)) == 0
     assert summary(0.25 - 1.25 * np.eye(4)) == pytest.approx(-0.25)  # others get worse
     assert np.isnan(summary(np.eye(4)))  # training on itself does not even help itself
+
+
+def test_descent_steps_have_their_length_and_improve_what_is_trained(runs):
+    probe = Probe(runs / "runs/generator/last.pt", torch.device("cpu"))
+    _, val, _ = load_data(DataConfig(workers=0), probe.tokenizer.config)
+    batches = probe.encode(val, 8, 8, "encoding")
+    before = probe.trainer().validate(batches)["val_loss_per_column"]
+    trainer = probe.descender(0, 1e-3, subtasks=(5,))
+    flat = [torch.cat([p.detach().flatten() for p in trainer.model.parameters()])]
+    trainer.step(0, *batches[0][:2])
+    flat.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    length = (flat[1] - flat[0]).norm() / flat[0].norm()
+    assert length.item() == pytest.approx(1e-3, rel=1e-2)
+    assert trainer.validate(batches)["val_loss_per_column"][5] < before[5]
 
 
 def test_bump_is_the_middle_half_over_the_sides():

@@ -45,9 +45,11 @@ SCALES = {
     "toy": Scale("--image-size 32 --multipliers 1,2 --base-channels 8 --norm-groups 4 "
                  "--z-channels 4 --token-channels 8 --batch-size 4 --stats-images 16",
                  "--layers 1 --embed-dim 16 --heads 1 --class-tokens 2 --head-width 16 "
-                 "--head-depth 1 --batch-size 4", 4, 20, 64, 8, 8),
+                 "--head-depth 1 --batch-size 4 --preview-steps 1 --preview-cfg 1",
+                 4, 20, 64, 8, 8),
     "default": Scale("--lr-decay-every 225", "--layers 4 --embed-dim 128 --heads 4 "
-                     "--class-tokens 4 --head-width 128 --head-depth 3 --batch-size 32",
+                     "--class-tokens 4 --head-width 128 --head-depth 3 --batch-size 32 "
+                     "--preview-steps 5",
                      400, 500, 4096, 512, 512),
     "large": Scale("", "--batch-size 64", 4000, 6000, 0, 1024, 2048),
 }
@@ -209,7 +211,7 @@ class Lab:
         return self.train("generator", f"{name}-s{seed}", steps or self.steps, [
             *self.scale.generator.split(), *more, "--latents", str(latents), "--tokenizer",
             str(tokenizer.last), "--seed", str(seed), "--precision",
-            self.cfg.precision, "--preview-steps", "5", *flags.split()])
+            self.cfg.precision, *flags.split()])
 
     def columns(self, seed: int, flags: str = "", name: str = "columns", **options: Any) -> Run:
         """The paper's model: columns, a window of 4, position augmentation."""

@@ -6,6 +6,10 @@ From a common checkpoint, the generator is trained on each subtask j alone for a
 the change of the held-out loss of subtask i (below 0: better).  The summary, mean off the diagonal
 over mean on it, is 1 if the subtasks are fully equivariant: each learns as much from any other as
 from itself.  Without --checkpoint, both models of the other experiments are measured.
+
+The steps are plain gradient descent, all of the same short length, each on pictures of its own.
+They stay where the loss is nearly linear, so that A_ij is about minus the length times the cosine
+of two subtasks' gradients.  (AdamW's steps from averaged weights are mostly noise at first.)
 """
 
 from __future__ import annotations
@@ -14,11 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from equimini import keyed
 from equimini.cli import DataConfig, UserError, output_folder, pick_device
 from equimini.data import load_data
 from equimini.experiments.common import ExperimentConfig, Lab, parse
@@ -37,28 +39,25 @@ class MatrixConfig(ExperimentConfig):
 
     checkpoint: str = flag("", "checkpoint of a generator; empty: the columns and the grid of the "
                            "other experiments, trained now if need be")
-    tune_steps: int = flag(20, "steps on one subtask", min=1)
-    tune_lr: float = flag(1e-4, "learning rate of these steps (AdamW, warm-up over a quarter)",
-                          min=0)
-    tune_batch: int = flag(32, "pictures per step", min=1)
-    images: int = flag(1024, "training pictures that these steps draw from", min=1)
+    tune_steps: int = flag(8, "steps on one subtask", min=1)
+    tune_batch: int = flag(128, "pictures per step", min=1)
+    tune_length: float = flag(3e-4, "length of these steps together, over the norm of all weights",
+                              min=1e-9)
     measured: int = flag(256, "held-out pictures that losses are measured on", min=1)
 
 
 def transfer_matrix(probe: Probe, train: Dataset, val: Dataset, cfg: MatrixConfig,
                     seed: int) -> np.ndarray:
     """A (N, N): row i, column j is the change of subtask i's loss by training on j alone."""
-    pool = probe.encode(train, cfg.images, cfg.tune_batch, "encoding training pictures")
-    means, labels = (torch.cat(parts) for parts in list(zip(*pool))[:2])
+    batches = probe.encode(train, cfg.tune_steps * cfg.tune_batch, cfg.tune_batch,
+                           "encoding training pictures", seed)
     held_out = probe.encode(val, cfg.measured, cfg.tune_batch, "encoding held-out pictures")
     before = np.array(probe.trainer().validate(held_out)["val_loss_per_column"])
     after = []
     for j in tqdm(range(len(before)), desc="training on each subtask alone"):
-        trainer = probe.trainer(seed, subtasks=(j,), lr=cfg.tune_lr, ema_decay=0.0,
-                                warmup_steps=cfg.tune_steps // 4)
-        for step in range(cfg.tune_steps):
-            chosen = keyed.rng("matrix", seed, step).integers(len(means), size=cfg.tune_batch)
-            trainer.step(step, means[chosen], labels[chosen])
+        trainer = probe.descender(seed, cfg.tune_length / len(batches), subtasks=(j,))
+        for step, (means, labels, _) in enumerate(batches):
+            trainer.step(step, means, labels)
         after.append(trainer.validate(held_out)["val_loss_per_column"])
     return np.array(after).T - before[:, None]
 
@@ -116,12 +115,13 @@ def report(cfg: MatrixConfig, lab: Lab, folder: Path, found: dict[str, np.ndarra
     reading = "; ".join(
         f"{name}: a subtask gains {spread(r, 2)} times as much from training on another as from "
         "training on itself" if np.isfinite(r).all() else f"{name}: training on a subtask does not "
-        "improve it, so there is no ratio (try other --tune-steps or --tune-lr)"
+        "improve it, so there is no ratio (try another --tune-length, or more --tune-batch)"
         for name, r in ratios.items())
     if len(ratios) > 1:
         first, second = ratios.values()
         reading += f"; {verdict('columns are the more equivariant', first > second)}"
     Report("matrix", "Transfer matrix", PAPER, rows, f"{reading[0].upper()}{reading[1:]}.", [
         "Changes of the loss, below 0 is better; off / on is 1 for fully equivariant subtasks. "
-        f"{cfg.tune_steps} steps on one subtask at a learning rate of {cfg.tune_lr:g}."],
+        f"{cfg.tune_steps} steps of {cfg.tune_batch} pictures on one subtask, together "
+        f"{cfg.tune_length:g} times as long as the norm of the weights."],
         {"matrices": found, "ratios": ratios}).write(cfg, lab, folder)

@@ -19,6 +19,7 @@ from equimini.pipeline import tokenizer_inside
 from equimini.presets import GeneratorConfig, GeneratorTraining
 from equimini.training import Setup
 
+CLIP = 1e-4  # gradients are clipped to this norm, which is below that of any that still matters
 Batch = tuple[Tensor, Tensor, Tensor]  # means or images, labels, indices
 
 
@@ -38,11 +39,11 @@ class Probe:
     def trainer(self, seed: int = 0, **training: Any):
         """train_generator.py's Trainer at the start; training: fields of GeneratorTraining.
 
-        With ema_decay 0 what `validate` measures is the trained weights themselves.
+        `validate` measures the weights that are trained, not their moving average.
         """
         module = script("train_generator")
         before = config_from_dict(GeneratorTraining, self.content["config"]["training"])
-        setup = Setup("", self.model, dataclasses.replace(before, **training),
+        setup = Setup("", self.model, dataclasses.replace(before, ema_decay=0.0, **training),
                       module.GeneratorRun(seed=seed, precision=self.precision), self.device,
                       Path(), None)
         trainer = module.Trainer(setup, self.tokenizer, self.classes)
@@ -50,9 +51,22 @@ class Probe:
             checkpoint.load_weights(model, self.content["ema"], self.path)
         return trainer
 
+    def descender(self, seed: int, length: float, **training: Any):
+        """A trainer whose steps go straight down the gradient, all of one length.
+
+        length: of a step, over the norm of all weights.
+        """
+        trainer = self.trainer(seed, warmup_steps=0, grad_clip=CLIP, **training)
+        weights = list(trainer.model.parameters())
+        norm = float(torch.stack([w.detach().norm() for w in weights]).norm())
+        trainer.cfg = dataclasses.replace(trainer.cfg, lr=length * norm / CLIP)
+        trainer.optimizer = torch.optim.SGD(weights, lr=trainer.cfg.lr)
+        return trainer
+
     @torch.no_grad()
-    def encode(self, data: Dataset, count: int, batch_size: int, label: str) -> list[Batch]:
-        """Means of `count` random pictures, the same every time, in batches, in memory."""
+    def encode(self, data: Dataset, count: int, batch_size: int, label: str,
+               seed: int = 0) -> list[Batch]:
+        """Means of `count` random pictures, the same for the same seed, in batches, in memory."""
         return [(self.tokenizer.encode(to_float(images.to(self.device))).cpu(), labels, indices)
-                for images, labels, indices in tqdm(fixed_loader(data, batch_size, count),
-                                                    desc=label)]
+                for images, labels, indices in tqdm(
+                    fixed_loader(data, batch_size, count, seed=seed), desc=label)]
