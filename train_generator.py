@@ -11,20 +11,23 @@ from pathlib import Path
 
 import torch
 
-from equimini import checkpoint, keyed
+from equimini import checkpoint, distributed, keyed
 from equimini.autoencoder import Tokenizer, add_noise
-from equimini.cache_latents import CachedLatents
+from equimini.cache_latents import CachedLatents, read_meta
 from equimini.cli import RunConfig, UserError, run
-from equimini.data import load_data, to_float
-from equimini.generator import (Generator, flow_matching_loss, random_crops,
-                                 weight_decay_groups)
+from equimini.data import count_images, load_data, to_float
+from equimini.dry_run import dry_run
+from equimini.generator import (Generator, flow_matching_errors, flow_matching_loss,
+                                 random_crops, weight_decay_groups)
 from equimini.images import clean_label, grid, save_png
+from equimini.optimize import Ema, Stepper, add, pieces, warmup_decay_lr
 from equimini.pipeline import ImageGenerator, tokenizer_content, tokenizer_inside
-from equimini.presets import flag
-from equimini.training import Ema, Setup, Stepper, fit, set_up, warmup_decay_lr
+from equimini.presets import PRESETS, flag
+from equimini.training import PATIENCE, Setup, fit, set_up
 
 
 TOKENIZER = "runs/tokenizer/last.pt"  # where train_tokenizer.py leaves it
+T_BINS = 8  # parts of t whose losses are logged
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             weight_decay_groups(self.model, self.cfg.weight_decay), lr=self.cfg.lr,
             betas=(0.9, 0.95))
-        self.stepper = Stepper()
+        self.stepper = Stepper(self.optimizer)
         self.columns = 0  # of the training pictures, once one has been seen
         if self.cfg.subtasks and setup.model.real_equivariant:
             raise UserError("--subtasks are places in the picture, which --real-equivariant does "
@@ -98,30 +101,44 @@ class Trainer:
         return (random_crops(x, w, starts), labels.repeat_interleave(k), u, eps,
                 drop.repeat_interleave(k))
 
-    def step(self, step: int, data: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    def step(self, step: int, data: torch.Tensor, labels: torch.Tensor) -> dict:
         """One step of the generator (Eq. 8).
 
-        data: as in `tokens`; labels: (B,).  Returns the scalars to log.
+        data, as in `tokens`, and labels (B,): this process's share.  Returns the scalars to log,
+        and the loss of every column and of T_BINS equal parts of t from 0 to 1.
         """
-        cfg = self.cfg
-        rngs = [keyed.rng("flow", self.seed, step, i) for i in range(len(data))]
-        keyed.seed_torch(self.seed, 1, step)  # dropout
+        cfg, sums = self.cfg, {}
         lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps)
+        shift = int(keyed.rng("shift", self.seed, step).integers(cfg.position_shift))
+        for piece in pieces(len(data), self.opts.accumulate):
+            keyed.seed_torch(self.seed, 1, step, piece.first)  # dropout
+            errors, u = self.errors(data[piece.rows], labels[piece.rows], shift,
+                                    piece.rngs("flow", self.seed, step))
+            chosen = errors[:, :, list(cfg.subtasks)] if cfg.subtasks else errors
+            loss = piece.weight * chosen.mean()
+            self.stepper.backward(loss)
+            add(sums, {"loss": loss, "loss_per_column": piece.weight * errors.mean((0, 1)),
+                       **sums_by_time(errors, u)})
+        found = distributed.total(sums)
+        norm = self.stepper(lr, cfg.grad_clip)
+        self.ema.update(self.model)
+        return {"loss": found["loss"], "lr": lr, "grad_norm": norm,
+                "loss_per_column": [round(v, 5) for v in found["loss_per_column"]],
+                "loss_per_t": [round(s / n, 5) if n else None
+                               for s, n in zip(found["t_sums"], found["t_counts"])]}
 
+    def errors(self, data: torch.Tensor, labels: torch.Tensor, shift: int,
+               rngs: list) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eq. 8's errors (M, B, N) on a piece of the batch, and their u."""
         x = self.tokens(data, rngs)  # (B, N, C)
         self.columns = x.shape[1]
         u, eps = self.flow_draws(x, rngs)
-        drop = keyed.uniform((), rngs).to(x.device) < cfg.label_dropout
-        shift = int(keyed.rng("shift", self.seed, step).integers(cfg.position_shift))
+        drop = keyed.uniform((), rngs).to(x.device) < self.cfg.label_dropout
         labels = labels.to(x.device)
         if self.model.config.real_equivariant:
             x, labels, u, eps, drop = self.crops(x, labels, u, eps, drop, rngs)
         with self.autocast():
-            loss = flow_matching_loss(self.model, x, labels, u, eps, drop, shift)
-        loss = loss[:, list(cfg.subtasks)].mean() if cfg.subtasks else loss.mean()
-        norm = self.stepper(loss, self.optimizer, lr, cfg.grad_clip)
-        self.ema.update(self.model)
-        return {"loss": loss.item(), "lr": lr, "grad_norm": norm}
+            return flow_matching_errors(self.model, x, labels, u, eps, drop, shift), u
 
     def state(self) -> dict:
         """Everything a resumed run needs, and the tokenizer that sampling needs."""
@@ -161,16 +178,19 @@ class Trainer:
     @torch.no_grad()
     def validate(self, loader) -> dict:
         """Loss of the EMA generator, always with the same noise, and the same per column."""
-        total, count = 0.0, 0
+        sums = {}
         for data, labels, indices in loader:
             rngs = [keyed.rng("validation", int(i)) for i in indices]
             x = self.tokens(data, rngs)
             u, eps = self.flow_draws(x, rngs)
             loss = flow_matching_loss(self.ema.model, x, labels.to(x.device), u, eps)  # (B, N)
-            total, count = total + loss.cpu().double().sum(0), count + len(x)
-        columns = total / count
-        return {"val_loss": columns.mean().item(),
-                "val_loss_per_column": [round(v, 6) for v in columns.tolist()]}
+            add(sums, {"columns": loss.cpu().double().sum(0), "count": torch.tensor(len(x))})
+        if not sums:  # more processes than pictures
+            sums = {"columns": torch.zeros(self.columns).double(), "count": torch.tensor(0)}
+        found = distributed.total(sums)
+        columns = [v / found["count"] for v in found["columns"]]
+        return {"val_loss": sum(columns) / len(columns),
+                "val_loss_per_column": [round(v, 6) for v in columns]}
 
     def preview(self, path: Path) -> None:
         """Samples of up to eight classes: raw weights on the left, EMA weights on the right."""
@@ -186,6 +206,14 @@ class Trainer:
         save_png(grid(list(sheet), [f"{name} (raw, EMA)" for name in names]), path)
 
 
+def sums_by_time(errors: torch.Tensor, u: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums and counts of errors in T_BINS equal parts of t; both (M, B, N), u ~ t in [0, 1)."""
+    bins = (u * T_BINS).long().flatten()
+    zeros = errors.new_zeros(T_BINS)
+    return {"t_sums": zeros.index_add(0, bins, errors.detach().flatten()),
+            "t_counts": zeros.index_add(0, bins, torch.ones_like(u).flatten())}
+
+
 def find_tokenizer(setup: Setup) -> Tokenizer:
     """The tokenizer of --tokenizer, or the one inside the checkpoint that training goes on from."""
     source, asked = setup.resumed or setup.initial, setup.run.tokenizer
@@ -199,8 +227,39 @@ def find_tokenizer(setup: Setup) -> Tokenizer:
     return tokenizer
 
 
+def count_training(opts: GeneratorRun) -> int:
+    """How many pictures a run trains on."""
+    return read_meta(opts.latents)["images"]["train"] if opts.latents else count_images(opts)
+
+
+def rehearsal(setup: Setup) -> tuple[Trainer, torch.Tensor]:
+    """Trainer and example for --dry-run; without --tokenizer, the preset's tokenizer, untrained."""
+    if setup.run.tokenizer:
+        tokenizer = find_tokenizer(setup)
+    else:
+        tokenizer = Tokenizer(PRESETS[setup.preset].tokenizer).eval().requires_grad_(False)
+        tokenizer.set_statistics(0.0, 1.0)
+    shape = tokenizer.config
+    width = setup.run.width or shape.image_size
+    example = (torch.randn(1, width // shape.f, shape.token_channels) if setup.run.latents else
+               torch.randint(0, 256, (1, 3, shape.image_size, width), dtype=torch.uint8))
+    classes = (read_meta(setup.run.latents)["classes"] if setup.run.latents else
+               load_data(setup.run, shape)[2])
+    return Trainer(setup, tokenizer, classes), example
+
+
 def main(argv: list[str] | None = None) -> None:
-    setup = set_up("generator", __doc__.split("\n")[0], GeneratorRun(out="runs/generator"), argv)
+    setup = set_up("generator", __doc__.split("\n")[0], GeneratorRun(out="runs/generator"), argv,
+                   count_training)
+    with distributed.processes(setup.device, PATIENCE):
+        train_generator(setup)
+
+
+def train_generator(setup: Setup) -> None:
+    """A whole training, from the first step or the resumed one."""
+    if setup.dry_run:
+        dry_run(setup, count_training(setup.run), lambda: rehearsal(setup))
+        return
     tokenizer = find_tokenizer(setup)
     if setup.run.latents:
         if (setup.run.data, setup.run.val_data, setup.run.width) != ("synthetic", "", 0):

@@ -11,20 +11,23 @@ and what they need: docs/tokenizer.md.
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from equimini import checkpoint, keyed
+from equimini import checkpoint, distributed, keyed
 from equimini.autoencoder import Tokenizer, add_noise, noise_variance
 from equimini.cli import RunConfig, UserError, config_from_dict, run
-from equimini.data import fixed_loader, load_data, to_float
+from equimini.data import count_images, fixed_loader, load_data, to_float
 from equimini.discriminator import Adversary, make_critic
+from equimini.dry_run import dry_run
 from equimini.images import grid, save_png
-from equimini.losses import (adversarial_ramp, alignment_loss, balance, kl_loss, make_distance,
-                             make_teacher, psnr, reconstruction_loss)
+from equimini.losses import (Pulls, adaptive_weight, adversarial_ramp, alignment_loss, kl_loss,
+                             make_distance, make_teacher, psnr, pulls, reconstruction_loss)
+from equimini.optimize import Ema, Piece, Stepper, add, pieces, warmup_decay_lr
 from equimini.presets import PRESETS, TokenizerConfig, flag
-from equimini.training import Ema, Setup, Stepper, fit, set_up, warmup_decay_lr
+from equimini.training import PATIENCE, Setup, fit, set_up
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,22 @@ class TokenizerRun(RunConfig):
     compile: bool = flag(False, "compile encoder and decoder with torch.compile")
 
 
+class Decoded(NamedTuple):
+    """Images x in [−1, 1], their means μ (B, N, D), decoded x̂, and the semantic head's map."""
+
+    x: torch.Tensor
+    mean: torch.Tensor
+    x_hat: torch.Tensor
+    semantics: torch.Tensor | None
+
+
 class Trainer:
     """The tokenizer, its critic and their optimizers; one call of `step` is one training step."""
 
     def __init__(self, setup: Setup, shown: torch.Tensor) -> None:
         """shown: held-out images (n, 3, H, W) in [−1, 1], for the previews."""
         cfg, self.device, self.seed = setup.training, setup.device, setup.run.seed
-        self.cfg, self.opts, self.stepper = cfg, setup.run, Stepper()
+        self.cfg, self.opts = cfg, setup.run
         self.shown = shown.to(self.device)
         self.finetuning = bool(setup.run.finetune_decoder)
         self.distance = make_distance(cfg, self.shown)
@@ -61,6 +73,7 @@ class Trainer:
         self.ema = Ema(self.model, cfg.ema_decay, warmup=True)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=cfg.lr, betas=(0.5, 0.9))
+        self.stepper = Stepper(self.optimizer)
         critic = make_critic(cfg, self.shown)
         self.adversary = Adversary(critic, cfg, self.seed) if critic else None
         compiled = torch.compile if self.opts.compile else lambda function: function
@@ -77,49 +90,94 @@ class Trainer:
         distance = self.cfg.perceptual_weight * self.distance(x, x_hat) if self.distance else 0.0
         return reconstruction_loss(x, x_hat, distance)
 
-    def sample(self, mean: torch.Tensor, step: int) -> torch.Tensor:
-        """z = μ + σ·ε; mean: (B, N, D), draws keyed by the step and the place in the batch."""
-        rngs = [keyed.rng("posterior", self.seed, step, i) for i in range(len(mean))]
-        sigma, eps = keyed.normal((), rngs), keyed.normal(tuple(mean.shape[1:]), rngs)
-        return add_noise(mean, self.model.config.noise, sigma.to(mean.device), eps.to(mean.device))
-
-    def step(self, step: int, images: torch.Tensor, _labels: torch.Tensor) -> dict[str, float]:
+    def step(self, step: int, images: torch.Tensor, _labels: torch.Tensor) -> dict:
         """One step of the autoencoder, and one of the critic (Eq. 5).
 
-        images: (B, 3, H, W) uint8; labels are not used.  Returns the scalars to log.
+        images: (B, 3, H, W) uint8, this process's share; labels are not used.  Returns the
+        scalars to log.
         """
-        cfg, x = self.cfg, to_float(images.to(self.device))
-        keyed.seed_torch(self.seed, 1, step)  # dropout
+        cfg, sums, found = self.cfg, {}, {}
         lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps, cfg.lr_decay, cfg.lr_decay_every)
         ramp = adversarial_ramp(step, cfg.adv_start, cfg.adv_ramp) if self.adversary else 0.0
-        aligned = self.teacher is not None and step >= cfg.align_start
+        share = list(pieces(len(images), self.opts.accumulate))
+        # a single piece is decoded once; of several, each again, instead of keeping all graphs
+        kept = self.decoded(step, images, share[0]) if len(share) == 1 else None
+        pulled = [None] * len(share)
+        if ramp:
+            pulled = [self.pulled(step, piece, kept or self.decoded(step, images, piece), sums)
+                      for piece in share]
+            found = self.balance(pulled)
+        factor = ramp * cfg.adv_weight * found.get("adaptive_weight", 0.0)
+        for piece, pull in zip(share, pulled):
+            seen = kept or self.decoded(step, images, piece)
+            self.stepper.backward(self.loss(seen, piece.weight, pull, factor, sums))
+        scalars = {"lr": lr, **distributed.total(sums), **found}
+        scalars["grad_norm"] = self.stepper(lr, cfg.grad_clip)
+        self.ema.update(self.model)
+        if ramp:
+            scalars["disc_grad_norm"] = self.adversary.step()
+        loss = (scalars["rec"] + cfg.kl_weight * scalars["kl"] + factor * scalars.get("adv", 0.0)
+                + cfg.align_weight * scalars.get("align", 0.0))
+        return {"loss": loss, **scalars}
 
+    def decoded(self, step: int, images: torch.Tensor, piece: Piece) -> Decoded:
+        """A piece of the batch through the autoencoder, with noise on its tokens."""
+        keyed.seed_torch(self.seed, 1, step, piece.first)  # dropout
+        x = to_float(images[piece.rows].to(self.device))
+        rngs = piece.rngs("posterior", self.seed, step)
         with self.autocast():
             with torch.set_grad_enabled(not self.finetuning):
                 mean = self.encode(x).float()  # (B, N, D)
-            z = self.sample(mean, step)
-            x_hat, semantics = self.decode_with_semantics(z) if aligned else (self.decode(z), None)
-            image = x_hat.detach().requires_grad_() if ramp else x_hat  # see `balance`
-            rec, kl = self.reconstruction(x, image), kl_loss(mean)
-            loss, scalars = rec, {"rec": rec.item(), "kl": kl.item(), "lr": lr}
-            if ramp:
-                fake, real = (self.adversary.look(pixels, step, real=pixels is x)
-                              for pixels in (image, x))
-        if ramp:
-            loss, found = balance(rec, self.adversary.judge(fake), image, x_hat,
-                                  self.model.decoder.conv_out.weight, ramp * cfg.adv_weight)
-            scalars |= found
-        loss = loss + cfg.kl_weight * kl
-        if aligned:
-            with self.autocast():
-                target = self.teacher(x, *semantics.shape[2:])
-            align = alignment_loss(semantics, target)
-            loss, scalars["align"] = loss + cfg.align_weight * align, align.item()
-        scalars["grad_norm"] = self.stepper(loss, self.optimizer, lr, cfg.grad_clip)
-        self.ema.update(self.model)
-        if ramp:
-            scalars |= self.adversary.learn(real, fake)
-        return {"loss": loss.item(), **scalars}
+            sigma, eps = keyed.normal((), rngs), keyed.normal(tuple(mean.shape[1:]), rngs)
+            z = add_noise(mean, self.model.config.noise, sigma.to(x.device), eps.to(x.device))
+            if self.teacher is not None and step >= self.cfg.align_start:
+                return Decoded(x, mean, *self.decode_with_semantics(z))
+            return Decoded(x, mean, self.decode(z), None)
+
+    def pulled(self, step: int, piece: Piece, seen: Decoded, sums: dict) -> Pulls:
+        """Where reconstruction and critic pull x̂; adds to the critic's gradient and to `sums`."""
+        image = seen.x_hat.detach().requires_grad_()
+        with self.autocast():
+            rec = piece.weight * self.reconstruction(seen.x, image)
+            fake, real = (self.adversary.look(pixels, step, pixels is seen.x, piece.first)
+                          for pixels in (image, seen.x))
+        adv = piece.weight * self.adversary.judge(fake)
+        add(sums, {"rec": rec, "adv": adv})
+        pull = pulls(rec, adv, image, seen.x_hat, self.model.decoder.conv_out.weight)
+        add(sums, self.adversary.learn(real, fake, piece.weight))
+        return pull
+
+    def balance(self, pulled: list[Pulls]) -> dict[str, float]:
+        """The adaptive weight, from the gradients of all pieces and processes, and what it is of."""
+        gradients = [torch.stack(parts).sum(0) for parts in zip(*(p.at_weight for p in pulled))]
+        distributed.sum_tensors(gradients)
+        norms = [gradient.norm() for gradient in gradients]
+        return {"adaptive_weight": adaptive_weight(*norms).item(), "rec_grad": norms[0].item(),
+                "adv_grad": norms[1].item()}
+
+    def loss(self, seen: Decoded, weight: float, pull: Pulls | None, factor: float,
+             sums: dict) -> torch.Tensor:
+        """A piece's part of the loss, `weight` being its part of the batch.
+
+        With `pull`, reconstruction and critic are in it by their gradients (`factor` being that
+        of the critic's), without, by the reconstruction loss itself.
+        """
+        with self.autocast():
+            kl = weight * kl_loss(seen.mean)
+            add(sums, {"kl": kl})
+            if pull is None:
+                first = weight * self.reconstruction(seen.x, seen.x_hat)
+                add(sums, {"rec": first})
+            else:
+                pull_rec, pull_adv = pull.at_image
+                first = (seen.x_hat * (pull_rec + factor * pull_adv)).sum()
+            loss = first + self.cfg.kl_weight * kl
+            if seen.semantics is not None:
+                target = self.teacher(seen.x, *seen.semantics.shape[2:])
+                align = weight * alignment_loss(seen.semantics, target)
+                add(sums, {"align": align})
+                loss = loss + self.cfg.align_weight * align
+        return loss
 
     def state(self) -> dict:
         """Everything a resumed run needs, as a dict of plain values and tensors."""
@@ -147,15 +205,16 @@ class Trainer:
     @torch.no_grad()
     def validate(self, loader) -> dict[str, float]:
         """Loss and PSNR of the EMA tokenizer's reconstructions (from the mode μ)."""
-        losses, decibels = [], []
+        sums = dict.fromkeys(("loss", "psnr", "count"), torch.zeros((), dtype=torch.float64))
         for images, _, _ in loader:
             x = to_float(images.to(self.device))
             mean = self.ema.model.encode(x)
             x_hat = self.ema.model.decode(mean)
             loss = self.reconstruction(x, x_hat) + self.cfg.kl_weight * kl_loss(mean)
-            losses += [loss.item()] * len(x)
-            decibels += psnr(x, x_hat).tolist()
-        return {"val_loss": sum(losses) / len(losses), "val_psnr": sum(decibels) / len(decibels)}
+            add(sums, {"loss": len(x) * loss.cpu().double(), "count": torch.tensor(len(x)),
+                       "psnr": psnr(x, x_hat).cpu().double().sum()})
+        found = distributed.total(sums)
+        return {f"val_{name}": found[name] / found["count"] for name in ("loss", "psnr")}
 
     @torch.no_grad()
     def preview(self, path: Path) -> None:
@@ -223,15 +282,19 @@ def stage_one(setup: Setup) -> dict:
 def measure_statistics(tokenizer: Tokenizer, loader, device: torch.device) -> None:
     """Store mean and std, per channel, of the noisy latents z = μ + σ·ε over the images.
 
-    The noise's share of the variance is known in closed form, so only μ is measured.
+    The noise's share of the variance is known in closed form, so only μ is measured.  Each of
+    several processes looks at the images of its own loader.
     """
-    total, squares, count = 0.0, 0.0, 0
+    zeros = torch.zeros(tokenizer.config.token_channels, dtype=torch.float64)
+    sums = {"mean": zeros, "squares": zeros, "count": torch.zeros((), dtype=torch.float64)}
     for images, _, _ in loader:
         mean = tokenizer.encode(to_float(images.to(device))).flatten(0, 1).cpu().double()
-        total, squares = total + mean.sum(0), squares + mean.square().sum(0)
-        count += len(mean)
-    mean = total / count
-    variance = (squares / count - mean.square()).clamp_min(0)
+        add(sums, {"mean": mean.sum(0), "squares": mean.square().sum(0),
+                   "count": torch.tensor(len(mean))})
+    found = distributed.total(sums)
+    mean, squares = (torch.tensor(found[name], dtype=torch.float64) / found["count"]
+                     for name in ("mean", "squares"))
+    variance = (squares - mean.square()).clamp_min(0)
     variance = variance + noise_variance(tokenizer.config.noise)
     tokenizer.set_statistics(mean.float(), variance.clamp_min(1e-12).sqrt().float())
 
@@ -240,14 +303,30 @@ def store_statistics(path: Path, loader, device: torch.device) -> None:
     """Measure the latents' statistics of a checkpoint's EMA tokenizer and write them into it."""
     content = checkpoint.load(path, "tokenizer")
     tokenizer = checkpoint.tokenizer_from_dict(content, path).to(device)
-    measure_statistics(tokenizer, tqdm(loader, desc=f"latent statistics of {path.name}"), device)
-    content["ema"] = tokenizer.cpu().state_dict()
-    checkpoint.save(path, "tokenizer", content)
+    measure_statistics(tokenizer, tqdm(loader, desc=f"latent statistics of {path.name}",
+                                       disable=not distributed.is_main()), device)
+    if distributed.is_main():
+        content["ema"] = tokenizer.cpu().state_dict()
+        checkpoint.save(path, "tokenizer", content)
+    distributed.barrier()
 
 
 def main(argv: list[str] | None = None) -> None:
     setup = set_up("tokenizer", __doc__.split("\n")[0], TokenizerRun(out="runs/tokenizer"),
                    argv)
+    with distributed.processes(setup.device, PATIENCE):
+        train_tokenizer(setup)
+
+
+def train_tokenizer(setup: Setup) -> None:
+    """A whole training, from the first step or the resumed one, and the latents' statistics."""
+    if setup.dry_run:
+        cfg, size = setup.training, setup.model.image_size
+        example = torch.randint(0, 256, (1, 3, size, setup.run.width or size), dtype=torch.uint8)
+        dry_run(setup, count_images(setup.run),
+                lambda: (Trainer(setup, to_float(example)), example),
+                step=max(cfg.adv_start + cfg.adv_ramp, cfg.align_start))
+        return
     check_starts(setup)
     finetuning = setup.run.finetune_decoder
     if setup.resumed and setup.resumed["config"]["run"].get("finetune_decoder", "") != finetuning:
@@ -264,7 +343,9 @@ def main(argv: list[str] | None = None) -> None:
           f"on {setup.device}")
     fit("tokenizer", setup, trainer, train, val, classes)
     cfg = setup.training
-    stats = fixed_loader(train, cfg.batch_size, cfg.stats_images, setup.run.workers)
+    distributed.barrier()  # the main process has written the last checkpoint
+    stats = fixed_loader(train, distributed.share(cfg.batch_size), cfg.stats_images,
+                         setup.run.workers, shared=True)
     for path in filter(Path.exists, (setup.out / "best.pt", setup.out / "last.pt")):
         if not finetuning:  # stage 2 keeps those of stage 1, whose encoder it has
             store_statistics(path, stats, setup.device)

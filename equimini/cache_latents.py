@@ -6,7 +6,8 @@
 
 The generator then trains without running the encoder.  The posterior's noise is added afresh at
 every use, so with one possible crop (square pictures) the training distribution is that of the
-images; for others, --crops K stores K random crops of each instead of the centre one.
+images; for others, --crops K stores K random crops of each instead of the centre one.  Under
+torchrun several processes share the work.
 
 Layout of the folder: train-00000.npy, … and val-00000.npy, … are float32 arrays (images, views,
 columns, channels), a view being one crop and mirror; labels.npz holds the class numbers; meta.json,
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from equimini import checkpoint, keyed
+from equimini import checkpoint, distributed, keyed
 from equimini.autoencoder import Tokenizer
 from equimini.cli import DataConfig, UserError, add_flags, output_folder, override, pick_device, run
 from equimini.data import load_data, report_pictures, to_float
@@ -148,11 +149,17 @@ def read_meta(folder: str) -> dict[str, Any]:
 @torch.no_grad()
 def encode_split(tokenizer: Tokenizer, data: Dataset, split: str, cfg: CacheConfig, out: Path,
                  device: torch.device) -> np.ndarray:
-    """Write the shards of one split that are not there yet; returns all labels."""
-    labels, bar = [], tqdm(total=len(data), desc=f"encoding {split}")
-    for s, first in enumerate(range(0, len(data), SHARD)):
-        last = min(first + SHARD, len(data))
-        path, label_path = out / f"{split}-{s:05d}.npy", out / f"{split}-{s:05d}.labels"
+    """Write the shards of one split that are not there yet; returns all labels.
+
+    Of several processes each takes every k-th shard.
+    """
+    shards = [(first, min(first + SHARD, len(data)), out / f"{split}-{s:05d}.npy",
+               out / f"{split}-{s:05d}.labels")
+              for s, first in enumerate(range(0, len(data), SHARD))]
+    mine = shards[distributed.rank()::distributed.world_size()]
+    bar = tqdm(total=sum(last - first for first, last, *_ in mine), desc=f"encoding {split}",
+               disable=not distributed.is_main())
+    for first, last, path, label_path in mine:
         if not (path.exists() and label_path.exists()):
             views = Views(data, first, last, cfg.crops, split == "train")
             means, numbers = [], []
@@ -167,9 +174,9 @@ def encode_split(tokenizer: Tokenizer, data: Dataset, split: str, cfg: CacheConf
                 file.write(json.dumps(numbers).encode())
         else:
             bar.update(last - first)
-        labels += json.loads(label_path.read_text())
     bar.close()
-    return np.array(labels)
+    distributed.barrier()
+    return np.array([n for *_, labels in shards for n in json.loads(labels.read_text())])
 
 
 def main() -> None:
@@ -178,12 +185,16 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="start anew")
     add_flags(parser, CacheConfig(out="runs/latents"), "options")
     args = parser.parse_args()
-    encode(override(CacheConfig(out="runs/latents"), args), args.overwrite)
+    cfg = override(CacheConfig(out="runs/latents"), args)
+    device = distributed.local_device(cfg.device)
+    with distributed.processes(device):
+        encode(cfg, args.overwrite, device)
 
 
-def encode(cfg: CacheConfig, overwrite: bool = False) -> None:
+def encode(cfg: CacheConfig, overwrite: bool = False,
+           device: torch.device | None = None) -> None:
     """Make the cache, or go on with it; raises UserError for what does not serve."""
-    device, out = pick_device(cfg.device), output_folder(cfg.out)
+    device, out = device or pick_device(cfg.device), output_folder(cfg.out)
     tokenizer = checkpoint.load_tokenizer(cfg.tokenizer, device)
     checkpoint.check_statistics(tokenizer, cfg.tokenizer)
     if cfg.crops > 1 and cfg.data.startswith("synthetic"):
@@ -196,6 +207,27 @@ def encode(cfg: CacheConfig, overwrite: bool = False) -> None:
             "images": {"train": len(train), "val": len(val)}, "crops": cfg.crops,
             "width": cfg.width, "seed": cfg.seed, "val_data": cfg.val_data,
             "val_fraction": cfg.val_fraction}
+    with distributed.main_first():
+        if distributed.is_main():
+            begin(out, plan, overwrite)
+    labels = {split: encode_split(tokenizer, data, split, cfg, out, device)
+              for split, data in (("train", train), ("val", val))}
+    report_pictures(list(whole), out)
+    if not distributed.is_main():
+        return
+    with replacing(out / "labels.npz") as file:
+        np.savez(file, **labels)
+    with replacing(out / "meta.json") as file:
+        file.write(json.dumps(plan, indent=1).encode())
+    size = sum(p.stat().st_size for p in out.glob("*.npy")) / 1e6
+    print(f"done: {out}, {len(train)} + {len(val)} pictures, {size:.0f} MB")
+
+
+def begin(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
+    """Note what the folder is going to hold.
+
+    Raises UserError if it holds latents of other settings, unless they may be overwritten.
+    """
     begun = out / "plan.json"
     if overwrite:
         own = ("train-[0-9]*.npy", "val-[0-9]*.npy", "train-[0-9]*.labels", "val-[0-9]*.labels",
@@ -207,15 +239,6 @@ def encode(cfg: CacheConfig, overwrite: bool = False) -> None:
                         "--overwrite")
     with replacing(begun) as file:
         file.write(json.dumps(plan).encode())
-    labels = {split: encode_split(tokenizer, data, split, cfg, out, device)
-              for split, data in (("train", train), ("val", val))}
-    with replacing(out / "labels.npz") as file:
-        np.savez(file, **labels)
-    with replacing(out / "meta.json") as file:
-        file.write(json.dumps(plan, indent=1).encode())
-    report_pictures(list(whole), out)
-    size = sum(p.stat().st_size for p in out.glob("*.npy")) / 1e6
-    print(f"done: {out}, {len(train)} + {len(val)} pictures, {size:.0f} MB")
 
 
 if __name__ == "__main__":

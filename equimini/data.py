@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from equimini import keyed, synthetic
+from equimini import distributed, keyed, synthetic
 from equimini.cli import DataConfig, RunConfig, UserError, first_line
 from equimini.files import replacing
 from equimini.presets import TokenizerConfig
 
 Item = tuple[Tensor, int, int]  # image (3, H, W) uint8, class number, index
+BUILT_IN = ("synthetic", "synthetic-object")
 SYNTHETIC_IMAGES = 20_000  # scrolls in the built-in training set
 SCALED_UP, UNREADABLE = 1, 2  # what ImageFolder.found says of a file; 0: nothing
 CHUNK = 2**26  # bytes of one shared piece of memory with decoded pictures
@@ -98,7 +99,8 @@ class ImageFolder(Dataset[Item]):
         chunk, used, free = torch.empty(0, dtype=torch.uint8), 0, 0
         loader = DataLoader(_Decoded(self), batch_size=None, num_workers=workers,
                             worker_init_fn=leave_signals)
-        for i, picture in enumerate(tqdm(loader, desc="reading pictures into memory")):
+        for i, picture in enumerate(tqdm(loader, desc="reading pictures into memory",
+                                         disable=not distributed.is_main())):
             if picture.numel() > free:
                 free = max(CHUNK, picture.numel())
                 if used + free > gigabytes * 1e9:
@@ -218,8 +220,15 @@ def printable(path: Path | str) -> str:
 
 
 def report_pictures(sets: list[Dataset], out: Path, shown: int = 10) -> None:
-    """Print how many pictures could not be read, or were scaled up; the names go to a file."""
+    """Print how many pictures could not be read, or were scaled up; the names go to a file.
+
+    Called by all processes, whose findings are put together.
+    """
     folders = [data for data in sets if isinstance(data, ImageFolder)]
+    for data in folders:
+        data.found = distributed.largest(data.found)
+    if not distributed.is_main():
+        return
     if count := sum(data.scaled_up() for data in folders):
         print(f"{count} pictures are smaller than the crops and were scaled up; larger ones, or a "
               "smaller --image-size or --width, would look sharper")
@@ -275,7 +284,7 @@ def load_data(run: DataConfig,
     if tokenizer.layout == "grid" and width != height:
         raise UserError(f"--width: a grid tokenizer takes square pictures only, {height} pixels, "
                         f"got {width}")
-    if run.data in ("synthetic", "synthetic-object"):
+    if run.data in BUILT_IN:
         if run.val_data:
             raise UserError("--val-data goes with a folder as --data; the built-in data has its "
                             "own held-out pictures")
@@ -284,6 +293,17 @@ def load_data(run: DataConfig,
         val = Synthetic(run.data, range(SYNTHETIC_IMAGES, SYNTHETIC_IMAGES + n_val), height,
                         width, run.seed)
         return train, val, train.classes
+    files, val_files, classes = split_files(run)
+    return (ImageFolder(files, classes, height, width, run.seed, augment=True),
+            ImageFolder(val_files, classes, height, width, run.seed, augment=False), classes)
+
+
+def split_files(run: DataConfig) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]],
+                                          list[str]]:
+    """The image files for training and for validation, with class numbers, and the class names.
+
+    Raises UserError for folders that do not serve.
+    """
     files, classes = find_images(run.data)
     if run.val_data:
         val_files, val_classes = find_images(run.val_data)
@@ -298,15 +318,21 @@ def load_data(run: DataConfig,
                             "(one is held out for validation)")
         val_files = [files[i] for i in sorted(order[:n_val])]
         files = [files[i] for i in sorted(order[n_val:])]
-    return (ImageFolder(files, classes, height, width, run.seed, augment=True),
-            ImageFolder(val_files, classes, height, width, run.seed, augment=False), classes)
+    return files, val_files, classes
+
+
+def count_images(run: DataConfig) -> int:
+    """How many pictures a run trains on, without reading them; raises as `load_data`."""
+    if run.data in BUILT_IN:
+        return SYNTHETIC_IMAGES
+    return len(split_files(run)[0])
 
 
 class Batches:
     """Batch sampler whose order is a function of (seed, step): each epoch a new permutation.
 
-    Yields, for each step from `start` to `stop` − 1, the (epoch, index) pairs of its batch;
-    a batch that crosses the end of an epoch goes on in the next.
+    Yields, for each step from `start` to `stop` − 1, the (epoch, index) pairs of this process's
+    share of its batch; a batch that crosses the end of an epoch goes on in the next.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, start: int, stop: int) -> None:
@@ -318,9 +344,10 @@ class Batches:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, np.empty(0, np.int64)
+        share = distributed.share(self.batch_size)
         for step in range(self.start, self.stop):
-            batch = []
-            for place in range(step * self.batch_size, (step + 1) * self.batch_size):
+            batch, first = [], step * self.batch_size + distributed.rank() * share
+            for place in range(first, first + share):
                 if place // self.n != epoch:
                     epoch = place // self.n
                     order = keyed.rng("order", self.seed, epoch).permutation(self.n)
@@ -330,16 +357,24 @@ class Batches:
 
 def training_loader(data: Dataset, batch_size: int, run: RunConfig, start: int,
                     stop: int) -> DataLoader:
-    """Batches (images uint8 (B, 3, H, W), labels (B,), indices (B,)) of steps start … stop−1."""
+    """Batches (images uint8 (B, 3, H, W), labels (B,), indices (B,)) of steps start … stop−1.
+
+    Of several processes each gets its share: B is batch_size / processes.
+    """
     sampler = Batches(len(data), batch_size, run.seed, start, stop)
     return DataLoader(data, batch_sampler=sampler, num_workers=run.workers,
                       worker_init_fn=leave_signals, pin_memory=torch.cuda.is_available())
 
 
 def fixed_loader(data: Dataset, batch_size: int, count: int, workers: int = 0,
-                 seed: int = 0) -> DataLoader:
-    """The same `count` random items (at most all), in the same order, every time."""
+                 seed: int = 0, shared: bool = False) -> DataLoader:
+    """The same `count` random items (at most all), in the same order, every time.
+
+    shared: of several processes each gets a part of them; else each gets all.
+    """
     order = keyed.rng("subset", seed).permutation(len(data))[:count]
+    if shared:
+        order = order[distributed.rank()::distributed.world_size()]
     keys = [(0, int(i)) for i in order]
     return DataLoader(data, batch_size=batch_size, sampler=keys, num_workers=workers,
                       worker_init_fn=leave_signals)

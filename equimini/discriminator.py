@@ -19,8 +19,8 @@ from equimini import checkpoint, keyed
 from equimini.cli import UserError
 from equimini.features import DinoTaps, ScriptTaps, script_maps
 from equimini.losses import hinge_loss
+from equimini.optimize import Stepper
 from equimini.presets import TokenizerTraining
-from equimini.training import Stepper
 from equimini.weights import chosen, load_dino, unused
 
 
@@ -199,30 +199,39 @@ class Adversary:
         self.critic, self.seed = critic, seed
         self.lr, self.clip = cfg.disc_lr or cfg.lr, cfg.grad_clip
         self.optimizer = torch.optim.Adam(critic.parameters(), lr=self.lr, betas=(0.5, 0.9))
-        self.stepper = Stepper()
+        self.stepper = Stepper(self.optimizer)
 
-    def _rngs(self, step: int, side: int, count: int) -> list[np.random.Generator]:
-        return [keyed.rng("critic", self.seed, step, side, i) for i in range(count)]
+    def look(self, images: Tensor, step: int, real: bool, first: int = 0) -> list[Tensor]:
+        """What the critic sees of images at a step; the draws of x and x̂ differ.
 
-    def look(self, images: Tensor, step: int, real: bool) -> list[Tensor]:
-        """What the critic sees of a batch at a step; the draws of x and x̂ differ."""
-        return self.critic.look(images, self._rngs(step, int(real), len(images)))
+        first: the place of the first image in the global batch.
+        """
+        return self.critic.look(images, [keyed.rng("critic", self.seed, step, int(real), first + i)
+                                         for i in range(len(images))])
 
     def judge(self, seen: list[Tensor]) -> Tensor:
         """The autoencoder's term, −mean D(x̂)."""
         return -self.critic.judge(seen).mean()
 
-    def learn(self, real: list[Tensor], fake: list[Tensor]) -> dict[str, float]:
-        """One step of the critic on what it saw of x and x̂; returns what to log.
+    def learn(self, real: list[Tensor], fake: list[Tensor],
+              weight: float = 1.0) -> dict[str, Tensor]:
+        """Add the critic's gradient on what it saw of x and x̂; returns what to log.
 
-        Its learning rate is constant, as in the release.
+        weight: these images' part of the global batch.
         """
         real_logits, fake_logits = (self.critic.judge([tap.detach() for tap in seen])
                                     for seen in (real, fake))
-        loss = hinge_loss(real_logits, fake_logits)
-        norm = self.stepper(loss, self.optimizer, self.lr, self.clip)
-        return {"disc_loss": loss.item(), "disc_grad_norm": norm,
-                "logit_real": real_logits.mean().item(), "logit_fake": fake_logits.mean().item()}
+        loss = weight * hinge_loss(real_logits, fake_logits)
+        self.stepper.backward(loss)
+        return {"disc_loss": loss.detach(), "logit_real": weight * real_logits.detach().mean(),
+                "logit_fake": weight * fake_logits.detach().mean()}
+
+    def step(self) -> float:
+        """The critic's step; its learning rate is constant, as in the release.
+
+        Returns the gradient's norm.
+        """
+        return self.stepper(self.lr, self.clip)
 
     def state(self) -> dict:
         """For the checkpoint: the critic's weights and its optimizer's state."""

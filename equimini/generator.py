@@ -236,9 +236,9 @@ def random_crops(tokens: Tensor, length: int, starts: Tensor) -> Tensor:
                   columns].flatten(0, 1)
 
 
-def flow_matching_loss(generator: Generator, tokens: Tensor, labels: Tensor, u: Tensor,
-                       eps: Tensor, drop: Tensor | None = None, shift: int = 0) -> Tensor:
-    """Eq. 8 per column: the mean over channels and repeats of (v − (ε − x))², (B, N).
+def flow_matching_errors(generator: Generator, tokens: Tensor, labels: Tensor, u: Tensor,
+                         eps: Tensor, drop: Tensor | None = None, shift: int = 0) -> Tensor:
+    """Eq. 8 for every draw: the mean over channels of (v − (ε − x))², (M, B, N).
 
     tokens: (B, N, C), normalised; u: (M, B, N), uniform, gives t = u·(1−1e-5) + 1e-5; eps:
     (M, B, N, C), standard normal.  Each token is used M times (the paper's batch multiplier).
@@ -247,7 +247,13 @@ def flow_matching_loss(generator: Generator, tokens: Tensor, labels: Tensor, u: 
     t = u * (1 - 1e-5) + 1e-5
     x_t = torch.lerp(tokens, eps, t[..., None])  # t·ε + (1−t)·x
     v = generator.head(x_t, t, z).float()
-    return (v - (eps - tokens)).square().mean((0, 3))
+    return (v - (eps - tokens)).square().mean(3)
+
+
+def flow_matching_loss(generator: Generator, tokens: Tensor, labels: Tensor, u: Tensor,
+                       eps: Tensor, drop: Tensor | None = None, shift: int = 0) -> Tensor:
+    """`flow_matching_errors` averaged over the repeats: the loss of every column, (B, N)."""
+    return flow_matching_errors(generator, tokens, labels, u, eps, drop, shift).mean(0)
 
 
 def weight_decay_groups(generator: Generator, weight_decay: float) -> list[dict]:

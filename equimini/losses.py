@@ -6,6 +6,8 @@ autoencoder: their weights only mean something on that scale.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,24 +51,25 @@ def adaptive_weight(grad_rec: Tensor, grad_adv: Tensor) -> Tensor:
     return (grad_rec / (grad_adv + 1e-4)).clamp(0, 1e4).detach()
 
 
-def balance(rec: Tensor, adv: Tensor, image: Tensor, x_hat: Tensor, last_weight: Tensor,
-            factor: float) -> tuple[Tensor, dict[str, float]]:
-    """rec + factor·λ·adv as a loss of x̂, λ being the adaptive weight; and what to log.
+class Pulls(NamedTuple):
+    """Gradients of the reconstruction loss and of the adversarial one, both made from x̂."""
 
-    rec, adv: scalars computed from `image`, a detached copy of x̂ that requires a gradient;
-    last_weight: the weight of the conv that made x̂.  The frozen networks behind rec and adv are
-    gone through backwards once, to `image`; both λ and the returned loss, whose value and gradient
-    are those of the plain sum, are made from these two gradients.
+    at_image: tuple[Tensor, Tensor]  # (B, 3, H, W) each
+    at_weight: tuple[Tensor, Tensor]  # at the weight of the decoder's last conv
+
+
+def pulls(rec: Tensor, adv: Tensor, image: Tensor, x_hat: Tensor, last_weight: Tensor) -> Pulls:
+    """Both losses' gradients at x̂, and through it at the weight of the conv that made it.
+
+    rec, adv: scalars computed from `image`, a detached copy of x̂ that requires a gradient.  So the
+    frozen networks behind them are gone through backwards once, to `image`: both the adaptive
+    weight λ and the step's gradient, that of Σ x̂·(pull_rec + factor·λ·pull_adv), are made from
+    what is returned.
     """
-    pull_rec, pull_adv = (torch.autograd.grad(loss, image)[0] for loss in (rec, adv))
-    norms = [torch.autograd.grad(x_hat, last_weight, pull, retain_graph=True)[0].norm()
-             for pull in (pull_rec, pull_adv)]
-    weight = adaptive_weight(*norms)
-    value = (rec + factor * weight * adv).detach()
-    pull = (x_hat * (pull_rec + factor * weight * pull_adv)).sum()
-    return value + pull - pull.detach(), {
-        "adv": adv.item(), "adaptive_weight": weight.item(), "rec_grad": norms[0].item(),
-        "adv_grad": norms[1].item()}
+    at_image = tuple(torch.autograd.grad(loss, image)[0] for loss in (rec, adv))
+    at_weight = tuple(torch.autograd.grad(x_hat, last_weight, pull, retain_graph=True)[0]
+                      for pull in at_image)
+    return Pulls(at_image, at_weight)
 
 
 def adversarial_ramp(step: int, start: int, length: int) -> float:

@@ -236,6 +236,24 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def paper_training(kind: str, images: int, batch_size: int | None = None
+                   ) -> TokenizerTraining | GeneratorTraining:
+    """The paper's training of a 'tokenizer' or 'generator' for a data set of `images` pictures.
+
+    Its schedules are told in epochs: 50 of the tokenizer, 1200 of the generator, of which 100 warm
+    up.  The generator's learning rate is 1e-4 per 256 pictures of a batch.  batch_size: in place
+    of the paper's (192, 2048); the epochs stay.
+    """
+    if kind == "tokenizer":
+        cfg = PRESETS["small"].tokenizer_training
+        batch = batch_size or cfg.batch_size
+        return replace(cfg, batch_size=batch, steps=math.ceil(50 * images / batch))
+    batch = batch_size or GeneratorTraining().batch_size
+    return GeneratorTraining(batch_size=batch, lr=1e-4 * batch / 256,
+                             steps=math.ceil(1200 * images / batch),
+                             warmup_steps=math.ceil(100 * images / batch))
+
+
 def parameters(module: Any) -> int:
     """Number of weights of a module."""
     return sum(p.numel() for p in module.parameters())

@@ -1,9 +1,8 @@
-"""What both training scripts share: set-up and resuming, EMA, schedules, log, signals."""
+"""What both training scripts share: set-up and resuming, the loop, log, signals."""
 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import json
 import math
@@ -12,6 +11,7 @@ import signal
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Protocol
 
@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from equimini import checkpoint
-from equimini.data import ImageFolder, fixed_loader, report_pictures, training_loader
+from equimini import checkpoint, distributed
+from equimini.data import (ImageFolder, count_images, fixed_loader, report_pictures,
+                           training_loader)
 from equimini.cli import (RunConfig, UserError, add_flags, config_from_dict, output_folder,
-                          override, pick_device)
+                          override)
 from equimini.files import remove_leftovers, replacing
-from equimini.presets import PRESETS, Checked
+from equimini.optimize import Ema, Stepper
+from equimini.presets import PRESETS, Checked, paper_training
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Setup:
     out: Path
     resumed: dict[str, Any] | None  # dropped once it is loaded
     initial: dict[str, Any] | None = None  # the checkpoint of --init-from, likewise
+    dry_run: bool = False  # nothing is to be written
 
     def __post_init__(self) -> None:
         self.start = self.resumed["step"] if self.resumed else 0  # the first step to train
@@ -50,17 +53,20 @@ class Setup:
         return {"preset": self.preset, **{k: dataclasses.asdict(v) for k, v in parts.items()}}
 
 
-def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None = None) -> Setup:
+def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None = None,
+           count: Callable[[Any], int] = count_images) -> Setup:
     """Parse the command line of train_{kind}.py and find what to resume.
 
-    The preset gives the defaults; with --resume, the checkpoint does; with --init-from, the
-    checkpoint gives those of the model.  Raises UserError for an impossible setting, for an output
+    The preset gives the defaults, --recipe paper those of the training; with --resume, the
+    checkpoint gives all; with --init-from, those of the model.  count: from a run's options to the
+    number of its training pictures.  Raises UserError for an impossible setting, for an output
     folder that holds another run, and for a checkpoint whose model is not the one asked for.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
-    asked = first.parse_known_args(argv)[0].preset
-    name = asked or "tiny"
+    first.add_argument("--recipe")
+    known = first.parse_known_args(argv)[0]
+    asked, name = known.preset, known.preset or ("small" if known.recipe else "tiny")
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     preset = PRESETS[name]
@@ -69,6 +75,11 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--preset", default="tiny", metavar="NAME",
                         help=f"{', '.join(PRESETS)}: gives the defaults shown below [tiny]")
+    parser.add_argument("--recipe", choices=("paper",), help="all training settings are the "
+                        "paper's, its epochs turned into steps for the pictures of --data, its "
+                        "learning rate for --batch-size; the model is --preset's [small]")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, the "
+                        "memory and the time that it needs (from a few measured steps), and stop")
     parser.add_argument("--resume", action="store_true",
                         help="go on from last.pt in --out; its settings are the defaults")
     parser.add_argument("--overwrite", action="store_true",
@@ -77,10 +88,13 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
         add_flags(parser, part, title)
     args = parser.parse_args(argv)
 
-    out = output_folder(getattr(args, "out", run.out))
+    out = Path(getattr(args, "out", run.out))
     last, resumed, initial = out / "last.pt", None, None
-    if args.resume and args.overwrite:
-        raise UserError("give --resume or --overwrite, not both")
+    for one, other in (("overwrite", "resume"), ("recipe", "resume"), ("dry_run", "resume")):
+        if getattr(args, one) and getattr(args, other):
+            raise UserError(f"give --resume or --{one.replace('_', '-')}, not both")
+    if not args.dry_run:
+        output_folder(str(out))
     if args.resume:
         resumed = checkpoint.load_newest(last, kind)
         saved = resumed["config"]
@@ -92,12 +106,15 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
         if override(model, args) != model:
             raise UserError(f"{last} holds a model of other sizes than asked for; leave the "
                             "model's flags out to resume it, or choose another --out")
-    elif any(path.suffix == ".pt" for path in own_files(out)) and not args.overwrite:
+    elif (any(path.suffix == ".pt" for path in own_files(out))
+          and not (args.overwrite or args.dry_run)):
         raise UserError(f"{out} holds a run already; add --resume to go on with it, --overwrite "
                         "to start anew, or choose another folder with --out")
-    for folder in (out, out / "previews"):
+    for folder in () if args.dry_run else (out, out / "previews"):
         remove_leftovers(folder)
     run = override(run, args)
+    if args.recipe:
+        training = paper_training(kind, count(run), getattr(args, "batch_size", None))
     if run.init_from and not resumed:
         initial = checkpoint.load(run.init_from, kind)
         model = config_from_dict(type(model), initial["config"]["model"])
@@ -106,8 +123,13 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
                             "for; leave the model's flags out")
     if run.deterministic:
         make_deterministic()
-    return Setup(name, override(model, args), override(training, args), run,
-                 pick_device(run.device), out, resumed, initial)
+    training = override(training, args)
+    if distributed.share(training.batch_size) % run.accumulate:
+        raise UserError(f"--accumulate {run.accumulate} does not divide the "
+                        f"{distributed.share(training.batch_size)} images that one process has of "
+                        f"a batch of {training.batch_size}")
+    return Setup(name, override(model, args), training, run,
+                 distributed.local_device(run.device), out, resumed, initial, args.dry_run)
 
 
 def make_deterministic() -> None:
@@ -125,71 +147,7 @@ def own_files(out: Path) -> list[Path]:
     return [path for pattern in patterns for path in out.glob(pattern)]
 
 
-class Ema:
-    """Exponential moving average of a module's weights, kept as a module of its own (`model`).
-
-    With warmup the decay starts small, min(decay, (1+n)/(10+n)), so that the random first
-    weights are forgotten quickly.  Buffers are copied; frozen parameters are left alone.
-    """
-
-    def __init__(self, model: nn.Module, decay: float, warmup: bool) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay, self.warmup, self.updates = decay, warmup, 0
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards the model's present weights."""
-        self.updates += 1
-        n = self.updates
-        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
-        mine, theirs = zip(*((a, b) for a, b in zip(self.model.parameters(), model.parameters())
-                             if b.requires_grad))
-        torch._foreach_lerp_(mine, theirs, 1 - decay)
-        for a, b in zip(self.model.buffers(), model.buffers()):
-            a.copy_(b)
-
-
-def warmup_decay_lr(step: int, lr: float, warmup_steps: int, decay: float = 1.0,
-                    every: int = 1) -> float:
-    """Learning rate of a step: linear from 0 over the warm-up, then × decay every `every` steps.
-
-    A function of the step alone, so that a resumed run continues on the same curve.
-    """
-    if step < warmup_steps:
-        return lr * step / warmup_steps
-    return lr * decay ** ((step - warmup_steps) // every)
-
-
-class Stepper:
-    """One optimizer step with clipping, which leaves out steps that are not finite.
-
-    After `patience` of them in a row the training ends with an error; the last checkpoint stays.
-    """
-
-    def __init__(self, patience: int = 10) -> None:
-        self.patience, self.in_a_row, self.skipped = patience, 0, 0
-
-    def __call__(self, loss: Tensor, optimizer: torch.optim.Optimizer, lr: float,
-                 clip: float) -> float:
-        """Backward, clip, step; returns the gradient norm before clipping (NaN: left out)."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad(set_to_none=True)
-        if loss.isfinite():
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, clip)
-            if norm.isfinite():
-                optimizer.step()
-                self.in_a_row = 0
-                return float(norm)
-        optimizer.zero_grad(set_to_none=True)
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row >= self.patience:
-            raise UserError(f"the loss or its gradient was not finite {self.in_a_row} times in a "
-                            "row; resume from the last checkpoint with a lower --lr or a lower "
-                            "--grad-clip, and look for odd pictures in the data")
-        return math.nan
+PATIENCE = timedelta(minutes=30)  # that one process waits for another in training
 
 
 class Log:
@@ -222,7 +180,7 @@ class Progress:
 
     def __init__(self, start: int, steps: int, batch_size: int, label: str) -> None:
         self.bar = tqdm(total=steps, initial=start, desc=label, dynamic_ncols=True,
-                        mininterval=1.0)
+                        mininterval=1.0, disable=not distributed.is_main())
         self.batch_size, self.images, self.since, self.rate = batch_size, 0, time.time(), 0.0
 
     def step(self, scalars: dict[str, float], skipped: int) -> None:
@@ -237,7 +195,8 @@ class Progress:
 
     def write(self, text: str) -> None:
         """Print a line above the bar."""
-        self.bar.write(text)
+        if distributed.is_main():
+            self.bar.write(text)
 
     def close(self) -> None:
         """Leave the bar as it is."""
@@ -247,7 +206,7 @@ class Progress:
 class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into a flag, so that a step is finished and saved.
 
-    A second one interrupts at once.  A context: the usual handlers are back at its end.
+    A second one interrupts at once (not under torchrun).  A context: the usual handlers are back at its end.
     """
 
     def __init__(self, message: str = "stopping after this step; a checkpoint is written") -> None:
@@ -261,23 +220,36 @@ class StopRequest:
         for number, handler in self.usual.items():
             signal.signal(number, handler)
 
+    def share(self) -> None:
+        """Let all processes stop after the same step, whichever was asked first."""
+        if distributed.world_size() > 1:
+            self.asked = int(distributed.largest(torch.tensor(self.asked)))
+
     def _handle(self, number: int, frame: Any) -> None:
+        if self.asked and distributed.world_size() > 1:
+            return  # torchrun hands on what the terminal has sent already; it kills in the end
         if self.asked:
             raise KeyboardInterrupt
         self.asked = number
-        tqdm.write(f"{self.message} (again to stop at once)")
+        if distributed.is_main():
+            tqdm.write(f"{self.message} (again to stop at once)")
 
 
 class Trainer(Protocol):
     """What `fit` needs of a training script: the method itself, without the machinery."""
 
+    model: nn.Module
+    ema: Ema
     stepper: Stepper
 
-    def step(self, step: int, data: Tensor, labels: Tensor) -> dict[str, float]:
-        """One training step on a batch; returns `loss`, `lr` and more."""
+    def step(self, step: int, data: Tensor, labels: Tensor) -> dict[str, float | list[float]]:
+        """One training step on this process's share of a batch.
+
+        Returns `loss`, `lr` and more, of the whole batch: the same on every process.
+        """
 
     def validate(self, loader: DataLoader) -> dict[str, Any]:
-        """Scores on held-out images, `val_loss` among them."""
+        """Scores on held-out images, `val_loss` among them; `loader` has this process's share."""
 
     def preview(self, path: Path) -> None:
         """Draw a picture of how far the training is."""
@@ -299,7 +271,7 @@ def fit(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
     Asked to stop by Ctrl-C or SIGTERM, it writes a checkpoint after the step and exits with the
     shell's code for that signal (130, 143), so that a chain of commands ends there.
     """
-    out, best = setup.out, math.inf
+    out, best, main = setup.out, math.inf, distributed.is_main()
     if setup.resumed:
         if setup.resumed["classes"] != classes:
             raise UserError(f"the run to resume has the classes {setup.resumed['classes']}, the "
@@ -307,22 +279,26 @@ def fit(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
                             f"--init-from {out / 'last.pt'} and another --out")
         trainer.load_state(setup.resumed)
         best, setup.resumed = setup.resumed["best_loss"], None
-    else:  # what an older run left, given up by --overwrite
-        for path in own_files(out):
-            path.unlink()
+    else:
+        if main:  # what an older run left, given up by --overwrite
+            for path in own_files(out):
+                path.unlink()
         if setup.initial:
             trainer.start_from(setup.initial)
             setup.initial = None
-    (out / "previews").mkdir(exist_ok=True)
+    distributed.copy_from_main(trainer.model, trainer.ema.model)
+    if main:
+        (out / "previews").mkdir(exist_ok=True)
     if setup.run.cache_gb:
         if not isinstance(train, ImageFolder):
             raise UserError("--cache-gb keeps pictures of a folder in memory; leave it out here")
         train.keep_in_memory(setup.run.cache_gb, setup.run.workers)
 
     def save(name: str, step: int, best: float) -> None:
-        checkpoint.save(out / name, kind, {"config": setup.config(), "classes": classes,
-                                           "step": step, "best_loss": best, **trainer.state()},
-                        keep=setup.run.keep if name == "last.pt" else 1)
+        if main:
+            checkpoint.save(out / name, kind, {"config": setup.config(), "classes": classes,
+                                               "step": step, "best_loss": best, **trainer.state()},
+                            keep=setup.run.keep if name == "last.pt" else 1)
 
     with StopRequest() as stop:
         step = train_steps(kind, setup, trainer, train, val, best, save, stop)
@@ -334,30 +310,35 @@ def fit(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
 
 def train_steps(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
                 best: float, save: Callable[[str, int, float], None], stop: StopRequest) -> int:
-    """The loop: steps, log, validations, previews, checkpoints.  Returns the steps done."""
-    cfg, opts, step = setup.training, setup.run, setup.start
-    log, val_loader = Log(setup.out / "log.jsonl", step), fixed_loader(val, cfg.batch_size,
-                                                                       opts.val_images)
+    """The loop: steps, log, validations, previews, checkpoints.  Returns the steps done.
+
+    Only the main process writes.
+    """
+    cfg, opts, step, main = setup.training, setup.run, setup.start, distributed.is_main()
+    log = Log(setup.out / "log.jsonl", step) if main else None
+    val_loader = fixed_loader(val, distributed.share(cfg.batch_size), opts.val_images, shared=True)
     with closing(Progress(step, cfg.steps, cfg.batch_size, kind)) as progress:
         for data, labels, _ in training_loader(train, cfg.batch_size, opts, step, cfg.steps):
             scalars = trainer.step(step, data, labels)
             step += 1
             progress.step(scalars, trainer.stepper.skipped)
             last = step == cfg.steps
-            if step % opts.log_every == 0:
-                log.write(step, **scalars, skipped=trainer.stepper.skipped,
-                          images_per_s=progress.rate)
+            if main and step % opts.log_every == 0:
+                log.write(step, **scalars, ema_distance=trainer.ema.distance(trainer.model),
+                          skipped=trainer.stepper.skipped, images_per_s=progress.rate)
             if step % opts.val_every == 0 or last:
                 scores = trainer.validate(val_loader)
-                log.write(step, **scores)
+                if main:
+                    log.write(step, **scores)
                 numbers = {k: v for k, v in scores.items() if isinstance(v, float)}
                 shown = (f"{k.removeprefix('val_')} {v:.5g}" for k, v in numbers.items())
                 progress.write(f"step {step}: {', '.join(shown)} (held out)")
                 if scores["val_loss"] < best:
                     best = scores["val_loss"]
                     save("best.pt", step, best)
-            if step % opts.preview_every == 0 or last:
+            if main and (step % opts.preview_every == 0 or last):
                 trainer.preview(setup.out / "previews" / f"{step:07d}.png")
+            stop.share()
             if step % opts.save_every == 0 or last or stop.asked:
                 save("last.pt", step, best)
             if stop.asked:

@@ -145,19 +145,21 @@ class Setting:
         self.labels = torch.tensor([0, 1, 2, 1])
 
     def step(self):
-        """One step; returns its loss, and the loss of every column that it should be made of."""
+        """One step; returns its loss, and the errors (M, B, N) that it should be made of."""
         seen = []
-        self.trainer.stepper = lambda loss, *_: seen.append(loss) or 0.0
-        inner = self.trainer.step.__globals__["flow_matching_loss"]
-        columns = []
+        self.trainer.stepper.backward = seen.append
+        inner = self.trainer.step.__globals__["flow_matching_errors"]
+        errors = []
 
         def spy(*arguments):
-            columns.append(inner(*arguments))
-            return columns[-1]
+            errors.append(inner(*arguments))
+            return errors[-1]
 
-        self.trainer.step.__globals__["flow_matching_loss"] = spy
-        self.trainer.step(3, self.means, self.labels)
-        return seen[0], columns[0]
+        self.trainer.step.__globals__["flow_matching_errors"] = spy
+        logged = self.trainer.step(3, self.means, self.labels)
+        assert logged["loss_per_column"] == pytest.approx(
+            errors[0].mean((0, 1)).tolist(), abs=1e-5)
+        return seen[0], errors[0]
 
 
 def test_loss_is_the_mean_over_the_chosen_subtasks(tokenizer):
@@ -165,18 +167,18 @@ def test_loss_is_the_mean_over_the_chosen_subtasks(tokenizer):
     torch.testing.assert_close(whole, columns.mean())
     chosen, same = Setting(tokenizer, subtasks=(1, 6)).step()
     assert torch.equal(same, columns)  # the same noise, whatever is chosen
-    torch.testing.assert_close(chosen, columns[:, [1, 6]].mean())
+    torch.testing.assert_close(chosen, columns[:, :, [1, 6]].mean())
 
 
 def test_only_chosen_subtasks_have_a_gradient(tokenizer):
     loss, columns = Setting(tokenizer, subtasks=(0, 5)).step()
     grad, = torch.autograd.grad(loss, columns)
-    assert grad.abs().sum(0).nonzero().flatten().tolist() == [0, 5]
+    assert grad.abs().sum((0, 1)).nonzero().flatten().tolist() == [0, 5]
 
 
 def test_real_equivariant_trains_on_as_many_tokens_in_crops(tokenizer):
     loss, columns = Setting(tokenizer, REAL).step()
-    assert columns.shape == (4 * (8 // 3), 3)  # W = 3: two crops of each image of eight
+    assert columns.shape[1:] == (4 * (8 // 3), 3)  # W = 3: two crops of each image of eight
     torch.testing.assert_close(loss, columns.mean())
 
 

@@ -117,16 +117,17 @@ def trainer(folder, tmp_path, **run):
 
 
 def test_nothing_flows_into_the_encoder_in_stage_two(stage_one, tmp_path):
-    stage, images = trainer(stage_one, tmp_path, finetune_decoder="x")
-    grads = {}
-    for name, p in stage.model.named_parameters():
-        if p.requires_grad:
-            p.register_post_accumulate_grad_hook(lambda p, name=name: grads.update({name: p.grad}))
-    stage.step(0, images, None)
-    assert grads and all(n.startswith(("decoder.", "from_tokens.")) for n in grads)
-    one, images = trainer(stage_one, tmp_path)
-    one.step(0, images, None)
-    assert one.model.encoder.conv_in.weight.grad is not None  # in stage 1 it does
+    def reached(stage, images):
+        names = []
+        for name, p in stage.model.named_parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda _, name=name: names.append(name))
+        stage.step(0, images, None)
+        return names
+
+    second = reached(*trainer(stage_one, tmp_path, finetune_decoder="x"))
+    assert second and all(n.startswith(("decoder.", "from_tokens.")) for n in second)
+    assert "encoder.conv_in.weight" in reached(*trainer(stage_one, tmp_path))  # in stage 1 it does
 
 
 def test_frozen_networks_run_no_more_often_than_needed(stage_one, tmp_path):
