@@ -70,10 +70,9 @@ class Ema:
     @torch.no_grad()
     def distance(self, model: nn.Module) -> float:
         """‖average − weights‖ / ‖weights‖: how far the weights have moved within its memory."""
-        theirs = [p.detach() for p in model.parameters()]
-        apart = torch._foreach_sub([p.detach() for p in self.model.parameters()], theirs)
-        norms = [torch.stack(torch._foreach_norm(x)).norm() for x in (apart, theirs)]
-        return (norms[0] / norms[1]).item()
+        pairs = list(zip(self.model.parameters(), model.parameters()))
+        apart = torch.stack([(a - b).norm() for a, b in pairs]).norm()
+        return (apart / torch.stack([b.norm() for _, b in pairs]).norm()).item()
 
 
 def warmup_decay_lr(step: int, lr: float, warmup_steps: int, decay: float = 1.0,

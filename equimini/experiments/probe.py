@@ -15,6 +15,7 @@ from equimini import checkpoint
 from equimini.cli import config_from_dict
 from equimini.data import fixed_loader, to_float
 from equimini.experiments.common import script
+from equimini.optimize import Stepper
 from equimini.pipeline import tokenizer_inside
 from equimini.presets import GeneratorConfig, GeneratorTraining
 from equimini.training import Setup
@@ -60,7 +61,7 @@ class Probe:
         weights = list(trainer.model.parameters())
         norm = float(torch.stack([w.detach().norm() for w in weights]).norm())
         trainer.cfg = dataclasses.replace(trainer.cfg, lr=length * norm / CLIP)
-        trainer.optimizer = torch.optim.SGD(weights, lr=trainer.cfg.lr)
+        trainer.stepper = Stepper(torch.optim.SGD(weights, lr=trainer.cfg.lr))
         return trainer
 
     @torch.no_grad()
