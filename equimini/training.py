@@ -30,6 +30,9 @@ from equimini.optimize import Ema, Stepper
 from equimini.presets import PRESETS, Checked, paper_training
 
 
+PATIENCE = timedelta(minutes=30)  # that one process waits for another in training
+
+
 @dataclass
 class Setup:
     """A training's resolved configuration, and the checkpoint that it resumes from, if any."""
@@ -147,9 +150,6 @@ def own_files(out: Path) -> list[Path]:
     return [path for pattern in patterns for path in out.glob(pattern)]
 
 
-PATIENCE = timedelta(minutes=30)  # that one process waits for another in training
-
-
 class Log:
     """A JSONL file of scalars, one line per record; lines of steps not trained yet are dropped."""
 
@@ -206,7 +206,8 @@ class Progress:
 class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into a flag, so that a step is finished and saved.
 
-    A second one interrupts at once (not under torchrun).  A context: the usual handlers are back at its end.
+    A second one interrupts at once (not under torchrun).  A context: the usual handlers are back
+    at its end.
     """
 
     def __init__(self, message: str = "stopping after this step; a checkpoint is written") -> None:
@@ -232,7 +233,8 @@ class StopRequest:
             raise KeyboardInterrupt
         self.asked = number
         if distributed.is_main():
-            tqdm.write(f"{self.message} (again to stop at once)")
+            again = "" if distributed.world_size() > 1 else " (again to stop at once)"
+            tqdm.write(f"{self.message}{again}")
 
 
 class Trainer(Protocol):
