@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equimini.speed import LayerNorm, float32_linear, maybe_recomputed, widened
+
 TIME_CHANNELS = 256  # of the sinusoidal embedding
 
 
@@ -33,7 +35,7 @@ class HeadBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.ada = nn.Linear(width, 3 * width)
 
@@ -45,6 +47,10 @@ class HeadBlock(nn.Module):
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         shift, factor, gate = modulation  # (…, width), as x
         return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, factor, self.norm(x))))
+
+    def conditioned(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same, from the condition y (…, width)."""
+        return self(x, self.modulation(y))
 
 
 class FlowHead(nn.Module):
@@ -60,9 +66,10 @@ class FlowHead(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, width), nn.SiLU(),
                                       nn.Linear(width, width))
         self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
-        self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm_out = LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.ada_out = nn.Linear(width, 2 * width)
         self.x_out = nn.Linear(width, channels)
+        self.recompute = False  # blocks again in the backward pass, see Generator
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -77,8 +84,16 @@ class FlowHead(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def embed_time(self, t: Tensor) -> Tensor:
-        """MLP(t): times t (…) in [0, 1] to (…, width)."""
-        return self.time_mlp(time_embedding(t))
+        """MLP(t): times t (…) in [0, 1] to (…, width).
+
+        The embedding is read in float32 also under autocast: most of its cosines are so close to 1
+        that bfloat16 would take them for 1.
+        """
+        first, *rest = self.time_mlp
+        x = float32_linear(first, time_embedding(t))
+        for layer in rest:
+            x = layer(x)
+        return x
 
     def modulations(self, time: Tensor, z: Tensor) -> list[tuple[Tensor, ...]]:
         """Every block's (shift, 1 + scale, gate) and the output's (shift, 1 + scale).
@@ -86,16 +101,29 @@ class FlowHead(nn.Module):
         time: `embed_time` of t, (…, width); z: (…, cond_channels).  Nothing here depends on x: a
         sampler may ask for many times at once, before it has the first x.
         """
-        y = F.silu(time + self.z_in(z))
+        y = self.condition(time, z)
+        return [*(block.modulation(y) for block in self.blocks), self.modulation_out(y)]
+
+    def condition(self, time: Tensor, z: Tensor) -> Tensor:
+        """SiLU(y) (…, width), which every modulation is linear in."""
+        return F.silu(time + self.z_in(z))
+
+    def modulation_out(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The output's shift and 1 + scale, (…, width) each, of the condition y (…, width)."""
         shift, scale = self.ada_out(y).chunk(2, -1)
-        return [*(block.modulation(y) for block in self.blocks), (shift, 1 + scale)]
+        return shift, 1 + scale
 
     def velocity(self, x: Tensor, modulations: Sequence[tuple[Tensor, ...]]) -> Tensor:
         """v (…, channels) at x (…, channels): the part of the head that depends on x."""
-        *of_blocks, (shift, factor) = modulations
-        x = self.x_in(x)
+        *of_blocks, last = modulations
+        x = widened(self.x_in(x))
         for block, modulation in zip(self.blocks, of_blocks):
             x = block(x, modulation)
+        return self.output(x, last)
+
+    def output(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
+        """What the last block left (…, width) to v (…, channels)."""
+        shift, factor = modulation
         return self.x_out(torch.addcmul(shift, factor, self.norm_out(x)))
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
@@ -103,4 +131,9 @@ class FlowHead(nn.Module):
 
         Leading shapes broadcast: with x, t of (M, B, N, …) one z of (B, N, …) serves M draws.
         """
-        return self.velocity(x, self.modulations(self.embed_time(t), z))
+        if not self.recompute:
+            return self.velocity(x, self.modulations(self.embed_time(t), z))
+        y, x = self.condition(self.embed_time(t), z), widened(self.x_in(x))
+        for block in self.blocks:
+            x = maybe_recomputed(True, block.conditioned, x, y)
+        return self.output(x, self.modulation_out(y))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from equimini.flow_head import FlowHead
 from equimini.presets import GeneratorConfig
 from equimini.rope import Rope, rope_tables, rotate
+from equimini.speed import LayerNorm, maybe_recomputed
 from equimini.window_attention import window_attention
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values, each (B, n, H, D)
@@ -97,11 +98,11 @@ class Block(nn.Module):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         d = config.embed_dim
-        self.norm1, self.attn = nn.LayerNorm(d, eps=1e-6), SelfAttention(config)
-        self.cross_norm = nn.LayerNorm(d, eps=1e-5)  # of the image tokens
-        self.class_norm = nn.LayerNorm(d, eps=1e-5)  # of the class tokens
+        self.norm1, self.attn = LayerNorm(d, eps=1e-6), SelfAttention(config)
+        self.cross_norm = LayerNorm(d, eps=1e-5)  # of the image tokens
+        self.class_norm = LayerNorm(d, eps=1e-5)  # of the class tokens
         self.cross = CrossAttention(config)
-        self.norm2, self.mlp = nn.LayerNorm(d, eps=1e-6), MLP(config)
+        self.norm2, self.mlp = LayerNorm(d, eps=1e-6), MLP(config)
 
     def class_step(self, c: Tensor) -> tuple[KeyValue, Tensor]:
         """Class tokens c (B, T, d): what image tokens read of them here, and c after the MLP."""
@@ -133,11 +134,17 @@ class Generator(nn.Module):
         self.no_class = nn.Parameter(torch.empty(1, d))
         self.class_embed = nn.Parameter(torch.empty(1, config.class_tokens, d))
         self.x_in = nn.Linear(channels, d)
-        self.norm_in = nn.LayerNorm(d, eps=1e-6)
+        self.norm_in = LayerNorm(d, eps=1e-6)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm_out = nn.LayerNorm(d, eps=1e-6)
+        self.norm_out = LayerNorm(d, eps=1e-6)
         self.init_weights()
         self.head = FlowHead(channels, d, config.head_width, config.head_depth)
+        self.recompute = False  # see checkpoint_activations
+
+    def checkpoint_activations(self) -> None:
+        """Train with less memory: between blocks, and between those of the head, activations are
+        kept for the backward pass; those inside a block are computed again."""
+        self.recompute = self.head.recompute = True
 
     def init_weights(self) -> None:
         """Linear layers Xavier-uniform with zero biases; embeddings from N(0, 0.02²)."""
@@ -159,7 +166,7 @@ class Generator(nn.Module):
         c = self.norm_in(c[:, None] + self.class_embed)  # (B, T, d)
         keys_values = []
         for block in self.blocks:
-            kv, c = block.class_step(c)
+            kv, c = maybe_recomputed(self.recompute, block.class_step, c)
             keys_values.append(kv)
         return ClassContext(keys_values, self.norm_out(c[:, -1:]))
 
@@ -186,7 +193,8 @@ class Generator(nn.Module):
             cross_rope = rope_tables(positions[known:].clamp(max=hold), head_dim)
         pasts = list(cache) if cache else [None] * len(self.blocks)
         for i, block in enumerate(self.blocks):
-            x, pasts[i] = block(x, context.keys_values[i], rope, cross_rope, pasts[i])
+            x, pasts[i] = maybe_recomputed(self.recompute, block, x, context.keys_values[i], rope,
+                                           cross_rope, pasts[i])
         if cache is not None:
             cache[:] = pasts
         return self.norm_out(x)
