@@ -23,6 +23,7 @@ from equimini.images import clean_label, grid, save_png
 from equimini.optimize import Ema, Stepper, add, pieces, warmup_decay_lr
 from equimini.pipeline import ImageGenerator, tokenizer_content, tokenizer_inside
 from equimini.presets import PRESETS, flag
+from equimini.speed import PRECISIONS, adamw, compiled, load_optimizer, set_float32
 from equimini.training import PATIENCE, Setup, fit, set_up
 
 
@@ -37,9 +38,14 @@ class GeneratorRun(RunConfig):
     tokenizer: str = flag("", "checkpoint of the trained tokenizer; empty: the one inside the "
                           f"checkpoint of --resume or --init-from, else {TOKENIZER}")
     latents: str = flag("", "folder made by python -m equimini.cache_latents, in place of --data")
-    precision: str = flag("float32", "arithmetic of the matrix products; bf16 (autocast) is "
-                          "several times faster where the processor has it",
-                          choices=("float32", "bf16"))
+    precision: str = flag("float32", "arithmetic of the matrix products; tf32 (CUDA: 10 bits of "
+                          "mantissa) and bf16 (autocast: 7) are several times faster where the "
+                          "processor has them", choices=PRECISIONS)
+    compile: bool = flag(False, "compile the loss and its gradient when training starts, which "
+                         "takes a minute or so; worth it on GPUs")
+    fused_optimizer: bool = flag(True, "AdamW in one pass over the weights")
+    checkpoint_activations: bool = flag(False, "less memory, more time: activations inside the "
+                                        "blocks are computed again for the backward pass")
     preview_cfg: float = flag(2.0, "guidance scale of the preview pictures; 1: none", min=0)
     preview_steps: int = flag(25, "Euler steps per column of the preview pictures", min=1)
 
@@ -50,14 +56,18 @@ class Trainer:
     def __init__(self, setup: Setup, tokenizer: Tokenizer, classes: list[str]) -> None:
         self.cfg, self.opts, self.classes = setup.training, setup.run, classes
         self.device, self.seed = setup.device, setup.run.seed
+        set_float32(self.opts.precision, self.device)
         self.tokenizer = tokenizer.to(self.device)
         keyed.seed_torch(self.seed, 0)  # initial weights
         channels = self.tokenizer.config.token_channels
         self.model = Generator(setup.model, len(classes), channels).to(self.device)
         self.ema = Ema(self.model, self.cfg.ema_decay, warmup=False)
-        self.optimizer = torch.optim.AdamW(
-            weight_decay_groups(self.model, self.cfg.weight_decay), lr=self.cfg.lr,
-            betas=(0.9, 0.95))
+        if self.opts.checkpoint_activations:
+            self.model.checkpoint_activations()
+        self.flow_errors = compiled(flow_matching_errors) if self.opts.compile else \
+            flow_matching_errors
+        self.optimizer = adamw(weight_decay_groups(self.model, self.cfg.weight_decay), self.cfg.lr,
+                               self.opts.fused_optimizer)
         self.stepper = Stepper(self.optimizer)
         self.columns = 0  # of the training pictures, once one has been seen
         if self.cfg.subtasks and setup.model.real_equivariant:
@@ -138,7 +148,7 @@ class Trainer:
         if self.model.config.real_equivariant:
             x, labels, u, eps, drop = self.crops(x, labels, u, eps, drop, rngs)
         with self.autocast():
-            return flow_matching_errors(self.model, x, labels, u, eps, drop, shift), u
+            return self.flow_errors(self.model, x, labels, u, eps, drop, shift), u
 
     def state(self) -> dict:
         """Everything a resumed run needs, and the tokenizer that sampling needs."""
@@ -155,7 +165,7 @@ class Trainer:
             raise UserError("the run to resume was trained with another tokenizer than --tokenizer")
         checkpoint.load_weights(self.model, state["model"], "last.pt")
         checkpoint.load_weights(self.ema.model, state["ema"], "last.pt")
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.stepper.skipped = state["skipped"]
         self.columns = state.get("columns", 0)
 

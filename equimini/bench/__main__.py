@@ -2,4 +2,5 @@
 
 from equimini.cli import run, subcommand
 
-run(lambda: subcommand("equimini.bench", ["attention", "data", "sample", "solvers", "tokenizer"]))
+run(lambda: subcommand("equimini.bench", ["attention", "data", "sample", "solvers", "tokenizer",
+                                       "train"]))

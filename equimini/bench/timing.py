@@ -12,10 +12,14 @@ import torch
 
 def median_seconds(run: Callable[[], object], device: str, budget: float = 1.0) -> float:
     """Median time of `run` after a warm-up: 5 to 100 repeats, about `budget` seconds of them."""
-    clock = _cuda_seconds if device == "cuda" else _cpu_seconds
-    warm = [clock(run) for _ in range(3)]
+    warm = [seconds(run, device) for _ in range(3)]
     repeats = max(5, min(100, int(budget / max(warm[-1], 1e-9))))
-    return statistics.median(clock(run) for _ in range(repeats))
+    return statistics.median(seconds(run, device) for _ in range(repeats))
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """Time of one call."""
+    return (_cuda_seconds if device == "cuda" else _cpu_seconds)(run)
 
 
 def _cpu_seconds(run: Callable[[], object]) -> float:
