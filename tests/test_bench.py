@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from equimini.bench import sample, solvers
+from equimini.bench import sample, solvers, train
 from equimini.cli import UserError
 from equimini.pipeline import ImageGenerator
+from equimini.presets import PRESETS
+from equimini.window_attention import visible_pairs
 
 
 class Features(nn.Module):
@@ -85,3 +87,49 @@ def test_single_columns_are_the_samplers(model, cfg):
 def test_mistakes(arguments, message):
     with pytest.raises(UserError, match=message):
         solvers.main(arguments)
+
+
+def test_training_benchmark(capsys):
+    arguments = ["--preset", "tiny", "--batch-size", "2", "--steps", "1", "--device", "cpu"]
+    train.main([*arguments, "--settings", "bf16", "--profile"])
+    table = capsys.readouterr().out.splitlines()
+    values = dict(zip(table[2].replace("of peak", "peak").replace("peak GiB", "GiB")
+                      .replace("first s", "first").split(), table[3].split()))
+    assert values["setting"] == "bf16" and values["faster"] == "1.00"
+    assert float(values["images/s"]) == pytest.approx(2000 / float(values["ms/step"]), rel=0.01)
+    assert 0.1 < float(values["GiB"]) < 8
+    assert 0 < float(values["MFU"].rstrip("%"))
+    assert len(table) == 4 + 12 + 1 and any("aten::addmm" in line for line in table)
+    for wrong, message in ((["--settings", "plain,slow"], "--settings takes plain, .*got 'slow'"),
+                           (["--settings", "tf32"], "--settings tf32 needs a CUDA device")):
+        with pytest.raises(UserError, match=message):
+            train.main([*arguments, *wrong])
+
+
+def test_model_flops():
+    """Forward and backward of a linear layer on B rows: 6·B·in·out; 4 where the input is data."""
+    preset = PRESETS["tiny"]
+    n, c, g = preset.tokenizer.columns, preset.tokenizer.token_channels, preset.generator
+    d, w, m, b = g.embed_dim, g.head_width, 4, 3
+    total, head = train.model_flops("tiny", b, m)
+    rows = b * n
+    per_draw = 6 * (w * w * (1 + 5 * g.head_depth + 2) + w * c) + 4 * (256 + c) * w
+    assert head == rows * (m * per_draw + 6 * d * w)
+    image, classes = b * (n - 1), b * g.class_tokens
+    body = image * (4 * c * d + 6 * g.layers * 14 * d * d)
+    body += classes * 6 * g.layers * (2 + 8) * d * d
+    assert head + body < total  # and the attention's products
+    pairs = b * (visible_pairs(n - 1, n - 1, g.window) + (n - 1) * g.class_tokens)
+    assert total - head - body <= g.layers * pairs * d * (4 + 10)
+    assert train.model_flops("tiny", 2 * b, m) == (2 * total, 2 * head)
+
+
+def test_peak_rates(monkeypatch):
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+        assert train.peak_rate(torch.device("cuda"), "bf16") == (peak, "published")
+    assert train.peak_rate(torch.device("cuda"), "float32")[0] < 1e14
+    monkeypatch.setattr(train, "median_seconds", lambda run, device: 0.5)
+    rate, source = train.peak_rate(torch.device("cpu"), "bf16")
+    assert rate == 4 * 2048**3 and source == "measured, 2048x2048"

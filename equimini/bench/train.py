@@ -65,10 +65,12 @@ class TrainBench(Checked):
 
     preset: str = flag("base", "generator to train", choices=tuple(PRESETS))
     batch_size: int = flag(0, "images per step; 0: 256 on a GPU, 16 on a CPU", min=0)
-    settings: str = flag("plain,fast", f"any of {', '.join(SETTINGS)}, with commas")
+    settings: str = flag("", f"any of {', '.join(SETTINGS)}, with commas; empty: plain,fast on a "
+                         "GPU, plain,fused,bf16 on a CPU (where compiling takes minutes)")
     steps: int = flag(10, "measured steps of each, after three that are not; the median counts",
                       min=1)
-    profile: bool = flag(False, "also print the operators that take the most time")
+    profile: bool = flag(False, "also print where the time goes: the operators "
+                         "that take the most")
     device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N")
     json: bool = flag(False, "print JSON")
 
@@ -161,7 +163,7 @@ def measure(cfg: TrainBench, setting: str) -> dict[str, Any]:
 
 
 def profile(step: Any, device: torch.device, steps: int = 3, rows: int = 12) -> list[dict]:
-    """The operators with the most time of their own over a few steps, as dicts."""
+    """The operators (on a GPU: kernels) with the most time of their own, as dicts."""
     from torch.profiler import ProfilerActivity
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with torch.profiler.profile(activities=kinds) as profiler:
@@ -170,7 +172,9 @@ def profile(step: Any, device: torch.device, steps: int = 3, rows: int = 12) -> 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     name = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
-    events = sorted(profiler.key_averages(), key=lambda e: -getattr(e, name))
+    events = [e for e in profiler.key_averages() if e.device_type.name == device.type.upper()
+              and not getattr(e, "is_user_annotation", False)]
+    events.sort(key=lambda e: -getattr(e, name))
     total = sum(getattr(e, name) for e in events)
     return [{"operator": e.key, "calls": e.count / steps, "ms": getattr(e, name) / steps / 1e3,
              "share": getattr(e, name) / total} for e in events[:rows]]
@@ -220,7 +224,9 @@ def main(argv: list[str]) -> None:
                                      + "; ".join(f"{k}: {v}" for k, v in SETTINGS.items()))
     add_flags(parser, TrainBench(), "options")
     cfg = override(TrainBench(), parser.parse_args(argv))
-    device, names = pick_device(cfg.device), [s.strip() for s in cfg.settings.split(",")]
+    device = pick_device(cfg.device)
+    usual = "plain,fast" if device.type == "cuda" else "plain,fused,bf16"
+    names = [name.strip() for name in (cfg.settings or usual).split(",")]
     if device.type not in ("cpu", "cuda"):
         raise UserError("--device: this benchmark has a clock for cpu and cuda")
     for name in names:
