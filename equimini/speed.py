@@ -75,17 +75,17 @@ def maybe_recomputed(recompute: bool, block: Callable[..., Any], *args: Any) -> 
 
 
 def compiled(loss: Callable[..., Tensor], backend: str = "inductor") -> Callable[..., Tensor]:
-    """`flow_matching_loss`, compiled at its first call, which takes a minute or so.
+    """`flow_matching_loss`, compiled at its first call, which takes minutes.
 
-    The position shift goes in as a tensor, so that another one is not another program.
-    Raises UserError where it does not compile.
+    Whole numbers (the position shift) go in as tensors, so that another one is not another
+    program.  Raises UserError where it does not compile.
     """
     fast = torch.compile(loss, backend=backend, fullgraph=True)
 
     def call(model: nn.Module, tokens: Tensor, *args: Any) -> Tensor:
-        *rest, shift = args
+        args = [torch.tensor(a, device=tokens.device) if type(a) is int else a for a in args]
         try:
-            return fast(model, tokens, *rest, torch.tensor(shift, device=tokens.device))
+            return fast(model, tokens, *args)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(f"--compile does not work here ({first_line(error)}); on a CPU it "
                             "needs a C++ compiler, on a GPU triton; leave it out") from error

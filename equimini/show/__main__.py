@@ -2,4 +2,4 @@
 
 from equimini.cli import run, subcommand
 
-run(lambda: subcommand("equimini.show", ["drift", "neighbours", "seams", "tokens"]))
+run(lambda: subcommand("equimini.show", ["drift", "neighbours", "run", "seams", "tokens"]))
