@@ -102,7 +102,8 @@ class FlowHead(nn.Module):
         sampler may ask for many times at once, before it has the first x.
         """
         y = self.condition(time, z)
-        return [*(block.modulation(y) for block in self.blocks), self.modulation_out(y)]
+        last = self.modulation_out(y)
+        return [*(block.modulation(y) for block in self.blocks), last]
 
     def condition(self, time: Tensor, z: Tensor) -> Tensor:
         """SiLU(y) (…, width), which every modulation is linear in."""

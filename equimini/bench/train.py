@@ -1,7 +1,7 @@
 """Training steps of the generator, plain and fast: images/s, memory, model FLOPs utilisation.
 
     python -m equimini.bench train --preset base --batch-size 256
-    python -m equimini.bench train --preset small --batch-size 16 --settings plain,fused,bf16 --profile
+    python -m equimini.bench train --preset small --batch-size 16 --profile
 
 The steps are those of train_generator.py on cached latents (random ones; the picture's encoder
 does not run): noise, loss, gradient, clipping, AdamW, EMA.  Every setting runs in a process of its

@@ -6,7 +6,7 @@
 Reads log.jsonl of the folders (of both training scripts, also while they run) and draws what
 there is:
 
-    loss             of training steps (smoothed; as it is, faint, behind); held-out as dots
+    loss             of training steps (smoothed, and faint as it is); held out as dots
     loss per column  held-out where it is logged, by column, early, halfway and late in the run
     loss per t       the same over the flow's time t
     learning rate, images per second, gradient norm before clipping
@@ -33,6 +33,7 @@ from equimini.plot import COLOURS
 from equimini.presets import Checked, flag
 
 STAGES = {"early": (0.0, ":"), "halfway": (0.5, "--"), "late": (1.0, "-")}  # place, line style
+MEASURED = 1e-9  # images per second are logged as 0 until they are known
 Curve = tuple[list[float], list[float]]  # x and y
 
 
@@ -119,20 +120,28 @@ def labels(folders: Sequence[str]) -> list[str]:
 # Drawing -----------------------------------------------------------------------------------
 
 
-def draw_loss(axes: Any, run: RunLog, colour: str, smooth: int) -> None:
-    steps, values = run.curve("loss")
+def draw_noisy(axes: Any, curve: Curve, colour: str, smooth: int) -> None:
+    """A smoothed line, and faint behind it what it was made of."""
+    steps, values = curve
     axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
     axes.plot(steps, smoothed(values, smooth or max(5, len(values) // 50)), color=colour)
+
+
+def draw_loss(axes: Any, run: RunLog, colour: str, smooth: int) -> None:
+    """That of training, and dots for the held-out one."""
+    draw_noisy(axes, run.curve("loss"), colour, smooth)
     axes.plot(*run.curve("val_loss"), "o", color=colour, markersize=4, markeredgecolor="white",
               markeredgewidth=0.6)
 
 
-def scalar(key: str, least: float = -math.inf) -> Callable[..., None]:
+def scalar(key: str, least: float = -math.inf, noisy: bool = False) -> Callable[..., None]:
     """Draws one scalar of the log over the steps."""
     def draw(axes: Any, run: RunLog, colour: str, smooth: int) -> None:
         steps, values = run.curve(key, least)
-        axes.plot(steps, values, color=colour, marker="." if len(steps) < 30 else "",
-                  linewidth=1.2)
+        if noisy:
+            draw_noisy(axes, (steps, values), colour, smooth)
+        else:
+            axes.plot(steps, values, color=colour, marker="." if len(steps) < 30 else "")
     return draw
 
 
@@ -156,8 +165,8 @@ PANELS = (
     ("loss per column", "column", False, profile(("val_loss_per_column", "loss_per_column"))),
     ("loss per t", "t (0: token, 1: noise)", False, profile(("loss_per_t",), centred=True)),
     ("learning rate", "step", False, scalar("lr")),
-    ("images per second", "step", False, scalar("images_per_s", least=1e-9)),  # 0: not known yet
-    ("gradient norm", "step", True, scalar("grad_norm")),
+    ("images per second", "step", False, scalar("images_per_s", MEASURED, noisy=True)),
+    ("gradient norm", "step", True, scalar("grad_norm", noisy=True)),
     ("EMA distance", "step", False, scalar("ema_distance")),
     ("PSNR in dB, held out", "step", False, scalar("val_psnr")),
 )
@@ -236,7 +245,7 @@ def summary(run: RunLog) -> str:
     if val:
         best = min(range(len(val)), key=val.__getitem__)
         parts.append(f"held out {val[-1]:.5g}, best {val[best]:.5g} at step {val_steps[best]}")
-    rates = sorted(run.curve("images_per_s", least=1e-9)[1])
+    rates = sorted(run.curve("images_per_s", MEASURED)[1])
     if rates:
         parts.append(f"{rates[len(rates) // 2]:.4g} images/s (median)")
     skipped = run.curve("skipped")[1]
