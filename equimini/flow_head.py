@@ -135,6 +135,7 @@ class FlowHead(nn.Module):
         if not self.recompute:
             return self.velocity(x, self.modulations(self.embed_time(t), z))
         y, x = self.condition(self.embed_time(t), z), widened(self.x_in(x))
+        last = self.modulation_out(y)  # first, as above: so gradients add up in the same order
         for block in self.blocks:
             x = maybe_recomputed(True, block.conditioned, x, y)
-        return self.output(x, self.modulation_out(y))
+        return self.output(x, last)

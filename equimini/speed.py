@@ -75,7 +75,7 @@ def maybe_recomputed(recompute: bool, block: Callable[..., Any], *args: Any) -> 
 
 
 def compiled(loss: Callable[..., Tensor], backend: str = "inductor") -> Callable[..., Tensor]:
-    """`flow_matching_loss`, compiled at its first call, which takes minutes.
+    """`flow_matching_errors`, compiled at its first call, which takes minutes.
 
     Whole numbers (the position shift) go in as tensors, so that another one is not another
     program.  Raises UserError where it does not compile.

@@ -120,28 +120,28 @@ def labels(folders: Sequence[str]) -> list[str]:
 # Drawing -----------------------------------------------------------------------------------
 
 
-def draw_noisy(axes: Any, curve: Curve, colour: str, smooth: int) -> None:
+def draw_noisy(axes: Any, curve: Curve, smooth: int, style: dict[str, Any]) -> None:
     """A smoothed line, and faint behind it what it was made of."""
     steps, values = curve
-    axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-    axes.plot(steps, smoothed(values, smooth or max(5, len(values) // 50)), color=colour)
+    axes.plot(steps, values, **style | {"alpha": 0.2, "linewidth": 0.8})
+    axes.plot(steps, smoothed(values, smooth or max(5, len(values) // 50)), **style)
 
 
-def draw_loss(axes: Any, run: RunLog, colour: str, smooth: int) -> None:
+def draw_loss(axes: Any, run: RunLog, smooth: int, style: dict[str, Any]) -> None:
     """That of training, and dots for the held-out one."""
-    draw_noisy(axes, run.curve("loss"), colour, smooth)
-    axes.plot(*run.curve("val_loss"), "o", color=colour, markersize=4, markeredgecolor="white",
-              markeredgewidth=0.6)
+    draw_noisy(axes, run.curve("loss"), smooth, style)
+    axes.plot(*run.curve("val_loss"), "o", color=style["color"], markersize=2 + 2 *
+              style["linewidth"], markeredgecolor="white", markeredgewidth=0.6)
 
 
 def scalar(key: str, least: float = -math.inf, noisy: bool = False) -> Callable[..., None]:
     """Draws one scalar of the log over the steps."""
-    def draw(axes: Any, run: RunLog, colour: str, smooth: int) -> None:
+    def draw(axes: Any, run: RunLog, smooth: int, style: dict[str, Any]) -> None:
         steps, values = run.curve(key, least)
         if noisy:
-            draw_noisy(axes, (steps, values), colour, smooth)
+            draw_noisy(axes, (steps, values), smooth, style)
         else:
-            axes.plot(steps, values, color=colour, marker="." if len(steps) < 30 else "")
+            axes.plot(steps, values, marker="." if len(steps) < 30 else "", **style)
     return draw
 
 
@@ -150,12 +150,11 @@ def profile(keys: Sequence[str], centred: bool = False) -> Callable[..., None]:
 
     centred: the values are of equal bins from 0 to 1, else of columns 0, 1, …
     """
-    def draw(axes: Any, run: RunLog, colour: str, smooth: int) -> None:
+    def draw(axes: Any, run: RunLog, smooth: int, style: dict[str, Any]) -> None:
         found = next((p for p in map(run.profiles, keys) if p), {})
         for stage, (step, values) in found.items():
             x = [(k + 0.5) / len(values) if centred else k for k in range(len(values))]
-            axes.plot(x, values, STAGES[stage][1], color=colour, label=f"step {step}", marker=".",
-                      markersize=4, linewidth=1.2)
+            axes.plot(x, values, STAGES[stage][1], label=f"step {step}", marker=".", **style)
     return draw
 
 
@@ -182,13 +181,15 @@ def figure(runs: list[RunLog], smooth: int = 0) -> Any:
     except ImportError:
         raise UserError("this picture needs matplotlib: pip install \"equimini[plots]\" or "
                         "pip install matplotlib") from None
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
+    styles = [{"color": COLOURS[i % len(COLOURS)], "linewidth": 1.4} for i in range(len(runs))]
+    if len(runs) > 1:
+        styles[0]["linewidth"] = 3.0  # seen also where another run covers it
     sheet = Figure(figsize=(13, 12), layout="constrained")
     drawn = 0
     for title, xlabel, log, draw in PANELS:
         axes = sheet.add_subplot(3, 3, drawn + 1)
-        for run, colour in zip(runs, colours):
-            draw(axes, run, colour, smooth)
+        for run, style in zip(runs, styles):
+            draw(axes, run, smooth, style)
         if not any(len(line.get_xdata()) for line in axes.lines):
             axes.remove()
             continue
@@ -197,14 +198,14 @@ def figure(runs: list[RunLog], smooth: int = 0) -> Any:
     if not drawn:
         raise UserError("the logs hold nothing to draw")
     place(sheet, drawn)
-    sheet.legend(handles=[_handle(run.label, colour) for run, colour in zip(runs, colours)],
+    sheet.legend(handles=[_handle(run.label, style) for run, style in zip(runs, styles)],
                  loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
     return sheet
 
 
-def _handle(label: str, colour: str) -> Any:
+def _handle(label: str, style: dict[str, Any]) -> Any:
     from matplotlib.lines import Line2D
-    return Line2D([], [], color=colour, label=label)
+    return Line2D([], [], label=label, **style)
 
 
 def place(sheet: Any, drawn: int) -> None:
