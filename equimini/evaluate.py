@@ -25,6 +25,7 @@ import torch
 from equimini import distributed, load_generator, load_tokenizer
 from equimini.autoencoder import Tokenizer
 from equimini.cache_latents import tokenizer_hash, weights_hash
+from equimini.checkpoint import find
 from equimini.cli import DataConfig, UserError, add_flags, output_folder, override, run
 from equimini.data import Synthetic, load_data, to_float
 from equimini.evaluation_report import (Reference, compare, distance_name, notes, print_report,
@@ -210,7 +211,7 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     columns = (cfg.width or shape.image_size) // shape.f
     settings = {**{k: v for k, v in sampling(cfg, 0).items() if k != "cfg"},
                 "seed": cfg.sample_seed, "columns": columns}
-    plan = {"checkpoint": file_hash(cfg.checkpoint), "weights": cfg.weights,
+    plan = {"checkpoint": file_hash(find(cfg.checkpoint)), "weights": cfg.weights,
             "tokenizer": tokenizer_hash(model.tokenizer), "network": bench.net.sha256, **settings}
     with distributed.main_first():
         if distributed.is_main():
@@ -295,7 +296,7 @@ def finish(bench: Bench, kind: str, rows: list[dict], reference: Reference, floo
         remarks.append("the generator's classes are not those of --data")
     report = {
         "what": kind, "distance": distance_name(bench.net, rows[0]["n"], kind),
-        "checkpoint": {"file": Path(cfg.checkpoint).name, "sha256": file_hash(cfg.checkpoint),
+        "checkpoint": {"file": Path(cfg.checkpoint).name, "sha256": file_hash(find(cfg.checkpoint)),
                        "weights": cfg.weights},
         "network": bench.net.describe(), "reference": reference.about, "settings": settings,
         "distances": {name: sha256 for name, (sha256, _) in bench.distances.items()},
