@@ -30,7 +30,8 @@ from equimini.training import StopRequest
 class SampleConfig(Checked):
     """What to draw, and how."""
 
-    checkpoint: str = flag("runs/generator/last.pt", "checkpoint of a trained generator")
+    checkpoint: str = flag("scenes", "checkpoint of a trained generator, or the name of a model in "
+                           "the box: scenes")
     tokenizer: str = flag("", "checkpoint of the generator's tokenizer with a fine-tuned decoder; "
                           "empty: the tokenizer inside the generator's checkpoint")
     classes: str = flag("all", "names or numbers of classes, with commas; all: every class once. "
@@ -95,6 +96,8 @@ class SampleConfig(Checked):
 
 DRAWING = ("cfg", "cfg_schedule", "guidance_columns", "positions", "steps", "solver", "time_shift",
            "precision")
+FIRST_LOOK = {"cfg": 3.0, "cfg_schedule": "constant", "solver": "midpoint", "steps": 10}
+PANORAMA = 8  # lengths of a training picture
 EDITING = {"resample", "redraw_later", "pick", "kept_pixels"}
 SCROLLING = {"tile_columns", "resume"}
 WITHOUT = {  # options that have no effect
@@ -123,6 +126,27 @@ def check_options(cfg: SampleConfig, args: Namespace) -> None:
     for path in (cfg.out, cfg.save_tokens, cfg.show_steps):
         if path and cfg.mode != "scroll":
             output_folder(str(Path(path).parent))
+
+
+def asks_nothing(args: Namespace) -> bool:
+    """Whether the command line names no model, picture or file, but at most how to draw."""
+    how = {*DRAWING, "seed", "cuda_graphs", "batch_size", "device"}
+    return {name for name, value in vars(args).items() if value is not False} <= how
+
+
+def first_look(cfg: SampleConfig, args: Namespace, model: ImageGenerator) -> list[SampleConfig]:
+    """Two sheets, of squares and of panoramas, for a command line that asks for none."""
+    cfg = override(replace(cfg, **FIRST_LOOK), args)
+    return [replace(cfg, count=8, out="samples.png"),
+            replace(cfg, count=1, columns=PANORAMA * model.columns, out="panorama.png")]
+
+
+def command_line(cfg: SampleConfig) -> str:
+    """The command that draws a sheet of these settings."""
+    default = SampleConfig()
+    options = [f"--{name.replace('_', '-')} {f'{value:g}' if name == 'cfg' else value}"
+               for name, value in asdict(cfg).items() if value != getattr(default, name)]
+    return " ".join(["python sample.py", *options])
 
 
 def drawing_options(cfg: SampleConfig) -> dict[str, Any]:
