@@ -41,15 +41,17 @@ def draw_sheet(cfg: SampleConfig, model: ImageGenerator) -> None:
     rows = [plan] if has_lengths(plan) else [[one] for one in plan]
     names = [" to ".join(model.classes[c] for c, _ in row) for row in rows]
     labels = torch.stack([plan_labels(row, columns) for row in rows]).repeat_interleave(count, 0)
+    n, with_lead = cfg.lead_in + columns, labels[:, :1].expand(-1, cfg.lead_in)
+    with_lead = torch.cat((with_lead, labels), 1)  # the class of every column that is drawn
     seeds = torch.arange(cfg.seed, cfg.seed + count).repeat(len(rows))  # the same for every class
-    print(guidance_text(cfg, model, columns))
+    print(guidance_text(cfg, model, n))
 
     tokens, pictures = [], []
     for k in range(0, len(seeds), cfg.batch_size):
         part = slice(k, k + cfg.batch_size)
         label = f"pictures {k + 1}-{k + len(seeds[part])} of {len(seeds)}, columns"
-        drawn = model.draw(labels[part], columns, seeds[part].tolist(), **drawing_options(cfg))
-        tokens.append(torch.stack(list(bar(label, columns)(drawn)), 1))
+        drawn = model.draw(with_lead[part], n, seeds[part].tolist(), **drawing_options(cfg))
+        tokens.append(torch.stack(list(bar(label, n)(drawn))[cfg.lead_in:], 1))
         pictures.append(model.decode(tokens[-1]).cpu())
     images = torch.cat(pictures)
 

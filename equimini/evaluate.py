@@ -81,6 +81,8 @@ class GeneratorEvaluation(EvaluateConfig):
     solver: str = flag("euler", "how a column follows the head's flow", choices=tuple(SOLVERS))
     time_shift: float = flag(1.0, "above 1: smaller steps near the noise, below 1: near the "
                              "token; 1: equal steps", min=1e-3)
+    temperature: float = flag(1.0, "factor on the noise that columns start from; above 1: more "
+                              "detail and variety, below 1: smoother", min=0)
     precision: str = flag("float32", "arithmetic of the generator's matrix products",
                           choices=tuple(PRECISIONS))
     tokenizer: str = flag("", "checkpoint of the generator's tokenizer with a fine-tuned decoder; "
@@ -195,7 +197,8 @@ def claim(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
 def sampling(cfg: GeneratorEvaluation, scale: float) -> dict[str, Any]:
     """The options of `ImageGenerator.sample_tokens` at one guidance scale."""
     return {"cfg": scale, "schedule": cfg.cfg_schedule, "solver": cfg.solver, "steps": cfg.steps,
-            "time_shift": cfg.time_shift, "precision": cfg.precision}
+            "time_shift": cfg.time_shift, "temperature": cfg.temperature,
+            "precision": cfg.precision}
 
 
 def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:

@@ -96,7 +96,7 @@ class ImageGenerator:
         Yields columns (B, C).  schedule, guidance_columns: see `guidance`.  positions: 'hold'
         shows cross-attention no position beyond the last one of the training pictures, 'grow' the
         true ones.  precision: of the matrix products, 'float32' or 'bf16'.  options: cfg, prefix,
-        redraw, state, cuda_graphs; steps, solver, time_shift of the flow.
+        redraw, state, cuda_graphs; steps, solver, time_shift, temperature of the flow.
         """
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")

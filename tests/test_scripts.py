@@ -112,6 +112,18 @@ def test_sampling_writes_a_sheet_and_single_files(runs):
     assert abs(pixels - one).max() <= 1
 
 
+def test_a_lead_in_is_drawn_and_cut_off(runs):
+    """What is left are the last columns of a longer picture."""
+    options = [*TRAINED, "--classes", "sea", "--count", 1, "--steps", 1, "--cfg-schedule",
+               "constant", "--cfg", 2]
+    call("sample.py", *options, "--columns", 20, "--save-tokens", "long.pt", cwd=runs)
+    said = call("sample.py", *options, "--columns", 12, "--lead-in", 8, "--save-tokens", "cut.pt",
+                "--show-steps", "grown.png", cwd=runs)
+    assert "1 pictures of 48x32 pixels" in said
+    long, cut = (torch.load(runs / f"{n}.pt", weights_only=True) for n in ("long", "cut"))
+    assert torch.equal(cut["tokens"], long["tokens"][:, 8:]) and cut["labels"].shape == (1, 12)
+
+
 def test_a_folder_of_pictures_wide_crops_and_a_perceptual_network(picture_folder, tmp_path):
     torch.jit.script(TwoMaps()).save(str(tmp_path / "maps.pt"))
     wide = ["--data", picture_folder, "--width", 48]

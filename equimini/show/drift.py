@@ -58,6 +58,7 @@ class DriftConfig(Checked):
     cfg_schedule: str = flag("auto", "see sample.py", choices=SCHEDULES)
     solver: str = flag("midpoint", "see sample.py", choices=tuple(SOLVERS))
     steps: int = flag(10, "steps of the solver per column", min=1)
+    temperature: float = flag(1.0, "see sample.py", min=0)
     seed: int = flag(0, "seed of the first picture", min=0)
     data: str = flag("", "folder of pictures to compare with")
     images: int = flag(256, "pictures of --data, at most", min=1)
@@ -124,7 +125,8 @@ def draw(cfg: DriftConfig, model: ImageGenerator, positions: str) -> Tensor:
     labels = torch.arange(cfg.count) % len(model.classes)
     seeds = range(cfg.seed, cfg.seed + cfg.count)
     drawn = model.draw(labels, cfg.columns, seeds, cfg=cfg.cfg, schedule=cfg.cfg_schedule,
-                       solver=cfg.solver, steps=cfg.steps, positions=positions)
+                       solver=cfg.solver, steps=cfg.steps, positions=positions,
+                       temperature=cfg.temperature)
     return torch.stack(list(tqdm(drawn, desc=positions, total=cfg.columns)), 1)
 
 
