@@ -1,6 +1,9 @@
 """The model in the box, equimini/assets/scenes.pt: what everybody sees first."""
 
+import os
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -93,6 +96,17 @@ def test_the_boxed_files_are_small_and_hold_no_path():
         assert not [t for t in texts(checkpoint.load(path, kind)) if "/" in t or "\\" in t]
     assert {"forest", "sea"} < set(load_generator("scenes").classes)
     assert (checkpoint.BOX / "README.md").is_file()
+
+
+def test_an_installed_copy_has_the_model(tmp_path):
+    """What `pip install .` copies, without the compiled kernels."""
+    words = ["setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib",
+             str(tmp_path / "lib")]
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True,
+                   env={**os.environ, "EQUIMINI_BUILD": "none"})
+    boxed = {p.name for p in checkpoint.BOX.iterdir()}
+    assert {p.name for p in (tmp_path / "lib/equimini/assets").iterdir()} == boxed
+    assert len(boxed) == 3
 
 
 def test_training_starts_from_the_boxed_model(picture_folder, tmp_path):
