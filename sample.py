@@ -1,6 +1,9 @@
 """Draw pictures with a trained generator: a labelled sheet, a scroll, or changes to a picture.
 
-    python sample.py                                        # a square of every class
+Without --checkpoint it is the model in the box (equimini/assets), without any argument a first
+look at it: samples.png and panorama.png.
+
+    python sample.py                                        # squares and panoramas
     python sample.py --classes sea,forest --columns 128     # panoramas, 8 times wider
     python sample.py --classes forest:48,sea:48 --count 4   # that turn from forest into sea
     python sample.py --classes forest:200,sea:200 --scroll 10000 --out walk  # walk/index.html
@@ -15,9 +18,10 @@ import torch
 
 from equimini import load_generator
 from equimini.cli import add_flags, output_folder, override, pick_device, run
-from equimini.drawing import (DRAWING, SampleConfig, bar, check_device, check_options, class_plan,
-                              draw_scroll, drawing_options, edit_picture, evaluations,
-                              guidance_text, length_in_columns, save_extras)
+from equimini.drawing import (DRAWING, SampleConfig, asks_nothing, bar, check_device, check_options,
+                              class_plan, command_line, draw_scroll, drawing_options, edit_picture,
+                              evaluations, first_look, guidance_text, length_in_columns,
+                              save_extras)
 from equimini.edit import Tokens
 from equimini.images import grid, save_png
 from equimini.pipeline import ImageGenerator
@@ -37,15 +41,17 @@ def draw_sheet(cfg: SampleConfig, model: ImageGenerator) -> None:
     rows = [plan] if has_lengths(plan) else [[one] for one in plan]
     names = [" to ".join(model.classes[c] for c, _ in row) for row in rows]
     labels = torch.stack([plan_labels(row, columns) for row in rows]).repeat_interleave(count, 0)
+    n, with_lead = cfg.lead_in + columns, labels[:, :1].expand(-1, cfg.lead_in)
+    with_lead = torch.cat((with_lead, labels), 1)  # the class of every column that is drawn
     seeds = torch.arange(cfg.seed, cfg.seed + count).repeat(len(rows))  # the same for every class
-    print(guidance_text(cfg, model, columns))
+    print(guidance_text(cfg, model, n))
 
     tokens, pictures = [], []
     for k in range(0, len(seeds), cfg.batch_size):
         part = slice(k, k + cfg.batch_size)
         label = f"pictures {k + 1}-{k + len(seeds[part])} of {len(seeds)}, columns"
-        drawn = model.draw(labels[part], columns, seeds[part].tolist(), **drawing_options(cfg))
-        tokens.append(torch.stack(list(bar(label, columns)(drawn)), 1))
+        drawn = model.draw(with_lead[part], n, seeds[part].tolist(), **drawing_options(cfg))
+        tokens.append(torch.stack(list(bar(label, n)(drawn))[cfg.lead_in:], 1))
         pictures.append(model.decode(tokens[-1]).cpu())
     images = torch.cat(pictures)
 
@@ -63,6 +69,17 @@ def draw_sheet(cfg: SampleConfig, model: ImageGenerator) -> None:
                 [f"class{row[0]:04d}_seed{seed:06d}.png" for row, seed in zip(labels, seeds)])
 
 
+def draw_first_look(cfg: SampleConfig, args: argparse.Namespace) -> None:
+    """Without arguments: what the model in the box draws, and the commands that draw it."""
+    model = load(cfg)
+    print(f"the model in the box, {cfg.checkpoint}, draws {', '.join(model.classes)}\n")
+    for sheet in first_look(cfg, args, model):
+        print(command_line(sheet))
+        draw_sheet(sheet, model)
+        print()
+    print("open samples.png and panorama.png; python sample.py --help lists all options")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,6 +95,8 @@ def main() -> None:
     output_folder(str(Path(cfg.out).parent))
     if cfg.mode == "scroll":
         draw_scroll(cfg, args, load)
+    elif asks_nothing(args):
+        draw_first_look(cfg, args)
     elif cfg.mode == "sheet":
         draw_sheet(cfg, load(cfg))
     else:

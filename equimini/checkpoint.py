@@ -18,6 +18,8 @@ from equimini.files import replacing
 from equimini.presets import TokenizerConfig
 
 FORMAT = 1  # of the dict's layout
+BOX = Path(__file__).parent / "assets"  # models that come with equimini
+IN_THE_BOX = ("scenes", "scenes-tokenizer")
 
 
 def save(path: Path | str, kind: str, content: dict[str, Any], keep: int = 1) -> None:
@@ -75,15 +77,24 @@ def load_newest(path: Path, kind: str) -> dict[str, Any]:
         raise
 
 
+def find(path: Path | str) -> Path:
+    """The file of a checkpoint: `path` itself, or, for a bare name, the model in the box.
+
+    'scenes' is equimini/assets/scenes.pt, unless the present folder has a file of that name.
+    """
+    path, boxed = Path(path), BOX / f"{path}.pt"
+    return boxed if boxed.parent == BOX and not path.is_file() and boxed.is_file() else path
+
+
 def load(path: Path | str, kind: str) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; nothing in the file is executed (weights_only).
 
-    Raises UserError if the file is missing, damaged, or not an equimini checkpoint of this kind.
+    path: of a file, or the name of a model in the box (see `find`).  Raises UserError if the file
+    is missing, damaged, or not an equimini checkpoint of this kind.
     """
-    path = Path(path)
+    name, path = path, find(path)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}; train one with train_{kind}.py, or give "
-                        "the path of one")
+        raise UserError(missing(name, kind))
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # reads every record and compares its checksum
@@ -102,6 +113,17 @@ def load(path: Path | str, kind: str) -> dict[str, Any]:
     if content["format"] != FORMAT:
         raise UserError(f"{path} has format {content['format']}; this version reads {FORMAT}")
     return content
+
+
+def missing(path: Path | str, kind: str) -> str:
+    """What to say where there is no such checkpoint."""
+    if str(path) in IN_THE_BOX:
+        return (f"this copy of equimini came without the model {path} (there is no "
+                f"{BOX / f'{path}.pt'}); install it from a complete copy of the repository, or "
+                "give the --checkpoint of a model of your own")
+    names = ", ".join(sorted(p.stem for p in BOX.glob("*.pt")))
+    return (f"there is no checkpoint {path}; train one with train_{kind}.py, or give the path of "
+            f"one{f', or the name of a model in the box: {names}' if names else ''}")
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: Any) -> None:

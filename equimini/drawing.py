@@ -30,7 +30,8 @@ from equimini.training import StopRequest
 class SampleConfig(Checked):
     """What to draw, and how."""
 
-    checkpoint: str = flag("runs/generator/last.pt", "checkpoint of a trained generator")
+    checkpoint: str = flag("scenes", "checkpoint of a trained generator, or the name of a model in "
+                           "the box: scenes")
     tokenizer: str = flag("", "checkpoint of the generator's tokenizer with a fine-tuned decoder; "
                           "empty: the tokenizer inside the generator's checkpoint")
     classes: str = flag("all", "names or numbers of classes, with commas; all: every class once. "
@@ -41,6 +42,8 @@ class SampleConfig(Checked):
     columns: int = flag(0, "length of the pictures, in columns of f pixels; 0: square, or the sum "
                         "of the lengths in --classes. With --continue-from: columns added", min=0)
     width: int = flag(0, "the same in pixels, a multiple of f", min=0)
+    lead_in: int = flag(0, "columns drawn before the picture and cut off: its first column then "
+                        "follows others, and does not stand out", min=0)
     scroll: int = flag(0, "draw one picture of so many columns, in constant memory, into the "
                        "folder --out: tiles, an overview, a page to scroll along", min=0)
     tile_columns: int = flag(256, "columns per tile of a scroll", min=1)
@@ -66,6 +69,8 @@ class SampleConfig(Checked):
                        "a step, midpoint and heun (second order) twice", choices=tuple(SOLVERS))
     time_shift: float = flag(1.0, "above 1: smaller steps near the noise, below 1: near the "
                              "token; 1: equal steps", min=1e-3)
+    temperature: float = flag(1.0, "factor on the noise that columns start from; above 1: more "
+                              "detail and variety, below 1: smoother", min=0)
     precision: str = flag("float32", "arithmetic of the generator's matrix products; bf16 is "
                           "faster and deviates slightly", choices=tuple(PRECISIONS))
     cuda_graphs: str = flag("off", "on: replay recorded kernels, which is faster for few "
@@ -94,15 +99,21 @@ class SampleConfig(Checked):
 
 
 DRAWING = ("cfg", "cfg_schedule", "guidance_columns", "positions", "steps", "solver", "time_shift",
-           "precision")
+           "temperature", "precision")
+FIRST_LOOK = {  # what is drawn without arguments, chosen by looking and by `show drift`
+    "samples.png": {"count": 8, "cfg": 3.0, "cfg_schedule": "constant", "solver": "midpoint",
+                    "steps": 10},
+    "panorama.png": {"count": 1, "cfg": 2.5, "solver": "midpoint", "steps": 10,
+                     "temperature": 1.03, "lead_in": 16}}
+PANORAMA = 8  # lengths of a training picture
 EDITING = {"resample", "redraw_later", "pick", "kept_pixels"}
 SCROLLING = {"tile_columns", "resume"}
 WITHOUT = {  # options that have no effect
     "sheet": EDITING | SCROLLING,
-    "scroll": EDITING | {"count", "columns", "width", "batch_size", "singles", "save_tokens",
+    "scroll": EDITING | {"count", "columns", "lead_in", "width", "batch_size", "singles", "save_tokens",
                          "show_steps"},
-    "edit": SCROLLING | {"columns", "width", "batch_size"},
-    "continue-from": SCROLLING | {"resample", "redraw_later", "batch_size"}}
+    "edit": SCROLLING | {"columns", "width", "lead_in", "batch_size"},
+    "continue-from": SCROLLING | {"resample", "redraw_later", "lead_in", "batch_size"}}
 
 
 def check_options(cfg: SampleConfig, args: Namespace) -> None:
@@ -123,6 +134,30 @@ def check_options(cfg: SampleConfig, args: Namespace) -> None:
     for path in (cfg.out, cfg.save_tokens, cfg.show_steps):
         if path and cfg.mode != "scroll":
             output_folder(str(Path(path).parent))
+
+
+def asks_nothing(args: Namespace) -> bool:
+    """Whether the command line names no model, picture or file, but at most how to draw."""
+    how = {*DRAWING, "seed", "cuda_graphs", "batch_size", "device"}
+    return {name for name, value in vars(args).items() if value is not False} <= how
+
+
+def first_look(cfg: SampleConfig, args: Namespace, model: ImageGenerator) -> list[SampleConfig]:
+    """Two sheets, of squares and of panoramas, for a command line that asks for none."""
+    squares, panoramas = (override(replace(cfg, **options, out=out), args)
+                          for out, options in FIRST_LOOK.items())
+    return [squares, replace(panoramas, columns=PANORAMA * model.columns)]
+
+
+def command_line(cfg: SampleConfig) -> str:
+    """The command that draws a sheet of these settings."""
+    default = SampleConfig()
+    words = ["python sample.py"]
+    for name, value in asdict(cfg).items():
+        if value != getattr(default, name):
+            shown = f"{value:g}" if isinstance(value, float) else value
+            words.append(f"--{name.replace('_', '-')} {shown}")
+    return " ".join(words)
 
 
 def drawing_options(cfg: SampleConfig) -> dict[str, Any]:
@@ -182,15 +217,17 @@ def bar(label: str, total: int, done: int = 0) -> Callable[[Iterable], Iterable]
 
 
 def growth(model: ImageGenerator, tokens: Tensor, seeds: Sequence[int], order: Sequence[int],
-           frames: int = 17) -> list[Tensor]:
+           frames: int = 17, lead_in: int = 0) -> list[Tensor]:
     """How each picture came about: (frames, 3, H, W) of every one of the B (the paper's Fig. 9).
 
     Columns that are not drawn yet are the noise that they start from.  order: the columns that
-    were drawn, in order; at most `frames` moments are shown, the first and the last among them.
+    were drawn, in order, behind `lead_in` that are cut off; at most `frames` moments are shown, the
+    first and the last among them.
     """
     n = min(frames, len(order) + 1)
     moments = [round(k * len(order) / (n - 1)) for k in range(n)]
-    noise = torch.stack([column_noise(seeds, i, tokens.shape[2]) for i in order], 1).to(tokens)
+    noise = torch.stack([column_noise(seeds, lead_in + i, tokens.shape[2]) for i in order], 1)
+    noise = noise.to(tokens)
     pictures = []
     for b in range(len(tokens)):
         stages = tokens[b].repeat(n, 1, 1)
@@ -307,5 +344,5 @@ def save_extras(cfg: SampleConfig, model: ImageGenerator, drawn: Tokens, images:
         save_tokens(cfg.save_tokens, model, drawn)
         print(f"tokens: {cfg.save_tokens}")
     if cfg.show_steps:
-        save_growth(cfg.show_steps, growth(model, drawn.tokens.to(model.device), seeds, order),
-                    labels)
+        grown = growth(model, drawn.tokens.to(model.device), seeds, order, lead_in=cfg.lead_in)
+        save_growth(cfg.show_steps, grown, labels)

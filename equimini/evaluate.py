@@ -25,6 +25,7 @@ import torch
 from equimini import distributed, load_generator, load_tokenizer
 from equimini.autoencoder import Tokenizer
 from equimini.cache_latents import tokenizer_hash, weights_hash
+from equimini.checkpoint import find
 from equimini.cli import DataConfig, UserError, add_flags, output_folder, override, run
 from equimini.data import Synthetic, load_data, to_float
 from equimini.evaluation_report import (Reference, compare, distance_name, notes, print_report,
@@ -80,6 +81,8 @@ class GeneratorEvaluation(EvaluateConfig):
     solver: str = flag("euler", "how a column follows the head's flow", choices=tuple(SOLVERS))
     time_shift: float = flag(1.0, "above 1: smaller steps near the noise, below 1: near the "
                              "token; 1: equal steps", min=1e-3)
+    temperature: float = flag(1.0, "factor on the noise that columns start from; above 1: more "
+                              "detail and variety, below 1: smoother", min=0)
     precision: str = flag("float32", "arithmetic of the generator's matrix products",
                           choices=tuple(PRECISIONS))
     tokenizer: str = flag("", "checkpoint of the generator's tokenizer with a fine-tuned decoder; "
@@ -194,7 +197,8 @@ def claim(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
 def sampling(cfg: GeneratorEvaluation, scale: float) -> dict[str, Any]:
     """The options of `ImageGenerator.sample_tokens` at one guidance scale."""
     return {"cfg": scale, "schedule": cfg.cfg_schedule, "solver": cfg.solver, "steps": cfg.steps,
-            "time_shift": cfg.time_shift, "precision": cfg.precision}
+            "time_shift": cfg.time_shift, "temperature": cfg.temperature,
+            "precision": cfg.precision}
 
 
 def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
@@ -210,7 +214,7 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     columns = (cfg.width or shape.image_size) // shape.f
     settings = {**{k: v for k, v in sampling(cfg, 0).items() if k != "cfg"},
                 "seed": cfg.sample_seed, "columns": columns}
-    plan = {"checkpoint": file_hash(cfg.checkpoint), "weights": cfg.weights,
+    plan = {"checkpoint": file_hash(find(cfg.checkpoint)), "weights": cfg.weights,
             "tokenizer": tokenizer_hash(model.tokenizer), "network": bench.net.sha256, **settings}
     with distributed.main_first():
         if distributed.is_main():
@@ -295,7 +299,7 @@ def finish(bench: Bench, kind: str, rows: list[dict], reference: Reference, floo
         remarks.append("the generator's classes are not those of --data")
     report = {
         "what": kind, "distance": distance_name(bench.net, rows[0]["n"], kind),
-        "checkpoint": {"file": Path(cfg.checkpoint).name, "sha256": file_hash(cfg.checkpoint),
+        "checkpoint": {"file": Path(cfg.checkpoint).name, "sha256": file_hash(find(cfg.checkpoint)),
                        "weights": cfg.weights},
         "network": bench.net.describe(), "reference": reference.about, "settings": settings,
         "distances": {name: sha256 for name, (sha256, _) in bench.distances.items()},

@@ -1,7 +1,7 @@
 """The Python interface: a trained generator with its tokenizer, from class names to images.
 
     from equimini import load_generator
-    model = load_generator("runs/generator/last.pt")
+    model = load_generator("scenes")        # the model in the box; or "runs/generator/last.pt"
     images = model.sample(["sea", "forest"], columns=128, seed=7)    # (2, 3, 64, 512), [-1, 1]
 """
 
@@ -96,7 +96,7 @@ class ImageGenerator:
         Yields columns (B, C).  schedule, guidance_columns: see `guidance`.  positions: 'hold'
         shows cross-attention no position beyond the last one of the training pictures, 'grow' the
         true ones.  precision: of the matrix products, 'float32' or 'bf16'.  options: cfg, prefix,
-        redraw, state, cuda_graphs; steps, solver, time_shift of the flow.
+        redraw, state, cuda_graphs; steps, solver, time_shift, temperature of the flow.
         """
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
@@ -145,7 +145,10 @@ def tokenizer_inside(content: dict[str, Any], path: Any) -> Tokenizer:
     """The tokenizer that a generator's checkpoint, loaded from `path`, holds or (packed) names."""
     inside = content["tokenizer"]
     if "file" in inside:
-        return checkpoint.load_tokenizer(Path(path).with_name(Path(inside["file"]).name))
+        beside = checkpoint.find(path).with_name(Path(inside["file"]).name)
+        if not beside.is_file():
+            raise UserError(f"{path} needs its tokenizer beside it; there is no {beside}")
+        return checkpoint.load_tokenizer(beside)
     return checkpoint.tokenizer_from_dict({"config": {"model": inside["config"]},
                                            "ema": inside["weights"]}, path)
 
@@ -154,6 +157,7 @@ def load_generator(path: Path | str, device: str | torch.device = "cpu", ema: bo
                    tokenizer_path: Path | str = "") -> ImageGenerator:
     """A trained generator (EMA or raw weights) and its tokenizer from one checkpoint file.
 
+    path: of the file, or the name of a model in the box ('scenes').
     tokenizer_path: the same tokenizer with a fine-tuned decoder, to take the place of the one
     inside.  Raises UserError if a file is missing, damaged, of another kind, or inconsistent.
     """

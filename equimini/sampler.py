@@ -49,10 +49,15 @@ class ColumnSampler:
     """Draws one column after another: the head's flow, from noise at t = 1 to a token at t = 0.
 
     head: the velocity field; solver, steps and time_shift: see `equimini.solvers`.
+    temperature: factor on the noise; above 1 columns vary more, below 1 less.  Raises ValueError
+    for one that is not at least 0.
     """
 
     def __init__(self, head: FlowHead, steps: int = 100, solver: str = "euler",
-                 time_shift: float = 1.0) -> None:
+                 time_shift: float = 1.0, temperature: float = 1.0) -> None:
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        self.temperature = temperature
         self.head, self.solve = head, SOLVERS.get(solver)
         self.grid = time_grid(steps, time_shift)
         self.times = list(dict.fromkeys(evaluation_times(solver, self.grid)))
@@ -72,7 +77,7 @@ class ColumnSampler:
             v = self.head.velocity(x.repeat(branches, 1), modulations(t))
             return v if branches == 1 else guided(v, s)
 
-        return self.solve(velocity, noise, self.grid)
+        return self.solve(velocity, self.temperature * noise, self.grid)
 
     def modulations(self, z: Tensor) -> Callable[[float], Sequence[tuple[Tensor, ...]]]:
         """The head's modulations for z (rows, d), as a function of t.
@@ -119,8 +124,8 @@ def sample_columns(generator: Generator, labels: Tensor, columns: int, seeds: Se
     columns: the images' length.  cfg: the guidance scale s; at s = 1 the unconditional branch is
     not run; guidance_columns: columns over which the linear schedule rises, 0: all.  hold: see
     `Generator.forward`.  prefix: (B, P, C), columns that are given; only the ones after them, and
-    those in `redraw`, are drawn and yielded.  state: goes on from there.  drawing: steps, solver
-    and time_shift of `ColumnSampler`.  Raises ValueError for arguments that do not fit.
+    those in `redraw`, are drawn and yielded.  state: goes on from there.  drawing: steps, solver,
+    time_shift and temperature of `ColumnSampler`.  Raises ValueError for arguments that do not fit.
 
     Column i is drawn under the class of column i.  Given columns pass through the transformer one
     at a time, like drawn ones, so that what follows them is the same to the last bit.

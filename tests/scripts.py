@@ -19,6 +19,8 @@ GENERATOR = ("--layers 2 --embed-dim 32 --heads 2 --head-width 32 --head-depth 1
              "--dropout 0.1 --workers 0 --val-images 8 --val-every 3 --preview-every 4 "
              "--preview-steps 2 --save-every 3 --log-every 1").split()
 
+TRAINED = ["--checkpoint", "runs/generator/last.pt"]  # what the fixture `runs` trained
+
 
 def command(script, *arguments):
     return [sys.executable, str(ROOT / script), *map(str, arguments)]

@@ -8,8 +8,9 @@ import torch
 
 from equimini import checkpoint, load_generator, load_tokenizer
 from equimini.cli import UserError
+from equimini.pack import pack
 from tests.conftest import SMALL_TOKENIZER
-from tests.scripts import invoke
+from tests.scripts import ROOT, call
 
 
 def content(tokenizer):
@@ -112,10 +113,9 @@ def test_an_interrupted_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatc
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["t.pt"]
 
 
-def test_a_packed_generator_draws_the_same_and_is_small(runs, tmp_path, monkeypatch, capsys):
+def test_a_packed_generator_draws_the_same_and_is_small(runs, tmp_path):
     source = runs / "runs/generator/last.pt"
-    invoke("equimini.pack", source, "--out", tmp_path / "box.pt", cwd=tmp_path,
-           monkeypatch=monkeypatch)
+    assert "differs by" in call(ROOT / "equimini/pack.py", source, "--out", "box.pt", cwd=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["box-tokenizer.pt", "box.pt"]
     one, other = (load_generator(path) for path in (source, tmp_path / "box.pt"))
     assert one.classes == other.classes and one.columns == other.columns
@@ -133,3 +133,60 @@ def test_a_packed_generator_draws_the_same_and_is_small(runs, tmp_path, monkeypa
     (tmp_path / "box-tokenizer.pt").unlink()
     with pytest.raises(UserError, match="box-tokenizer.pt"):
         load_generator(tmp_path / "box.pt")
+
+
+def texts(value):
+    """Every piece of text in a nested dict."""
+    if isinstance(value, dict):
+        return [t for pair in value.items() for part in pair for t in texts(part)]
+    if isinstance(value, (list, tuple)):
+        return [t for part in value for t in texts(part)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_packed_files_tell_the_recipe_and_nothing_of_the_machine(runs, tmp_path):
+    content = checkpoint.load(runs / "runs/generator/last.pt", "generator")
+    asked = {**content["config"]["run"], "data": "/home/me/pictures", "val_data": "D:\\val",
+             "out": "runs/secret", "tokenizer": "/home/me/t.pt", "latents": "/home/me/latents",
+             "init_from": "/home/me/g.pt", "device": "cuda:3", "seed": 5, "precision": "bf16"}
+    content["config"]["run"] = asked
+    checkpoint.save(tmp_path / "g.pt", "generator", content)
+    paths = pack(tmp_path / "g.pt", tmp_path / "box.pt")
+    for path, kind in zip(paths, ("generator", "tokenizer")):
+        found = texts(checkpoint.load(path, kind))
+        assert not [t for t in found if "/" in t or "\\" in t or "secret" in t or "cuda" in t]
+        assert b"/home" not in path.read_bytes() and str(tmp_path).encode() not in path.read_bytes()
+    kept = checkpoint.load(paths[0], "generator")
+    assert kept["config"]["training"] == content["config"]["training"]
+    assert kept["config"]["run"].items() >= {"seed": 5, "precision": "bf16"}.items()
+    assert kept["step"] == 6 and kept["classes"] == content["classes"]
+
+
+def test_packed_files_that_would_be_too_large_are_not_written(runs, tmp_path):
+    source, out = runs / "runs/generator/last.pt", tmp_path / "box.pt"
+    with pytest.raises(UserError, match=r"box.pt would be .* at most 0.01 .*--file-mb"):
+        pack(source, out, file_mb=0.01)
+    with pytest.raises(UserError, match="together; at most 0.02"):
+        pack(source, out, total_mb=0.02)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_in_the_box_are_found_by_name(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "BOX", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="came without the model scenes"):
+        load_generator("scenes")
+    (tmp_path / "assets").mkdir()
+    pack(runs / "runs/generator/last.pt", tmp_path / "assets" / "scenes.pt")
+    (tmp_path / "scenes").mkdir()  # a folder is no checkpoint: scenes/train, say
+    assert load_generator("scenes").classes == load_generator(tmp_path / "assets/scenes.pt").classes
+    assert load_tokenizer("scenes-tokenizer").has_statistics
+    with pytest.raises(UserError, match="no checkpoint dreams.*: scenes, scenes-tokenizer"):
+        load_generator("dreams")
+    for path in ("x/scenes", "../assets/scenes", "scenes.pt"):  # paths, not names
+        with pytest.raises(UserError, match="there is no checkpoint"):
+            load_generator(path)
+    (tmp_path / "scenes").rmdir()
+    (tmp_path / "scenes").write_bytes(b"my own file")
+    with pytest.raises(UserError, match="scenes is damaged"):
+        load_generator("scenes")

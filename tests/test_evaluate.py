@@ -290,12 +290,13 @@ def test_lpips_where_its_weights_are_given(folder):
 
 def test_solvers_are_passed_on_and_reported(folder):
     call(*GENERATOR, "--solver", "heun", "--time-shift", "2", "--precision", "bf16",
-         "--keep-images", "--cfg", "2", "--out", "a")
+         "--temperature", "1.1", "--keep-images", "--cfg", "2", "--out", "a")
     settings = report("a")["settings"]
     assert settings["solver"] == "heun" and settings["time_shift"] == 2
-    assert settings["precision"] == "bf16"
+    assert settings["precision"] == "bf16" and settings["temperature"] == 1.1
     image = load_generator("generator.pt").sample(["b"], seed=4, steps=2, solver="heun",
-                                                  time_shift=2.0, precision="bf16")
+                                                  time_shift=2.0, precision="bf16",
+                                                  temperature=1.1)
     kept = np.asarray(Image.open("a/images/cfg-2.0/class0001_seed000004.png")).astype(int)
     plain = load_generator("generator.pt").sample(["b"], seed=4, steps=2)
     near, far = (abs(pixels(x)[0].permute(1, 2, 0).numpy() - kept).mean() for x in (image, plain))

@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.scripts import ROOT, call, command, mistake
+from tests.scripts import ROOT, TRAINED, call, command, mistake
 
 
 def test_a_scroll_is_interrupted_resumed_and_prolonged(runs, monkeypatch, capsys):
     """SIGTERM leaves a scroll that opens; resumed and prolonged it is the one drawn at once."""
-    options = ["--classes", "sea:30,forest:20", "--steps", 2, "--seed", 5, "--tile-columns", 16]
+    options = [*TRAINED, "--classes", "sea:30,forest:20", "--steps", 2, "--seed", 5,
+               "--tile-columns", 16]
     call("sample.py", *options, "--scroll", 120, "--out", "once", cwd=runs)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command("sample.py", *options, "--scroll", 100_000, "--out", "cut"),
@@ -47,11 +48,11 @@ def test_a_scroll_is_interrupted_resumed_and_prolonged(runs, monkeypatch, capsys
 
 
 def test_pictures_are_edited_and_continued(runs):
-    call("sample.py", "--classes", "sea", "--count", 2, "--steps", 2, "--save-tokens", "two.pt",
-         "--show-steps", "steps.png", "--out", "two.png", "--singles", "two", cwd=runs)
+    call("sample.py", *TRAINED, "--classes", "sea", "--count", 2, "--steps", 2, "--save-tokens",
+         "two.pt", "--show-steps", "steps.png", "--out", "two.png", "--singles", "two", cwd=runs)
     assert Image.open(runs / "steps.png").width > 9 * 32  # nine moments, side by side
-    said = call("sample.py", "--edit", "two.pt", "--pick", 1, "--resample", "5-6", "--out",
-                "edited.png", "--save-tokens", "edited.pt", cwd=runs)
+    said = call("sample.py", *TRAINED, "--edit", "two.pt", "--pick", 1, "--resample", "5-6",
+                "--out", "edited.png", "--save-tokens", "edited.pt", cwd=runs)
     assert "2 of them drawn with 2 evaluations" in said  # --steps 2 comes from the token file
     before = np.asarray(Image.open(runs / "two" / "class0002_seed000001.png")).astype(int)
     after = np.asarray(Image.open(runs / "edited.png")).astype(int)
@@ -59,16 +60,16 @@ def test_pictures_are_edited_and_continued(runs):
     assert (after[:, 5 * 4:7 * 4] != before[:, 5 * 4:7 * 4]).mean() > 0.1
     assert torch.load(runs / "edited.pt", weights_only=True)["seeds"].tolist() == [
         [1] * 5 + [2] * 2 + [1]]
-    call("sample.py", "--continue-from", "edited.png", "--classes", "forest:4,sea:8", "--columns",
-         12, "--steps", 2, "--count", 3, "--out", "wider.png", "--singles", "wider", "--show-steps",
-         "grown.png", cwd=runs)
+    call("sample.py", *TRAINED, "--continue-from", "edited.png", "--classes", "forest:4,sea:8",
+         "--columns", 12, "--steps", 2, "--count", 3, "--out", "wider.png", "--singles", "wider",
+         "--show-steps", "grown.png", cwd=runs)
     names = sorted(p.name for p in (runs / "wider").iterdir())
     assert names == ["seed000000.png", "seed000001.png", "seed000002.png"]
     wider = np.asarray(Image.open(runs / "wider" / names[0]))
     assert wider.shape == (32, 20 * 4, 3)
     assert np.array_equal(wider[:, :6 * 4], np.asarray(Image.open(runs / "edited.png"))[:, :6 * 4])
-    call("sample.py", "--edit", "edited.pt", "--resample", 2, "--redraw-later", "--out", "x.png",
-         cwd=runs)
+    call("sample.py", *TRAINED, "--edit", "edited.pt", "--resample", 2, "--redraw-later", "--out",
+         "x.png", cwd=runs)
 
 
 def test_pictures_of_what_a_model_does(runs):
@@ -76,7 +77,7 @@ def test_pictures_of_what_a_model_does(runs):
     said = call(show, "seams", "--columns", 40, "--count", 2, "--steps", 1, cwd=runs)
     assert "(default)" in said
     call(show, "drift", "--columns", 20, "--count", 2, "--steps", 1,
-         "--positions", "hold,grow", "--out", "drift", cwd=runs)
+         "--positions", "hold,grow", "--temperature", 1.1, "--out", "drift", cwd=runs)
     assert {"token.png", "pictures.png"} <= {p.name for p in (runs / "drift").iterdir()}
 
 
@@ -105,5 +106,5 @@ def test_pictures_of_what_a_model_does(runs):
     (["--save-tokens", "/proc/x/y.pt"], "/proc/x"),
     (["--show-steps", "x.gif"], ".png")))
 def test_mistakes_end_in_one_clear_error(runs, arguments, text, monkeypatch, capsys):
-    assert text in mistake("sample.py", *arguments, cwd=runs, monkeypatch=monkeypatch,
+    assert text in mistake("sample.py", *TRAINED, *arguments, cwd=runs, monkeypatch=monkeypatch,
                            capsys=capsys)

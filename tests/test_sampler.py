@@ -158,6 +158,18 @@ def test_a_saved_state_goes_on_to_the_last_bit_and_does_not_grow(generator):
     assert torch.equal(torch.stack(rest, 1), whole[:, 7:])
 
 
+def test_temperature_scales_the_noise(generator):
+    """Column 0, whose z does not depend on noise, is the one drawn from scaled noise."""
+    options = {"solver": "midpoint", "steps": 3}
+    noise = column_noise(SEEDS, 0, generator.channels)
+    z = generator.encode_classes(LABELS).z0[:, 0]
+    with torch.no_grad():
+        expected = ColumnSampler(generator.head, **options)(z, 0.9 * noise, 1.0)
+    drawn = sample_tokens(generator, LABELS, 4, SEEDS, cfg=1.0, temperature=0.9, **options)
+    plain = sample_tokens(generator, LABELS, 4, SEEDS, cfg=1.0, **options)
+    assert torch.equal(drawn[:, 0], expected) and not torch.equal(drawn[:, 0], plain[:, 0])
+
+
 def test_held_positions(generator):
     free = sample_tokens(generator, LABELS, 10, SEEDS, cfg=1.0, steps=3)
     held = sample_tokens(generator, LABELS, 10, SEEDS, cfg=1.0, steps=3, hold=4)
@@ -174,7 +186,8 @@ def test_held_positions(generator):
     (dict(seeds=[1, 2]), "seeds"), (dict(seeds=[1, 2, -1]), "seeds"), (dict(columns=0), "columns"),
     (dict(labels=torch.tensor([0, 1, 3])), "labels"), (dict(steps=0), "steps"),
     (dict(solver="rk4"), "solver must be one of euler, midpoint, heun"),
-    (dict(time_shift=0.0), "time_shift"), (dict(cuda_graphs=True), "cuda_graphs")))
+    (dict(time_shift=0.0), "time_shift"), (dict(temperature=-1.0), "temperature"),
+    (dict(cuda_graphs=True), "cuda_graphs")))
 def test_bad_arguments_are_named(generator, change, name):
     arguments = dict(labels=LABELS, columns=4, seeds=SEEDS) | change
     with pytest.raises(ValueError, match=name):

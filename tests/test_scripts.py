@@ -17,7 +17,7 @@ from equimini.cli import RunConfig
 from equimini.data import load_data, to_float
 from equimini.generator import Generator
 from equimini.training import Log
-from tests.scripts import GENERATOR, ROOT, TOKENIZER, call, command, mistake
+from tests.scripts import GENERATOR, ROOT, TOKENIZER, TRAINED, call, command, mistake
 from tests.test_losses import TwoMaps
 
 
@@ -97,7 +97,7 @@ def test_sigterm_writes_a_checkpoint_first(tmp_path, monkeypatch, capsys):
 
 
 def test_sampling_writes_a_sheet_and_single_files(runs):
-    call("sample.py", "--classes", "sea,0", "--count", 2, "--columns", 20, "--steps", 2,
+    call("sample.py", *TRAINED, "--classes", "sea,0", "--count", 2, "--columns", 20, "--steps", 2,
          "--singles", "one", cwd=runs)
     names = sorted(p.name for p in (runs / "one").iterdir())
     assert len(names) == 4 and names[0] == "class0000_seed000000.png"
@@ -110,6 +110,18 @@ def test_sampling_writes_a_sheet_and_single_files(runs):
     image = model.sample(["sea"], columns=20, steps=2, seed=0)[0]
     pixels = ((image + 1) * 127.5).round().permute(1, 2, 0).numpy()
     assert abs(pixels - one).max() <= 1
+
+
+def test_a_lead_in_is_drawn_and_cut_off(runs):
+    """What is left are the last columns of a longer picture."""
+    options = [*TRAINED, "--classes", "sea", "--count", 1, "--steps", 1, "--cfg-schedule",
+               "constant", "--cfg", 2]
+    call("sample.py", *options, "--columns", 20, "--save-tokens", "long.pt", cwd=runs)
+    said = call("sample.py", *options, "--columns", 12, "--lead-in", 8, "--save-tokens", "cut.pt",
+                "--show-steps", "grown.png", cwd=runs)
+    assert "1 pictures of 48x32 pixels" in said
+    long, cut = (torch.load(runs / f"{n}.pt", weights_only=True) for n in ("long", "cut"))
+    assert torch.equal(cut["tokens"], long["tokens"][:, 8:]) and cut["labels"].shape == (1, 12)
 
 
 def test_a_folder_of_pictures_wide_crops_and_a_perceptual_network(picture_folder, tmp_path):
@@ -265,9 +277,9 @@ def test_a_folder_without_a_readable_picture_is_one_error(picture_folder, tmp_pa
     ("train_generator.py", ["--init-from", "runs/generator/last.pt", "--layers", "9", "--out",
                             "x"], "other sizes"),
     ("train_generator.py", ["--cache-gb", "1", "--out", "x"], "--cache-gb"),
-    ("sample.py", ["--classes", "moon"], "mountains"),
-    ("sample.py", ["--width", "30"], "multiple of f"),
-    ("sample.py", ["--columns", "1"], "at least 2"),
+    ("sample.py", [*TRAINED, "--classes", "moon"], "mountains"),
+    ("sample.py", [*TRAINED, "--width", "30"], "multiple of f"),
+    ("sample.py", [*TRAINED, "--columns", "1"], "at least 2"),
     ("sample.py", ["--checkpoint", "runs/tokenizer/last.pt"], "holds a tokenizer"),
     ("sample.py", ["--checkpoint", "none.pt"], "none.pt"),
     ("sample.py", ["--steps", "0"], "steps"),

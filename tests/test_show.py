@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from equimini.data import ImageFolder, find_images
+from equimini.show.drift import column_statistics
 from equimini.show.neighbours import nearest, pixels
 from tests.scripts import invoke, mistake
 
@@ -41,6 +42,22 @@ def test_neighbours_sheet(runs, picture_folder, monkeypatch, capsys, network):
     assert "11 training pictures" in text and "held-out" in text
     sheet = np.asarray(Image.open(runs / "near.png"))
     assert sheet.shape[0] == 3 * 34 + 2 and (sheet[:, -34:] != 255).any()
+
+
+def test_statistics_of_columns_are_those_of_their_pixels():
+    images = torch.zeros(2, 3, 8, 12)  # three columns of four pixels, grey 127.5
+    images[0, :, :, :4] = 1  # column 0: white, and grey
+    images[:, :, :, 4:8] = torch.tensor([1.0, -1.0, -1.0])[:, None, None]  # column 1: red
+    images[:, :, ::2, 8:] = -1  # column 2: rows of black and grey
+    found = column_statistics(2 * torch.ones(2, 3, 5), images, f=4)
+    expected = {"token": (2, 2, 2), "contrast": (0, 0, 127.5 / 2), "gradient y": (0, 0, 127.5),
+                "brightness": (127.5 * 1.5, 0.299 * 255, 127.5 / 2), "variety": (127.5 / 2, 0, 0),
+                "saturation": (0, 100, 0), "red": (0, 255, 0), "blue": (0, 0, 0)}
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], torch.tensor(values).float(), atol=0.2 + (
+            name == "contrast"), rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+    assert found["gradient x"][2] == 0 < found["gradient x"][0]  # no next column; the border
+    assert found.keys() == {*expected, "gradient x"}
 
 
 def test_neighbours_mistakes(runs, picture_folder, monkeypatch, capsys):

@@ -23,6 +23,7 @@ from equimini.experiments.training_runs import TrainingRun, claim
 from equimini.presets import PRESETS, TokenizerTraining
 from equimini.training import Ema, Setup
 from tests.conftest import SMALL_TOKENIZER, randomize
+from tests.scripts import TRAINED
 from tests.test_losses import TwoMaps
 
 ROOT = Path(__file__).parents[1]
@@ -268,7 +269,7 @@ def test_a_generator_takes_the_fine_tuned_decoder_and_no_other_tokenizer(stage_o
     script("train_generator.py", "--layers", 1, "--embed-dim", 32, "--heads", 2, "--head-width",
            32, "--head-depth", 1, "--batch-size", 2, "--workers", 0, "--val-images", 2, "--steps",
            1, "--preview-steps", 1, "--tokenizer", stage_one / "one/last.pt")
-    sample = ["sample.py", "--classes", "sea", "--count", 1, "--steps", 2]
+    sample = ["sample.py", *TRAINED, "--classes", "sea", "--count", 1, "--steps", 2]
     script(*sample, "--out", "one.png")
     script(*sample, "--tokenizer", "two/last.pt", "--out", "two.png")
     a, b = (np.asarray(Image.open(n)).astype(int) for n in ("one.png", "two.png"))

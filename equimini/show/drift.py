@@ -9,6 +9,10 @@ Of every column, over all pictures:
     contrast    standard deviation of the brightness (0 to 255) within the column
     gradient x  mean absolute difference of the brightness of neighbouring pixels, horizontally
     gradient y  the same, vertically
+    brightness  its mean (0 to 255)
+    variety     standard deviation, over the pictures, of the column's mean brightness: falls where
+                all pictures drift to the same
+    saturation  mean of (largest − smallest of red, green, blue) / largest, in percent; 0: grey
     red, blue   mean of red − green and of blue − green (0 to 255): does the tint wander
 
 A curve that falls or rises along the picture is a model that drifts; one that jumps shows that
@@ -54,6 +58,7 @@ class DriftConfig(Checked):
     cfg_schedule: str = flag("auto", "see sample.py", choices=SCHEDULES)
     solver: str = flag("midpoint", "see sample.py", choices=tuple(SOLVERS))
     steps: int = flag(10, "steps of the solver per column", min=1)
+    temperature: float = flag(1.0, "see sample.py", min=0)
     seed: int = flag(0, "seed of the first picture", min=0)
     data: str = flag("", "folder of pictures to compare with")
     images: int = flag(256, "pictures of --data, at most", min=1)
@@ -65,6 +70,9 @@ def column_statistics(tokens: Tensor, images: Tensor, f: int) -> Statistics:
     """Statistics of every column of tokens (B, N, C) and their pictures (B, 3, H, N·f)."""
     light = brightness(images)
     columns = light.unflatten(2, (-1, f))  # (B, H, N, f)
+    mean = columns.mean((1, 3))  # (B, N)
+    rgb = (images + 1) / 2
+    saturation = (rgb.amax(1) - rgb.amin(1)) / rgb.amax(1).clamp_min(1e-3)  # (B, H, N·f)
     x = torch.nn.functional.pad(light.diff(dim=2).abs().mean((0, 1)), (0, 1))
     x = x.unflatten(0, (-1, f))  # border f−1 is the one to the next column
     inside = torch.full((len(x),), f)
@@ -73,6 +81,9 @@ def column_statistics(tokens: Tensor, images: Tensor, f: int) -> Statistics:
     return {"token": tokens.square().mean((0, 2)).sqrt().cpu(),
             "contrast": columns.std((1, 3)).mean(0).cpu(), "gradient x": x.sum(1).cpu() / inside,
             "gradient y": columns.diff(dim=1).abs().mean((0, 1, 3)).cpu(),
+            "brightness": mean.mean(0).cpu(),
+            "variety": mean.std(0, correction=0).cpu(),
+            "saturation": 100 * saturation.mean((0, 1)).unflatten(0, (-1, f)).mean(-1).cpu(),
             "red": tint[0].cpu(), "blue": tint[2].cpu()}
 
 
@@ -114,7 +125,8 @@ def draw(cfg: DriftConfig, model: ImageGenerator, positions: str) -> Tensor:
     labels = torch.arange(cfg.count) % len(model.classes)
     seeds = range(cfg.seed, cfg.seed + cfg.count)
     drawn = model.draw(labels, cfg.columns, seeds, cfg=cfg.cfg, schedule=cfg.cfg_schedule,
-                       solver=cfg.solver, steps=cfg.steps, positions=positions)
+                       solver=cfg.solver, steps=cfg.steps, positions=positions,
+                       temperature=cfg.temperature)
     return torch.stack(list(tqdm(drawn, desc=positions, total=cfg.columns)), 1)
 
 
