@@ -19,7 +19,7 @@ from torch import Tensor
 
 from equimini import checkpoint, load_generator
 from equimini.cli import UserError, output_folder, run
-from equimini.pipeline import tokenizer_content, tokenizer_inside
+from equimini.pipeline import tokenizer_content
 
 LARGEST = 65504.0  # float16
 RECIPE = ("seed", "precision", "width", "val_fraction")  # of the run's settings
@@ -53,14 +53,17 @@ def check_sizes(files: dict[Path, dict[str, Tensor]], each: float, together: flo
                         f"{together:g} are asked for (--total-mb)")
 
 
-def pack(source: Path, out: Path, file_mb: float = 15, total_mb: float = 30) -> list[Path]:
+def pack(source: Path, out: Path, file_mb: float = 15, total_mb: float = 30,
+         tokenizer: str = "") -> list[Path]:
     """Write the packed generator to `out` and its tokenizer beside it; returns both paths.
 
+    tokenizer: checkpoint of one with a fine-tuned decoder, in place of the generator's own.
     Raises UserError, and writes nothing, if a file would be larger than file_mb (10^6 bytes), both
-    together larger than total_mb, or float16 does not hold the weights.
+    together larger than total_mb, float16 does not hold the weights, or `tokenizer` makes other
+    tokens.
     """
     content = checkpoint.load(source, "generator")
-    inside = tokenizer_content(tokenizer_inside(content, source))
+    inside = tokenizer_content(load_generator(source, tokenizer_path=tokenizer).tokenizer)
     beside = out.with_name(f"{out.stem}-tokenizer{out.suffix}")
     weights = {out: half(content["ema"], source), beside: half(inside["weights"], source)}
     check_sizes(weights, file_mb, total_mb)
@@ -79,14 +82,17 @@ def main() -> None:
                                      description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="checkpoint of a trained generator")
     parser.add_argument("--out", type=Path, required=True, help="file to write, .pt")
+    parser.add_argument("--tokenizer", default="", metavar="TEXT", help="checkpoint of a tokenizer "
+                        "with a fine-tuned decoder, to pack in place of the generator's own")
     parser.add_argument("--file-mb", type=float, default=15, metavar="X",
                         help="largest size of a file, in MB [15]")
     parser.add_argument("--total-mb", type=float, default=30, metavar="X",
                         help="largest size of both files together, in MB [30]")
     args = parser.parse_args()
     output_folder(str(args.out.parent))
-    paths = pack(args.checkpoint, args.out, args.file_mb, args.total_mb)
-    images = [load_generator(path).sample([0], steps=25) for path in (args.checkpoint, args.out)]
+    paths = pack(args.checkpoint, args.out, args.file_mb, args.total_mb, args.tokenizer)
+    images = [load_generator(path, tokenizer_path=tokenizer).sample([0], steps=25)
+              for path, tokenizer in ((args.checkpoint, args.tokenizer), (args.out, ""))]
     difference = (images[0] - images[1]).square().mean().sqrt().item()
     print(f"{', '.join(f'{p} {p.stat().st_size / 1e6:.1f} MB' for p in paths)}; one picture drawn "
           f"with both differs by {difference:.4f} (RMS, in [-1, 1])")
