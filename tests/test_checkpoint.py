@@ -162,6 +162,21 @@ def test_packed_files_tell_the_recipe_and_nothing_of_the_machine(runs, tmp_path)
     assert kept["step"] == 6 and kept["classes"] == content["classes"]
 
 
+def test_a_fine_tuned_decoder_is_packed_and_another_tokenizer_is_not(runs, tmp_path):
+    content = checkpoint.load(runs / "runs/tokenizer/last.pt", "tokenizer")
+    for name, fits in (("decoder.conv_out.bias", True), ("encoder.conv_in.bias", False)):
+        content["ema"][name] += 0.25
+        checkpoint.save(tmp_path / "t.pt", "tokenizer", content)
+        arguments = runs / "runs/generator/last.pt", tmp_path / "box.pt", 15, 30, tmp_path / "t.pt"
+        if fits:
+            pack(*arguments)
+            packed = load_tokenizer(tmp_path / "box-tokenizer.pt").decoder.conv_out.bias
+            torch.testing.assert_close(packed, content["ema"][name], rtol=1e-3, atol=1e-4)
+        else:
+            with pytest.raises(UserError, match="other tokens"):
+                pack(*arguments)
+
+
 def test_packed_files_that_would_be_too_large_are_not_written(runs, tmp_path):
     source, out = runs / "runs/generator/last.pt", tmp_path / "box.pt"
     with pytest.raises(UserError, match=r"box.pt would be .* at most 0.01 .*--file-mb"):
