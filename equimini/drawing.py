@@ -110,8 +110,8 @@ EDITING = {"resample", "redraw_later", "pick", "kept_pixels"}
 SCROLLING = {"tile_columns", "resume"}
 WITHOUT = {  # options that have no effect
     "sheet": EDITING | SCROLLING,
-    "scroll": EDITING | {"count", "columns", "lead_in", "width", "batch_size", "singles", "save_tokens",
-                         "show_steps"},
+    "scroll": EDITING | {"count", "columns", "width", "lead_in", "batch_size", "singles",
+                         "save_tokens", "show_steps"},
     "edit": SCROLLING | {"columns", "width", "lead_in", "batch_size"},
     "continue-from": SCROLLING | {"resample", "redraw_later", "lead_in", "batch_size"}}
 

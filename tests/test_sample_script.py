@@ -77,7 +77,8 @@ def test_pictures_of_what_a_model_does(runs):
     said = call(show, "seams", "--columns", 40, "--count", 2, "--steps", 1, cwd=runs)
     assert "(default)" in said
     call(show, "drift", "--columns", 20, "--count", 2, "--steps", 1,
-         "--positions", "hold,grow", "--temperature", 1.1, "--out", "drift", cwd=runs)
+         "--positions", "hold,grow", "--temperature", 1.1, "--lead-in", 2, "--out",
+         "drift", cwd=runs)
     assert {"token.png", "pictures.png"} <= {p.name for p in (runs / "drift").iterdir()}
 
 

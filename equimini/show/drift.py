@@ -53,6 +53,7 @@ class DriftConfig(Checked):
     positions: str = flag("hold", "positions that cross-attention sees: hold, grow (see sample.py), or "
                           "both with a comma")
     columns: int = flag(128, "length of the pictures, in columns", min=4)
+    lead_in: int = flag(0, "columns drawn before the pictures and cut off", min=0)
     count: int = flag(24, "pictures, of the classes in turn", min=1)
     cfg: float = flag(3.0, "guidance scale; 1: none", min=0)
     cfg_schedule: str = flag("auto", "see sample.py", choices=SCHEDULES)
@@ -124,10 +125,11 @@ def draw(cfg: DriftConfig, model: ImageGenerator, positions: str) -> Tensor:
     """The panoramas' tokens, (count, columns, C)."""
     labels = torch.arange(cfg.count) % len(model.classes)
     seeds = range(cfg.seed, cfg.seed + cfg.count)
-    drawn = model.draw(labels, cfg.columns, seeds, cfg=cfg.cfg, schedule=cfg.cfg_schedule,
+    n = cfg.lead_in + cfg.columns
+    drawn = model.draw(labels, n, seeds, cfg=cfg.cfg, schedule=cfg.cfg_schedule,
                        solver=cfg.solver, steps=cfg.steps, positions=positions,
                        temperature=cfg.temperature)
-    return torch.stack(list(tqdm(drawn, desc=positions, total=cfg.columns)), 1)
+    return torch.stack(list(tqdm(drawn, desc=positions, total=n))[cfg.lead_in:], 1)
 
 
 @torch.no_grad()
