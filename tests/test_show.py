@@ -1,12 +1,14 @@
 """Pictures of what a model does."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from equimini.data import ImageFolder, find_images
-from equimini.show.drift import column_statistics
+from equimini.show.drift import column_statistics, repetition
 from equimini.show.neighbours import nearest, pixels
 from tests.scripts import invoke, mistake
 
@@ -69,3 +71,15 @@ def test_neighbours_mistakes(runs, picture_folder, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         invoke("equimini.show", "--help", cwd=runs, monkeypatch=monkeypatch)
     assert "neighbours  Samples beside" in capsys.readouterr().out
+
+
+def test_repetition():
+    """Noise does not repeat itself; a tile of 20 columns does, exactly or nearly."""
+    torch.manual_seed(0)
+    noise, labels = torch.randn(4, 60, 3), torch.zeros(4, 60)
+    assert repetition(noise, labels) == pytest.approx(1, abs=0.05)
+    tiled = torch.randn(4, 20, 3).repeat(1, 3, 1)
+    assert repetition(tiled, labels) < 1e-2
+    assert 0.05 < repetition(tiled + 0.2 * noise, labels) < 0.5
+    alone = torch.arange(4)[:, None].expand(4, 60)
+    assert math.isnan(repetition(noise, alone)) and math.isnan(repetition(noise[:, :20], labels))

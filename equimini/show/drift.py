@@ -17,11 +17,16 @@ Of every column, over all pictures:
 
 A curve that falls or rises along the picture is a model that drifts; one that jumps shows that
 positions are not alike.  --data adds the columns of real pictures, encoded and decoded.
+
+Repetition is told by windows of 8 columns: how far the nearest one is that lies at least 16 columns
+away in the same picture, over the same in another picture of the class.  1: a picture is not more
+like itself than like others; 0: it repeats itself exactly.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +46,7 @@ from equimini.show.seams import brightness
 from equimini.solvers import SOLVERS
 
 SHOWN = 8  # pictures of each choice on the sheet
+WINDOW, APART = 8, 16  # columns, see `repetition`
 Statistics = dict[str, Tensor]  # name: value of every column, (N,)
 
 
@@ -88,6 +94,28 @@ def column_statistics(tokens: Tensor, images: Tensor, f: int) -> Statistics:
             "red": tint[0].cpu(), "blue": tint[2].cpu()}
 
 
+def repetition(tokens: Tensor, labels: Tensor) -> float:
+    """How much pictures repeat themselves (see above), 1: not at all; NaN if it cannot be told.
+
+    tokens: (B, N, C); labels: (B, N).  Needs 24 columns and two pictures of the same classes.
+    """
+    if tokens.shape[1] < WINDOW + APART:
+        return math.nan
+    windows = tokens.unfold(1, WINDOW, 1).flatten(2)  # (B, n, C·WINDOW)
+    n = windows.shape[1]
+    away = (torch.arange(n)[:, None] - torch.arange(n)).abs() >= APART
+    nearest = {True: [], False: []}  # to windows of the same picture, of another
+    for i in range(len(tokens)):
+        for j in (i, next((j for j in (*range(i + 1, len(tokens)), *range(i))
+                           if torch.equal(labels[i], labels[j])), None)):
+            if j is None:
+                return math.nan
+            apart = torch.cdist(windows[i], windows[j]).masked_fill(~away, math.inf)
+            lowest = apart.amin(1)
+            nearest[i == j].append(lowest[lowest.isfinite()].mean())
+    return (torch.stack(nearest[True]).mean() / torch.stack(nearest[False]).mean()).item()
+
+
 def of_pictures(model: ImageGenerator, folder: str, count: int) -> Statistics:
     """The same of real pictures, encoded and decoded."""
     _, data, _ = load_data(DataConfig(data=folder, val_data=folder), model.tokenizer.config)
@@ -121,15 +149,16 @@ def table(measured: dict[str, Statistics]) -> str:
     return "\n".join(lines)
 
 
-def draw(cfg: DriftConfig, model: ImageGenerator, positions: str) -> Tensor:
-    """The panoramas' tokens, (count, columns, C)."""
+def draw(cfg: DriftConfig, model: ImageGenerator, positions: str) -> tuple[Tensor, Tensor]:
+    """The panoramas' tokens, (count, columns, C), and their classes, (count, columns)."""
     labels = torch.arange(cfg.count) % len(model.classes)
     seeds = range(cfg.seed, cfg.seed + cfg.count)
     n = cfg.lead_in + cfg.columns
     drawn = model.draw(labels, n, seeds, cfg=cfg.cfg, schedule=cfg.cfg_schedule,
                        solver=cfg.solver, steps=cfg.steps, positions=positions,
                        temperature=cfg.temperature)
-    return torch.stack(list(tqdm(drawn, desc=positions, total=n))[cfg.lead_in:], 1)
+    tokens = torch.stack(list(tqdm(drawn, desc=positions, total=n))[cfg.lead_in:], 1)
+    return tokens, labels[:, None].expand(-1, cfg.columns)
 
 
 @torch.no_grad()
@@ -145,12 +174,16 @@ def main(argv: list[str]) -> None:
                         f"{cfg.positions}")
     out = output_folder(cfg.out)
     model = load_generator(cfg.checkpoint, pick_device(cfg.device))
-    measured, rows, names = {}, [], []
+    measured, repeated, rows, names = {}, {}, [], []
     if cfg.data:
         measured["pictures"] = of_pictures(model, cfg.data, cfg.images)
     for name in ["tokens"] if cfg.tokens else wanted:
-        tokens = load_tokens(cfg.tokens, model).tokens.to(model.device) if cfg.tokens else \
-            draw(cfg, model, name)
+        if cfg.tokens:
+            found = load_tokens(cfg.tokens, model)
+            tokens, labels = found.tokens.to(model.device), found.labels
+        else:
+            tokens, labels = draw(cfg, model, name)
+        repeated[name] = repetition(tokens.cpu(), labels)
         images = model.decode(tokens).cpu()
         measured[name] = column_statistics(tokens.cpu(), images, model.tokenizer.config.f)
         shown = images[:SHOWN].split(1)
@@ -158,6 +191,8 @@ def main(argv: list[str]) -> None:
         names += [name if cfg.tokens else f"{name} {model.classes[i % len(model.classes)]}"
                   for i in range(len(shown))]
     print(table(measured))
+    for name, value in repeated.items():
+        print(f"repetition  {name}  {value:.3f} (1: none)")
     for key in next(iter(measured.values())):
         series = {name: [(k, float(v)) for k, v in enumerate(s[key])]
                   for name, s in measured.items()}
