@@ -148,14 +148,14 @@ class Setting:
         """One step; returns its loss, and the errors (M, B, N) that it should be made of."""
         seen = []
         self.trainer.stepper.backward = seen.append
-        inner = self.trainer.step.__globals__["flow_matching_errors"]
+        inner = self.trainer.flow_errors
         errors = []
 
         def spy(*arguments):
             errors.append(inner(*arguments))
             return errors[-1]
 
-        self.trainer.step.__globals__["flow_matching_errors"] = spy
+        self.trainer.flow_errors = spy
         logged = self.trainer.step(3, self.means, self.labels)
         assert logged["loss_per_column"] == pytest.approx(
             errors[0].mean((0, 1)).tolist(), abs=1e-5)
