@@ -75,29 +75,11 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
     preset = PRESETS[name]
     model, training = getattr(preset, kind), getattr(preset, f"{kind}_training")
 
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--preset", default="tiny", metavar="NAME",
-                        help=f"{', '.join(PRESETS)}: gives the defaults shown below [tiny]")
-    parser.add_argument("--recipe", choices=("paper",), help="all training settings are the "
-                        "paper's, its epochs turned into steps for the pictures of --data, its "
-                        "learning rate for --batch-size; the model is --preset's [small]")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, the "
-                        "memory and the time that it needs (from a few measured steps), and stop")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on from last.pt in --out; its settings are the defaults")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="start anew even if --out holds a run already")
-    for part, title in ((run, "run"), (model, "model"), (training, "training")):
-        add_flags(parser, part, title)
-    args = parser.parse_args(argv)
+    args = make_parser(description, run, model, training).parse_args(argv)
 
     out = Path(getattr(args, "out", run.out))
     last, resumed, initial = out / "last.pt", None, None
-    for one, other in (("overwrite", "resume"), ("recipe", "resume"), ("dry_run", "resume")):
-        if getattr(args, one) and getattr(args, other):
-            raise UserError(f"give --resume or --{one.replace('_', '-')}, not both")
-    if not args.dry_run:
-        output_folder(str(out))
+    open_folder(out, args)
     if args.resume:
         resumed = checkpoint.load_newest(last, kind)
         saved = resumed["config"]
@@ -109,12 +91,6 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
         if override(model, args) != model:
             raise UserError(f"{last} holds a model of other sizes than asked for; leave the "
                             "model's flags out to resume it, or choose another --out")
-    elif (any(path.suffix == ".pt" for path in own_files(out))
-          and not (args.overwrite or args.dry_run)):
-        raise UserError(f"{out} holds a run already; add --resume to go on with it, --overwrite "
-                        "to start anew, or choose another folder with --out")
-    for folder in () if args.dry_run else (out, out / "previews"):
-        remove_leftovers(folder)
     run = override(run, args)
     if args.recipe:
         training = paper_training(kind, count(run), getattr(args, "batch_size", None))
@@ -133,6 +109,46 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
                         f"a batch of {training.batch_size}")
     return Setup(name, override(model, args), training, run,
                  distributed.local_device(run.device), out, resumed, initial, args.dry_run)
+
+
+def make_parser(description: str, run: RunConfig, model: Checked,
+                training: Checked) -> argparse.ArgumentParser:
+    """The command line of a training script, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--preset", default="tiny", metavar="NAME",
+                        help=f"{', '.join(PRESETS)}: gives the defaults shown below [tiny]")
+    parser.add_argument("--recipe", choices=("paper",), help="all training settings are the "
+                        "paper's, its epochs turned into steps for the pictures of --data, its "
+                        "learning rate for --batch-size; the model is --preset's [small]")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, the "
+                        "memory and the time that it needs (from a few measured steps), and stop")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from last.pt in --out; its settings are the defaults")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="start anew even if --out holds a run already")
+    for part, title in ((run, "run"), (model, "model"), (training, "training")):
+        add_flags(parser, part, title)
+    return parser
+
+
+def open_folder(out: Path, args: argparse.Namespace) -> None:
+    """Create the output folder and clear what a killed run left half written, but for a dry run.
+
+    Raises UserError if it cannot be written, if it holds a run that is neither to be resumed nor
+    overwritten, and for options that exclude each other.
+    """
+    for name in ("overwrite", "recipe", "dry_run"):
+        if args.resume and getattr(args, name):
+            raise UserError(f"give --resume or --{name.replace('_', '-')}, not both")
+    if args.dry_run:
+        return
+    output_folder(str(out))
+    holds_run = any(path.suffix == ".pt" for path in own_files(out))
+    if holds_run and not (args.resume or args.overwrite):
+        raise UserError(f"{out} holds a run already; add --resume to go on with it, --overwrite "
+                        "to start anew, or choose another folder with --out")
+    for folder in (out, out / "previews"):
+        remove_leftovers(folder)
 
 
 def make_deterministic() -> None:
