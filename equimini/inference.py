@@ -5,7 +5,8 @@ the weights is what takes the time.  `prepared` therefore
 - hands the weights to oneDNN once, in the blocked layout that it computes from (CPU);
 - keeps them in bfloat16 where that is asked for: half the bytes.  Matrix products then read
   bfloat16 and sum in float32; everything between them (the residual stream, norms, softmax,
-  the time embedding, the ODE's state x) stays float32.
+  the time embedding, the ODE's state x) stays float32;
+- calls the head's blocks with as little Python between their operators as can be.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equimini.flow_head import HeadBlock
 from equimini.generator import Generator
 
 ONEDNN_NAMES = {type(None): ("none", ""), nn.SiLU: ("swish", ""), nn.GELU: ("gelu", "none")}
@@ -42,13 +44,34 @@ class ReadyLinear(nn.Module):
             self.arguments = self.weight, self.bias, name, [], algorithm
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
+        return self.product(x.to(self.dtype)).to(self.dtype_out)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The layer and its activation, from dtype to dtype."""
         if self.packed:
-            y = torch.ops.mkldnn._linear_pointwise(x, *self.arguments)
-        else:
-            y = F.linear(x, self.weight, self.bias)
-            y = y if self.activation is None else self.activation(y)
-        return y.to(self.dtype_out)
+            return torch.ops.mkldnn._linear_pointwise.default(x, *self.arguments)
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.activation is None else self.activation(y)
+
+
+class ReadyBlock(nn.Module):
+    """A block of the head over ready layers: the same numbers, without the calls in between.
+
+    With two rows a product takes about 50 µs, and what modules, casts and look-ups add to it 20.
+    """
+
+    def __init__(self, block: HeadBlock) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.ada = block.norm, block.mlp, block.ada
+        self.layers = self.norm, self.mlp[0], self.mlp[2]  # read without a look-up
+
+    modulation = HeadBlock.modulation
+
+    def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        (norm, first, second), (shift, factor, gate) = self.layers, modulation
+        h = torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)[0]
+        h = second.product(first.product(torch.addcmul(shift, factor, h).to(first.dtype)))
+        return torch.addcmul(x, gate, h)  # float32, whatever h is
 
 
 def packs(weight: Tensor) -> bool:
@@ -75,6 +98,7 @@ def prepared(generator: Generator, precision: str = "float32") -> Generator:
     for module in list(twin.modules()):
         once = module is twin.head.time_mlp  # per run: no reason to round it
         _replace_linear_layers(module, torch.float32 if once else PRECISIONS[precision])
+    twin.head.blocks = nn.ModuleList(map(ReadyBlock, twin.head.blocks))
     return twin.eval()
 
 
