@@ -8,6 +8,7 @@ Writes last.pt, best.pt (lowest validation loss), log.jsonl and previews/ into -
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -50,6 +51,17 @@ class GeneratorRun(RunConfig):
     preview_steps: int = flag(25, "Euler steps per column of the preview pictures", min=1)
 
 
+class Draws(NamedTuple):
+    """All that is random in the loss of B images but for dropout, keyed per image; on the CPU."""
+
+    sigma: torch.Tensor  # (B,) normal
+    noise: torch.Tensor  # (B, N, C) normal: σ-noise on the tokens, with sigma
+    u: torch.Tensor  # (M, B, N) uniform: the flow's times
+    eps: torch.Tensor  # (M, B, N, C) normal: the flow's noise
+    drop: torch.Tensor  # (B,) uniform: below the label dropout, the class is left out
+    starts: torch.Tensor  # (B, k) uniform: places of crops, k = 0 without --real-equivariant
+
+
 class Trainer:
     """The generator, its frozen tokenizer and the optimizer; `step` is one training step."""
 
@@ -68,7 +80,7 @@ class Trainer:
             flow_matching_errors
         self.optimizer = adamw(weight_decay_groups(self.model, self.cfg.weight_decay), self.cfg.lr,
                                self.opts.fused_optimizer)
-        self.stepper = Stepper(self.optimizer)
+        self.stepper, self.draw_ahead = Stepper(self.optimizer), keyed.Ahead(self.step_draws)
         self.columns = 0  # of the training pictures, once one has been seen
         if self.cfg.subtasks and setup.model.real_equivariant:
             raise UserError("--subtasks are places in the picture, which --real-equivariant does "
@@ -78,35 +90,46 @@ class Trainer:
         """Matrix products in bfloat16 where asked for; weights and the loss stay in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, self.opts.precision == "bf16")
 
+    def shape(self, data: torch.Tensor) -> tuple[int, int]:
+        """(N, C) of the tokens of uint8 images (B, 3, H, W), or of cached means (B, N, C)."""
+        if data.dtype != torch.uint8:
+            return data.shape[1], data.shape[2]
+        return data.shape[3] // self.tokenizer.config.f, self.tokenizer.config.token_channels
+
+    def draws(self, rngs: list, n: int, c: int) -> Draws:
+        """What is random in the loss of len(rngs) images of n tokens of c channels."""
+        m, config = self.cfg.batch_multiplier, self.model.config
+        crops = n // config.window if config.real_equivariant else 0
+        return Draws(sigma=keyed.normal((), rngs), noise=keyed.normal((n, c), rngs),
+                     u=keyed.uniform((m, n), rngs).transpose(0, 1),
+                     eps=keyed.normal((m, n, c), rngs).transpose(0, 1),
+                     drop=keyed.uniform((), rngs), starts=keyed.uniform((crops,), rngs))
+
+    def step_draws(self, step: int, images: int, n: int, c: int) -> list[Draws]:
+        """Those of a step, for each piece of this process's share of `images` images."""
+        return [self.draws(piece.rngs("flow", self.seed, step), n, c)
+                for piece in pieces(images, self.opts.accumulate)]
+
     @torch.no_grad()
-    def tokens(self, data: torch.Tensor, rngs: list) -> torch.Tensor:
+    def tokens(self, data: torch.Tensor, draws: Draws) -> torch.Tensor:
         """uint8 images (B, 3, H, W), or their cached means μ (B, N, C), to normalised noisy
         tokens (B, N, C): the transformer's input and the flow's target."""
         mean = data.to(self.device)
         if data.dtype == torch.uint8:
             with self.autocast():
                 mean = self.tokenizer.encode(to_float(mean)).float()
-        sigma, eps = keyed.normal((), rngs), keyed.normal(tuple(mean.shape[1:]), rngs)
-        z = add_noise(mean, self.tokenizer.config.noise, sigma.to(mean.device),
-                      eps.to(mean.device))
+        z = add_noise(mean, self.tokenizer.config.noise, draws.sigma.to(mean.device),
+                      draws.noise.to(mean.device))
         return self.tokenizer.normalize(z)
 
-    def flow_draws(self, x: torch.Tensor, rngs: list) -> tuple[torch.Tensor, torch.Tensor]:
-        """u (M, B, N) uniform and ε (M, B, N, C) normal, keyed per image."""
-        m = self.cfg.batch_multiplier
-        u = keyed.uniform((m, x.shape[1]), rngs).transpose(0, 1)
-        eps = keyed.normal((m, *x.shape[1:]), rngs).transpose(0, 1)
-        return u.to(x.device), eps.to(x.device)
-
     def crops(self, x: torch.Tensor, labels: torch.Tensor, u: torch.Tensor, eps: torch.Tensor,
-              drop: torch.Tensor, rngs: list) -> tuple[torch.Tensor, ...]:
+              drop: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """A batch of random crops of W columns (Eq. 6): as many of each image as it is long."""
-        w, n = self.model.config.window, x.shape[1]
-        k = n // w
+        w, n, k = self.model.config.window, x.shape[1], starts.shape[1]
         if k == 0:
             raise UserError(f"--window {w} is longer than the pictures of {n} columns, of which "
                             "--real-equivariant takes crops")
-        starts = (keyed.uniform((k,), rngs) * (n - w + 1)).long().to(x.device)
+        starts = (starts * (n - w + 1)).long()
         u, eps = (a[:, :, :k * w].unflatten(2, (k, w)).flatten(1, 2) for a in (u, eps))
         return (random_crops(x, w, starts), labels.repeat_interleave(k), u, eps,
                 drop.repeat_interleave(k))
@@ -120,10 +143,10 @@ class Trainer:
         cfg, sums = self.cfg, {}
         lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps)
         shift = int(keyed.rng("shift", self.seed, step).integers(cfg.position_shift))
-        for piece in pieces(len(data), self.opts.accumulate):
+        ready = self.draw_ahead(step, len(data), *self.shape(data))
+        for piece, draws in zip(pieces(len(data), self.opts.accumulate), ready):
             keyed.seed_torch(self.seed, 1, step, piece.first)  # dropout
-            errors, u = self.errors(data[piece.rows], labels[piece.rows], shift,
-                                    piece.rngs("flow", self.seed, step))
+            errors, u = self.errors(data[piece.rows], labels[piece.rows], shift, draws)
             chosen = errors[:, :, list(cfg.subtasks)] if cfg.subtasks else errors
             loss = piece.weight * chosen.mean()
             self.stepper.backward(loss)
@@ -138,15 +161,15 @@ class Trainer:
                                for s, n in zip(found["t_sums"], found["t_counts"])]}
 
     def errors(self, data: torch.Tensor, labels: torch.Tensor, shift: int,
-               rngs: list) -> tuple[torch.Tensor, torch.Tensor]:
+               draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
         """Eq. 8's errors (M, B, N) on a piece of the batch, and their u."""
-        x = self.tokens(data, rngs)  # (B, N, C)
+        x = self.tokens(data, draws)  # (B, N, C)
         self.columns = x.shape[1]
-        u, eps = self.flow_draws(x, rngs)
-        drop = keyed.uniform((), rngs).to(x.device) < self.cfg.label_dropout
-        labels = labels.to(x.device)
+        labels, u, eps, drop, starts = (
+            a.to(x.device) for a in (labels, draws.u, draws.eps,
+                                     draws.drop < self.cfg.label_dropout, draws.starts))
         if self.model.config.real_equivariant:
-            x, labels, u, eps, drop = self.crops(x, labels, u, eps, drop, rngs)
+            x, labels, u, eps, drop = self.crops(x, labels, u, eps, drop, starts)
         with self.autocast():
             return self.flow_errors(self.model, x, labels, u, eps, drop, shift), u
 
@@ -190,10 +213,11 @@ class Trainer:
         """Loss of the EMA generator, always with the same noise, and the same per column."""
         sums = {}
         for data, labels, indices in loader:
-            rngs = [keyed.rng("validation", int(i)) for i in indices]
-            x = self.tokens(data, rngs)
-            u, eps = self.flow_draws(x, rngs)
-            loss = flow_matching_loss(self.ema.model, x, labels.to(x.device), u, eps)  # (B, N)
+            draws = self.draws([keyed.rng("validation", int(i)) for i in indices],
+                               *self.shape(data))
+            x = self.tokens(data, draws)
+            loss = flow_matching_loss(self.ema.model, x, labels.to(x.device), draws.u.to(x.device),
+                                      draws.eps.to(x.device))  # (B, N)
             add(sums, {"columns": loss.cpu().double().sum(0), "count": torch.tensor(len(x))})
         if not sums:  # more processes than pictures
             sums = {"columns": torch.zeros(self.columns).double(), "count": torch.tensor(0)}

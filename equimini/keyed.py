@@ -7,11 +7,17 @@ number of processes, or on whether the run was interrupted.
 
 from __future__ import annotations
 
+import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable
 
 import numpy as np
 import torch
 from torch import Tensor
+
+FEW = 2**18  # numbers that one thread draws within some milliseconds
+MOST_THREADS = 8
 
 
 def rng(purpose: str, *key: int) -> np.random.Generator:
@@ -22,13 +28,49 @@ def rng(purpose: str, *key: int) -> np.random.Generator:
 
 def normal(shape: tuple[int, ...], rngs: list[np.random.Generator]) -> Tensor:
     """Standard normal (len(rngs), *shape), float32; row i drawn from rngs[i] alone."""
-    rows = [r.standard_normal(shape, dtype=np.float32) for r in rngs]
-    return torch.from_numpy(np.stack(rows))
+    return _rows(np.random.Generator.standard_normal, shape, rngs)
 
 
 def uniform(shape: tuple[int, ...], rngs: list[np.random.Generator]) -> Tensor:
     """Uniform in [0, 1), (len(rngs), *shape), float32; row i drawn from rngs[i] alone."""
-    return torch.from_numpy(np.stack([r.random(shape, dtype=np.float32) for r in rngs]))
+    return _rows(np.random.Generator.random, shape, rngs)
+
+
+def _rows(draw: Callable[..., Any], shape: tuple[int, ...],
+          rngs: list[np.random.Generator]) -> Tensor:
+    """Rows filled by `draw`; many numbers by several threads (numpy lets them run side by side)."""
+    out = np.empty((len(rngs), *shape), np.float32)
+    threads = min(os.cpu_count() or 1, MOST_THREADS, len(rngs)) if out.size > FEW else 1
+
+    def fill(first: int) -> None:
+        for i in range(first, len(rngs), threads):
+            draw(rngs[i], dtype=np.float32, out=out[i:i + 1])
+
+    if threads == 1:
+        fill(0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, range(threads)))
+    return torch.from_numpy(out)
+
+
+class Ahead:
+    """A function of a step and more, computed for the next step while this one runs.
+
+    function: pure.  It is called in another thread for (step + 1, *more), and its result taken if
+    that is what is asked for next.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.pool = function, ThreadPoolExecutor(1)
+        self.expected, self.coming = None, None
+
+    def __call__(self, step: int, *more: Any) -> Any:
+        result = (self.coming.result() if self.expected == (step, *more) else
+                  self.function(step, *more))
+        self.expected = (step + 1, *more)
+        self.coming = self.pool.submit(self.function, *self.expected)
+        return result
 
 
 def seed_torch(*key: int) -> None:

@@ -189,10 +189,11 @@ def test_validation_is_over_all_columns(tokenizer):
         batch = setting.means, setting.labels, torch.arange(4)
         trainer = setting.trainer
         scores = trainer.validate([batch])
-        rngs = [keyed.rng("validation", i) for i in range(4)]
-        x = trainer.tokens(setting.means, rngs)
-        expected = flow_matching_loss(trainer.ema.model, x, setting.labels,
-                                      *trainer.flow_draws(x, rngs)).mean(0)
+        draws = trainer.draws([keyed.rng("validation", i) for i in range(4)],
+                              *setting.means.shape[1:])
+        x = trainer.tokens(setting.means, draws)
+        expected = flow_matching_loss(trainer.ema.model, x, setting.labels, draws.u,
+                                      draws.eps).mean(0)
         assert scores["val_loss_per_column"] == pytest.approx(expected.tolist(), abs=1e-5)
 
 

@@ -1,0 +1,68 @@
+"""Draws that depend on their key alone: not on the batch, the thread, or when they are made."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from equimini import keyed
+
+
+def rngs(places):
+    return [keyed.rng("test", 3, i) for i in places]
+
+
+@pytest.mark.parametrize("draw", (keyed.normal, keyed.uniform))
+@pytest.mark.parametrize("shape", ((), (0,), (5,), (3, 4)))
+def test_rows_do_not_depend_on_batch_or_threads(draw, shape, monkeypatch):
+    whole = draw(shape, rngs(range(20)))
+    assert whole.shape == (20, *shape) and whole.dtype == torch.float32
+    assert torch.equal(draw(shape, rngs([7, 2])), whole[[7, 2]])
+    monkeypatch.setattr(keyed, "FEW", 0)
+    seen = set()
+    rng = np.random.Generator
+
+    def noted(*args, **kwargs):
+        seen.add(threading.get_ident())
+        return getattr(rng, "standard_normal" if draw is keyed.normal else "random")(*args,
+                                                                                     **kwargs)
+
+    assert torch.equal(draw(shape, rngs(range(20))), whole)
+    keyed._rows(noted, (1,), rngs(range(2)))
+    if keyed.os.cpu_count() > 1:
+        assert threading.get_ident() not in seen
+
+
+def test_one_stream_goes_on_from_draw_to_draw():
+    """As numpy would draw from it, one after the other."""
+    r, = rngs([0])
+    found = keyed.normal((3,), [r]), keyed.uniform((), [r]), keyed.normal((), [r])
+    r, = rngs([0])
+    expected = [r.standard_normal(3, dtype=np.float32), r.random(dtype=np.float32),
+                r.standard_normal(dtype=np.float32)]
+    for a, b in zip(found, expected):
+        assert np.array_equal(a[0].numpy(), b)
+
+
+def test_ahead_gives_what_the_function_gives():
+    calls = []
+
+    def function(step, *more):
+        calls.append((step, *more))
+        return step * 100 + sum(more)
+
+    ahead = keyed.Ahead(function)
+    for step, *more in ((4, 1), (5, 1), (6, 1), (6, 2), (9, 2), (10, 2), (10, 2)):
+        assert ahead(step, *more) == step * 100 + sum(more)
+    ahead.pool.shutdown()
+    asked = [(4, 1), (5, 1), (6, 1), (7, 1), (6, 2), (7, 2), (9, 2), (10, 2), (11, 2), (10, 2),
+             (11, 2)]
+    assert sorted(calls) == sorted(asked)  # once each, but for what was not expected
+
+
+def test_an_error_ahead_is_raised_when_it_is_asked_for():
+    ahead = keyed.Ahead(lambda step: 1 / (2 - step))
+    assert ahead(1) == 1
+    with pytest.raises(ZeroDivisionError):
+        ahead(2)
