@@ -43,7 +43,7 @@ def draw_sheet(cfg: SampleConfig, model: ImageGenerator) -> None:
     labels = torch.stack([plan_labels(row, columns) for row in rows]).repeat_interleave(count, 0)
     n, with_lead = cfg.lead_in + columns, labels[:, :1].expand(-1, cfg.lead_in)
     with_lead = torch.cat((with_lead, labels), 1)  # the class of every column that is drawn
-    seeds = torch.arange(cfg.seed, cfg.seed + count).repeat(len(rows))  # the same for every class
+    seeds = torch.arange(cfg.seed, cfg.seed + len(labels))  # pictures of one seed look alike
     print(guidance_text(cfg, model, n))
 
     tokens, pictures = [], []

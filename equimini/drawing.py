@@ -75,8 +75,9 @@ class SampleConfig(Checked):
                           "faster and deviates slightly", choices=tuple(PRECISIONS))
     cuda_graphs: str = flag("off", "on: replay recorded kernels, which is faster for few "
                             "pictures at a time; needs CUDA", choices=("off", "on"))
-    seed: int = flag(0, "seed of a class's first picture; the next ones count up. For --edit and "
-                     "--continue-from, if not given: one that the picture was not drawn with",
+    seed: int = flag(0, "seed of the first picture; it counts up over all pictures of all classes. "
+                     "For --edit and --continue-from, if not given: one that the picture was not "
+                     "drawn with",
                      min=0, max=2**62)
     weights: str = flag("ema", "moving average of the weights, or the raw ones",
                         choices=("ema", "raw"))
