@@ -9,11 +9,11 @@ import math
 import os
 import signal
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Protocol
+from typing import Any, Callable, Iterator, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -209,6 +209,13 @@ class Progress:
         self.bar.set_postfix(shown | ({"skipped": skipped} if skipped else {}), refresh=False)
         self.bar.update()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count for the images per second."""
+        start = time.time()
+        yield
+        self.since += time.time() - start
+
     def write(self, text: str) -> None:
         """Print a line above the bar."""
         if distributed.is_main():
@@ -344,21 +351,22 @@ def train_steps(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: 
             if main and step % opts.log_every == 0:
                 log.write(step, **scalars, ema_distance=trainer.ema.distance(trainer.model),
                           skipped=trainer.stepper.skipped, images_per_s=progress.rate)
-            if step % opts.val_every == 0 or last:
-                scores = trainer.validate(val_loader)
-                if main:
-                    log.write(step, **scores)
-                numbers = {k: v for k, v in scores.items() if isinstance(v, float)}
-                shown = (f"{k.removeprefix('val_')} {v:.5g}" for k, v in numbers.items())
-                progress.write(f"step {step}: {', '.join(shown)} (held out)")
-                if scores["val_loss"] < best:
-                    best = scores["val_loss"]
-                    save("best.pt", step, best)
-            if main and (step % opts.preview_every == 0 or last):
-                trainer.preview(setup.out / "previews" / f"{step:07d}.png")
-            stop.share()
-            if step % opts.save_every == 0 or last or stop.asked:
-                save("last.pt", step, best)
+            with progress.paused():
+                if step % opts.val_every == 0 or last:
+                    scores = trainer.validate(val_loader)
+                    if main:
+                        log.write(step, **scores)
+                    numbers = {k: v for k, v in scores.items() if isinstance(v, float)}
+                    shown = (f"{k.removeprefix('val_')} {v:.5g}" for k, v in numbers.items())
+                    progress.write(f"step {step}: {', '.join(shown)} (held out)")
+                    if scores["val_loss"] < best:
+                        best = scores["val_loss"]
+                        save("best.pt", step, best)
+                if main and (step % opts.preview_every == 0 or last):
+                    trainer.preview(setup.out / "previews" / f"{step:07d}.png")
+                stop.share()
+                if step % opts.save_every == 0 or last or stop.asked:
+                    save("last.pt", step, best)
             if stop.asked:
                 break
     return step
