@@ -80,7 +80,7 @@ class Trainer:
             flow_matching_errors
         self.optimizer = adamw(weight_decay_groups(self.model, self.cfg.weight_decay), self.cfg.lr,
                                self.opts.fused_optimizer)
-        self.stepper, self.draw_ahead = Stepper(self.optimizer), keyed.Ahead(self.step_draws)
+        self.stepper, self.draw_ahead = Stepper(self.optimizer), keyed.Ahead()
         self.columns = 0  # of the training pictures, once one has been seen
         if self.cfg.subtasks and setup.model.real_equivariant:
             raise UserError("--subtasks are places in the picture, which --real-equivariant does "
@@ -143,7 +143,7 @@ class Trainer:
         cfg, sums = self.cfg, {}
         lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps)
         shift = int(keyed.rng("shift", self.seed, step).integers(cfg.position_shift))
-        ready = self.draw_ahead(step, len(data), *self.shape(data))
+        ready = self.draw_ahead(self.step_draws, step, len(data), *self.shape(data))
         for piece, draws in zip(pieces(len(data), self.opts.accumulate), ready):
             keyed.seed_torch(self.seed, 1, step, piece.first)  # dropout
             errors, u = self.errors(data[piece.rows], labels[piece.rows], shift, draws)

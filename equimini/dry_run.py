@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from typing import Callable
 
@@ -61,8 +62,10 @@ def measure(setup: Setup, trainer: Trainer, example: Tensor, images: int, piece:
     count = piece if setup.device.type == "cuda" else min(piece, ON_CPU)
     trainer.opts = dataclasses.replace(setup.run, accumulate=1)
 
+    steps = itertools.count(step)  # counting up, as draws are made for the step to come
+
     def train(n: int) -> None:
-        trainer.step(step, example.expand(n, *example.shape[1:]), torch.zeros(n).long())
+        trainer.step(next(steps), example.expand(n, *example.shape[1:]), torch.zeros(n).long())
 
     kept = {}  # bytes for the backward pass, by images: they are a + b·images
     for n in (max(1, count // 2), count):

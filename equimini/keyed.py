@@ -36,11 +36,16 @@ def uniform(shape: tuple[int, ...], rngs: list[np.random.Generator]) -> Tensor:
     return _rows(np.random.Generator.random, shape, rngs)
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _rows(draw: Callable[..., Any], shape: tuple[int, ...],
           rngs: list[np.random.Generator]) -> Tensor:
     """Rows filled by `draw`; many numbers by several threads (numpy lets them run side by side)."""
     out = np.empty((len(rngs), *shape), np.float32)
-    threads = min(os.cpu_count() or 1, MOST_THREADS, len(rngs)) if out.size > FEW else 1
+    threads = min(cores(), MOST_THREADS, len(rngs)) if out.size > FEW else 1
 
     def fill(first: int) -> None:
         for i in range(first, len(rngs), threads):
@@ -55,21 +60,20 @@ def _rows(draw: Callable[..., Any], shape: tuple[int, ...],
 
 
 class Ahead:
-    """A function of a step and more, computed for the next step while this one runs.
+    """Calls a pure function(step, …), always the same one, for step + 1, too, in another thread.
 
-    function: pure.  It is called in another thread for (step + 1, *more), and its result taken if
-    that is what is asked for next.
+    If that, and the same rest, is what is asked for next, its result is there.  An error is raised when its step is
+    asked for.  Results of two steps are in memory, and at the end one was made for nothing.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.pool = function, ThreadPoolExecutor(1)
-        self.expected, self.coming = None, None
+    def __init__(self) -> None:
+        self.pool, self.expected, self.coming = ThreadPoolExecutor(1), None, None
 
-    def __call__(self, step: int, *more: Any) -> Any:
-        result = (self.coming.result() if self.expected == (step, *more) else
-                  self.function(step, *more))
-        self.expected = (step + 1, *more)
-        self.coming = self.pool.submit(self.function, *self.expected)
+    def __call__(self, function: Callable[..., Any], step: int, *more: Any) -> Any:
+        there = self.expected == (step, *more)
+        result = self.coming.result() if there else function(step, *more)
+        self.expected = step + 1, *more
+        self.coming = self.pool.submit(function, *self.expected)
         return result
 
 

@@ -1,6 +1,8 @@
 """Draws that depend on their key alone: not on the batch, the thread, or when they are made."""
 
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ def test_rows_do_not_depend_on_batch_or_threads(draw, shape, monkeypatch):
 
     assert torch.equal(draw(shape, rngs(range(20))), whole)
     keyed._rows(noted, (1,), rngs(range(2)))
-    if keyed.os.cpu_count() > 1:
+    if keyed.cores() > 1:
         assert threading.get_ident() not in seen
 
 
@@ -52,9 +54,9 @@ def test_ahead_gives_what_the_function_gives():
         calls.append((step, *more))
         return step * 100 + sum(more)
 
-    ahead = keyed.Ahead(function)
+    ahead = keyed.Ahead()
     for step, *more in ((4, 1), (5, 1), (6, 1), (6, 2), (9, 2), (10, 2), (10, 2)):
-        assert ahead(step, *more) == step * 100 + sum(more)
+        assert ahead(function, step, *more) == step * 100 + sum(more)
     ahead.pool.shutdown()
     asked = [(4, 1), (5, 1), (6, 1), (7, 1), (6, 2), (7, 2), (9, 2), (10, 2), (11, 2), (10, 2),
              (11, 2)]
@@ -62,7 +64,28 @@ def test_ahead_gives_what_the_function_gives():
 
 
 def test_an_error_ahead_is_raised_when_it_is_asked_for():
-    ahead = keyed.Ahead(lambda step: 1 / (2 - step))
-    assert ahead(1) == 1
+    ahead = keyed.Ahead()
+    assert ahead(lambda step: 1 / (2 - step), 1) == 1
     with pytest.raises(ZeroDivisionError):
-        ahead(2)
+        ahead(lambda step: 1 / (2 - step), 2)
+
+
+def test_ahead_does_not_keep_the_function_alive():
+    """A trainer hands in a method of its own: it must not live as long as its memory's cycles."""
+    class Owner:
+        def __init__(self):
+            self.ahead = keyed.Ahead()
+
+        def draw(self, step):
+            return step
+
+    owner = Owner()
+    assert owner.ahead(owner.draw, 1) == 1
+    owner.ahead.pool.shutdown()
+    alive = weakref.ref(owner)
+    gc.disable()
+    try:
+        del owner
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -1,4 +1,4 @@
-"""Every experiment, one after another; what they share is trained once.
+"""Every experiment but `tokenizer`, one after another; what they share is trained once.
 
     python -m equimini.experiments all --data synthetic
 """
