@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         runs["full causal"].append(lab.columns(seed, f"--window {n}", "full"))
         runs["real equivariant"].append(lab.columns(seed, "--real-equivariant", "real"))
     losses = {name: np.stack([run.losses() for run in of]) for name, of in runs.items()}
-    judge, scales, distances = Judge(cfg, lab), {}, {}
+    judge, scales, distances = Judge(cfg, lab, decoded=True), {}, {}
     for name, of in runs.items():
         scales[name], distances[name] = judge.best(of)
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
                      spread(100 * (values.mean(1) / windowed - 1), 2, sign=True),
                      spread(values[:, WINDOW:].mean(1)), str(pairs(n)[name]),
                      f"{scales[name]:g}", spread(distances[name], 3)))
-    rows.append(("training pictures (floor)", "", "", "", "", "", f"{judge.floor:.3f}"))
+    rows.append(("training pictures, decoded (floor)", "", "", "", "", "", f"{judge.floor:.3f}"))
     full, real = (losses[k].mean(1) for k in ("full causal", "real equivariant"))
     reading = (f"Over windowed attention the loss is {spread(100 * (full / windowed - 1), 2, True)}"
                f" % with full causal and {spread(100 * (real / windowed - 1), 2, True)} % with "
@@ -69,7 +69,8 @@ def main(argv: list[str]) -> None:
            "column", "held-out loss", "Loss per column by attention")
     Report("attention", "Attention variants (Table 4)", PAPER, rows, reading, [
         "The loss is taken on real columns before the predicted one; distances also feel how "
-        f"errors add up while sampling. Fréchet distance of {judge.samples} samples, guidance "
+        f"errors add up while sampling. Fréchet distance of {judge.samples} samples to held-out "
+        "pictures, encoded and decoded, since all three share the tokenizer's limit; guidance "
         "scale chosen for each model from the same sweep; floor: as many training pictures."],
         {"losses": losses, "pairs": pairs(n), "distances": distances, "guidance": scales,
          "floor": judge.floor}).write(cfg, lab, folder)
@@ -80,6 +81,6 @@ def distances_reading(judge: Judge, distances: dict[str, list[float]]) -> str:
     full, real, windowed = (np.array(distances[k]) for k in
                             ("full causal", "real equivariant", "windowed"))
     each = ", ".join(f"{spread(v, 3)} ({k})" for k, v in distances.items())
-    return (f"Samples lie {each} from held-out pictures ({judge.name}); "
+    return (f"Samples lie {each} from decoded held-out pictures ({judge.name}); "
             f"{verdict('windowed at most full causal', windowed <= full)}, "
             f"{verdict('real equivariant last', (real > full) & (real > windowed))}.")

@@ -43,22 +43,30 @@ def thumbnails(pictures: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(to_float(pictures), 8).flatten(1)
 
 
+def uint8(images: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [−1, 1] to uint8, on the CPU."""
+    return torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)
+
+
 class Judge:
     """Fréchet distances between a model's samples and the held-out pictures.
 
-    floor: the distance of as many training pictures as a model draws.  Raises UserError for a
-    network that cannot be used.
+    decoded: real pictures are encoded and decoded first, which leaves out what the tokenizer
+    loses, for models that share one.  floor: the distance of as many training pictures as a model
+    draws.  Raises UserError for a network that cannot be used.
     """
 
-    def __init__(self, cfg: SampledConfig, lab: Lab) -> None:
+    def __init__(self, cfg: SampledConfig, lab: Lab, decoded: bool = False) -> None:
         self.device, self.samples = pick_device(cfg.device), cfg.samples or lab.scale.samples
         self.features: Callable[[Tensor], Tensor] = thumbnails
         self.name = "8x8 thumbnails"
         if cfg.network:
             net = load_network(cfg.network, device=self.device)
             self.features, self.name = net.features, net.name
-        shape = checkpoint.load_tokenizer(lab.tokenizer().last).config
-        train, val, _ = load_data(DataConfig(data=cfg.data, val_data=cfg.val_data), shape)
+        tokenizer = checkpoint.load_tokenizer(lab.tokenizer().last).to(self.device)
+        self.tokenizer = tokenizer if decoded else None
+        train, val, _ = load_data(DataConfig(data=cfg.data, val_data=cfg.val_data),
+                                  tokenizer.config)
         if min(len(train), len(val)) < 2:
             raise UserError("a Fréchet distance needs at least two training and two held-out "
                             "pictures; give more as --data, or --val-data")
@@ -68,11 +76,22 @@ class Judge:
     def gaussian(self, data: Dataset, count: int) -> Gaussian:
         """Fitted to the features of `count` pictures of a data set."""
         loader = tqdm(fixed_loader(data, BATCH, count), desc="features of real pictures")
-        return Gaussian.fit(torch.cat([self.features(images) for images, _, _ in loader]))
+        return Gaussian.fit(torch.cat([self.features(self.seen(images))
+                                       for images, _, _ in loader]))
+
+    @torch.no_grad()
+    def seen(self, images: Tensor) -> Tensor:
+        """Real pictures, uint8 (B, 3, H, W), as the models that are judged could draw them."""
+        if self.tokenizer is None:
+            return images
+        return uint8(self.tokenizer.decode(
+            self.tokenizer.encode(to_float(images.to(self.device)))))
 
     def distance(self, run: Run, scale: float, count: int, first: int = 0) -> float:
         """Of `count` samples with seeds `first`, first + 1, …, classes in turn."""
-        kept = run.folder / f"frechet-{Path(self.name).stem}-{scale:g}-{count}-{first}.json"
+        reference = "decoded-" if self.tokenizer else ""
+        kept = run.folder / (f"frechet-{reference}{Path(self.name).stem}-{scale:g}-{count}-{first}"
+                             ".json")
         if kept.exists():
             return json.loads(kept.read_text())
         model, found = load_generator(run.last, self.device), []
@@ -80,7 +99,7 @@ class Judge:
             seeds = range(first + i, first + min(i + BATCH, count))
             images = model.sample([s % len(model.classes) for s in seeds], seed=seeds[0],
                                   cfg=scale, steps=EULER_STEPS)
-            found.append(self.features(torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)))
+            found.append(self.features(uint8(images)))
         value = frechet_distance(self.real, Gaussian.fit(torch.cat(found)))
         kept.write_text(json.dumps(value))
         return value
