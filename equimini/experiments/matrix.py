@@ -31,6 +31,7 @@ from equimini.presets import flag
 
 PAPER = ("has no such number; its Fig. 3 shows two columns of the matrix (training on the 4th and "
          "on the 11th subtask).")
+END = 3  # columns at either end that are not like the others: W − 1
 
 
 @dataclass(frozen=True)
@@ -102,16 +103,18 @@ def main(argv: list[str]) -> None:
 def report(cfg: MatrixConfig, lab: Lab, folder: Path, found: dict[str, np.ndarray]) -> None:
     """The table and the sentence; found: matrices (seeds, N, N) by name."""
     rows = [("model", "mean on the diagonal", "mean off the diagonal", "off / on",
-             "pairs that gain, %")]
-    ratios = {}
+             f"off / on without {END} at either end", "pairs that gain, %")]
+    ratios, inner = {}, {}
     for name, matrices in found.items():
-        ratios[name] = np.array([summary(m) for m in matrices])
         n = matrices.shape[1]
+        ratios[name] = np.array([summary(m) for m in matrices])
+        inner[name] = np.array([summary(m[END:n - END, END:n - END]) if n > 2 * END + 1 else np.nan
+                                for m in matrices])
         on = np.array([np.diag(m).mean() for m in matrices])
         off = np.array([m[~np.eye(n, dtype=bool)].mean() for m in matrices])
         gain = np.array([100 * (m[~np.eye(n, dtype=bool)] < 0).mean() for m in matrices])
         rows.append((name, spread(on, 5, True), spread(off, 5, True), spread(ratios[name], 2),
-                     spread(gain, 0)))
+                     spread(inner[name], 2), spread(gain, 0)))
     reading = "; ".join(
         f"{name}: a subtask gains {spread(r, 2)} times as much from training on another as from "
         "training on itself" if np.isfinite(r).all() else f"{name}: training on a subtask does not "
@@ -120,8 +123,15 @@ def report(cfg: MatrixConfig, lab: Lab, folder: Path, found: dict[str, np.ndarra
     if len(ratios) > 1:
         first, second = ratios.values()
         reading += f"; {verdict('columns are the more equivariant', first > second)}"
+        first, second = inner.values()
+        if np.isfinite([first, second]).all():
+            reading += (f"; without {END} at either end {spread(first, 2)} (columns) and "
+                        f"{spread(second, 2)} (grid): "
+                        f"{verdict('columns are the more equivariant', first > second)}")
     Report("matrix", "Transfer matrix", PAPER, rows, f"{reading[0].upper()}{reading[1:]}.", [
         "Changes of the loss, below 0 is better; off / on is 1 for fully equivariant subtasks. "
+        f"The first {END} columns have fewer columns in their window than all others, the last "
+        f"{END} a border of the picture in the tokenizer's view. "
         f"{cfg.tune_steps} steps of {cfg.tune_batch} pictures on one subtask, together "
         f"{cfg.tune_length:g} times as long as the norm of the weights."],
-        {"matrices": found, "ratios": ratios}).write(cfg, lab, folder)
+        {"matrices": found, "ratios": ratios, "inner_ratios": inner}).write(cfg, lab, folder)
