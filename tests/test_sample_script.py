@@ -47,18 +47,6 @@ def test_a_scroll_is_interrupted_resumed_and_prolonged(runs, monkeypatch, capsys
             assert np.array_equal(picture, np.asarray(Image.open(runs / "once" / tile.name)))
 
 
-def test_every_picture_of_a_sheet_has_its_own_seed(runs):
-    call("sample.py", *TRAINED, "--classes", "0,2", "--count", 2, "--steps", 2, "--out", "all.png",
-         "--singles", "all", cwd=runs)
-    names = [f"class{c:04d}_seed{seed:06d}.png" for c, seed in ((0, 0), (0, 1), (2, 2), (2, 3))]
-    assert sorted(p.name for p in (runs / "all").iterdir()) == names
-    call("sample.py", *TRAINED, "--classes", 2, "--seed", 3, "--count", 1, "--steps", 2, "--out",
-         "one.png", "--singles", "alone", cwd=runs)
-    there, alone = (np.asarray(Image.open(runs / folder / names[3])).astype(int)
-                    for folder in ("all", "alone"))
-    assert abs(there - alone).max() <= 1
-
-
 def test_pictures_are_edited_and_continued(runs):
     call("sample.py", *TRAINED, "--classes", "sea", "--count", 2, "--steps", 2, "--save-tokens",
          "two.pt", "--show-steps", "steps.png", "--out", "two.png", "--singles", "two", cwd=runs)
