@@ -62,8 +62,9 @@ def _rows(draw: Callable[..., Any], shape: tuple[int, ...],
 class Ahead:
     """Calls a pure function(step, …), always the same one, for step + 1, too, in another thread.
 
-    If that, and the same rest, is what is asked for next, its result is there.  An error is raised when its step is
-    asked for.  Results of two steps are in memory, and at the end one was made for nothing.
+    If that, and the same rest, is what is asked for next, its result is there.  An error is raised
+    when its step is asked for.  Results of two steps are in memory, and at the end one was
+    made for nothing.
     """
 
     def __init__(self) -> None:
