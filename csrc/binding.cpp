@@ -7,7 +7,8 @@
 
 #include <deque>
 
-#include "cpu_kernels.h"
+#include "cpu_narrow.h"
+#include "cpu_tiles.h"
 #ifdef WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -65,12 +66,15 @@ struct Call {
 
 template <bool Backward, class T, class C>
 void run_cpu(const Attention& p) {
-  const int64_t items = Backward ? backward_items<C>(p) : forward_items<C>(p);
+  const bool is_narrow = equimini::is_narrow(p);
+  const int64_t items = is_narrow  ? p.b * narrow_chunks<Backward>(p)
+                        : Backward ? backward_items<C>(p) : forward_items<C>(p);
   const int64_t pairs = p.b * p.h * p.n_q * (std::min(p.window, p.n_k) + kLanes<C>);
   const int64_t item_cost = pairs * p.d / std::max<int64_t>(items, 1);
   const int64_t grain = 1 + (1 << 18) / std::max<int64_t>(item_cost, 1);  // some 10 µs
   at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    if constexpr (Backward) backward<T, C>(p, begin, end);
+    if (is_narrow) narrow<Backward, T, C>(p, begin, end);
+    else if constexpr (Backward) backward<T, C>(p, begin, end);
     else forward<T, C>(p, begin, end);
   });
 }

@@ -50,6 +50,10 @@ CHOSEN = [
     Case(8, 1, 2, 4, 64, 4, torch.float32),
     Case(1, 1023, 1023, 1, 64, 4, torch.float32),
     Case(1, 1023, 1023, 1, 64, 300, torch.bfloat16),
+    Case(2, 200, 250, 3, 64, 12, torch.float32, dropout_p=0.2),  # the CPU's widest narrow window
+    Case(1, 150, 150, 5, 24, 13, torch.float32),
+    Case(2, 70, 70, 20, 16, 5, torch.float32, dropout_p=0.1),  # more heads than lanes
+    Case(1, 9, 130, 11, 40, 7, torch.float64, dropout_p=0.1),
     Case(1, 400, 1000, 2, 32, 128, torch.float16, dropout_p=0.5),
     Case(1, 700, 700, 2, 128, 2000, torch.float32, rope=False),
     Case(2, 300, 300, 1, 8, 17, torch.float64, spread=100.0),

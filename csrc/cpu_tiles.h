@@ -1,14 +1,13 @@
-// Windowed causal attention on the CPU, forward and backward, for one range of work items.
+// Windowed causal attention on the CPU for wide windows, forward and backward.
 //
 // One work item is one (batch, head, chunk of positions).  Within it a tile of queries meets
 // blocks of keys, as in FlashAttention, and everything that is computed lies in a scratch of a
 // few hundred kilobytes per thread that stays in the L2 cache: rows are converted to float and
 // rotated once, when a tile or block is loaded, and no N×N or N×W array exists.
 //
-// A *strip* is as many queries as a vector has lanes (16 floats in 64 bytes; a compiler without
-// AVX-512 splits each vector in two or four).  Scores of a strip are kept as S[key][query], so
-// that mask, softmax and dropout act on whole vectors, one lane per query, with no sum across
-// lanes.  All products are then one micro-kernel, y[r] += Σ_t a[r, t] · x[t], that broadcasts
+// A *strip* is as many queries as a vector has lanes (16 floats with AVX-512).  Scores of a strip
+// are kept as S[key][query], so that mask, softmax and dropout act on whole vectors, one lane per
+// query, with no sum across lanes.  All products are then one micro-kernel, y[r] += Σ_t a[r, t] · x[t], that broadcasts
 // the scalar a and keeps R×V vectors of y in registers:
 //
 //     S[j]   = Σ_d K[j, d] Qᵀ[d]        dP[j] = Σ_d V[j, d] dOᵀ[d]       lanes are queries
@@ -20,79 +19,18 @@
 // chunk also see its keys; their scores are computed again, which costs (chunk + W) / chunk and
 // spares atomics: the order of every sum is fixed by the shapes, so results repeat bit for bit.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <cstdlib>
-#include <memory>
-
-#include "common.h"
+#include "cpu_common.h"
 
 namespace equimini {
 
-template <class C>
-struct Simd;
-template <>
-struct Simd<float> {
-  typedef float Vec __attribute__((vector_size(64), may_alias));
-  typedef int32_t Lane;
-  typedef int32_t Int __attribute__((vector_size(64), may_alias));
-};
-template <>
-struct Simd<double> {
-  typedef double Vec __attribute__((vector_size(64), may_alias));
-  typedef int64_t Lane;
-  typedef int64_t Int __attribute__((vector_size(64), may_alias));
-};
-template <class C>
-constexpr int kLanes = 64 / sizeof(C);
-constexpr int kStrips = 4;         // strips in a tile of queries
-constexpr int kBlock = 128;        // keys in a block
-constexpr int kRows = 4;           // rows of y that the micro-kernel holds
-constexpr int kScoreRows = 8;      // the same for scores, which are one vector wide
-constexpr double kNothing = -1e30; // running maximum before any key was seen
+constexpr int kStrips = 256 / kVectorBytes;  // strips in a tile: 64 queries, 32 in double
+constexpr int kBlock = 128;                  // keys in a block
+constexpr int kRows = 4;                     // rows of y that the micro-kernel holds
+constexpr int kScoreRows = 8;                // the same for scores, which are one vector wide
+constexpr double kNothing = -1e30;           // running maximum before any key was seen
 
 template <class C>
 constexpr int kTile = kStrips * kLanes<C>;
-
-// Aligned scratch of one thread, handed out piece by piece.
-template <class C>
-class Scratch {
- public:
-  explicit Scratch(size_t count)
-      : pool_(static_cast<C*>(std::aligned_alloc(64, (count * sizeof(C) + 63) / 64 * 64)),
-              &std::free), next_(pool_.get()) {}
-  C* take(size_t count) { C* piece = next_; next_ += count; return piece; }
-
- private:
-  std::unique_ptr<C, decltype(&std::free)> pool_;
-  C* next_;
-};
-
-// eˣ for x ≤ 0, one per lane: 2ⁿ · 2ᶠ with |f| ≤ ½ and a polynomial for 2ᶠ (about 2 ulp).
-// Results under 2⁻¹²⁵ are 0, so that masked scores (−∞) weigh nothing.
-inline Simd<float>::Vec exp_lanes(Simd<float>::Vec x) {
-  using Vec = Simd<float>::Vec;
-  using Int = Simd<float>::Int;
-  const Int tiny = x < -86.0f;
-  x = tiny ? Vec{} : x;
-  const float round = 12582912.0f;  // 1.5 · 2²³: adding it leaves the nearest integer
-  const Vec shifted = x * 1.44269504f + round;
-  const Vec n = shifted - round;
-  const Vec f = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two pieces
-  Vec y = f * 1.9875691500e-4f + 1.3981999507e-3f;            // Cephes' coefficients of expf
-  y = y * f + 8.3334519073e-3f;
-  y = y * f + 4.1665795894e-2f;
-  y = y * f + 1.6666665459e-1f;
-  y = y * f + 5.0000001201e-1f;
-  y = y * f * f + f + 1.0f;
-  const Int exponent = (reinterpret_cast<Int>(shifted) << 23) + (127 << 23);
-  return tiny ? Vec{} : y * reinterpret_cast<Vec>(exponent);
-}
-
-inline Simd<double>::Vec exp_lanes(Simd<double>::Vec x) {
-  for (int lane = 0; lane < kLanes<double>; lane++) x[lane] = std::exp(x[lane]);
-  return x;
-}
 
 // y[r] (+)= Σ_{t < n} a[r·a_row + t·a_step] · x[t·x_step], for R rows of V vectors each.
 template <int R, int V, bool Add, class C>
@@ -118,8 +56,8 @@ void add_rows(C* y, const C* a, int64_t a_row, int64_t a_step, const C* x, int64
               int64_t n) {
   constexpr int lanes = kLanes<C>;
   int64_t c = 0;
-  for (; c + 4 * lanes <= width; c += 4 * lanes)
-    micro_kernel<kRows, 4, true>(y + c, width, a, a_row, a_step, x + c, width, n);
+  for (; c + kWide * lanes <= width; c += kWide * lanes)
+    micro_kernel<kRows, kWide, true>(y + c, width, a, a_row, a_step, x + c, width, n);
   for (; c < width; c += lanes)
     micro_kernel<kRows, 1, true>(y + c, width, a, a_row, a_step, x + c, width, n);
 }
@@ -130,33 +68,6 @@ void score_rows(C* scores, const C* keys, const C* strip, int64_t width, int64_t
   for (int64_t j = 0; j < count; j += kScoreRows)
     micro_kernel<kScoreRows, 1, false>(scores + j * kLanes<C>, kLanes<C>, keys + j * width, width,
                                        1, strip, kLanes<C>, width);
-}
-
-// A row of D values of type T becomes `width` values of type C: converted, rotated, times `by`.
-template <class T, class C>
-void load_row(C* __restrict to, const T* __restrict from, int64_t d, int64_t width,
-              const float* __restrict cos, const float* __restrict sin, C by = 1) {
-  for (int64_t c = 0; c < d; c++) to[c] = static_cast<C>(from[c]) * by;
-  for (int64_t c = d; c < width; c++) to[c] = 0;
-  if (cos)
-    for (int64_t c = 0; c < d / 2; c++) {
-      const C even = to[2 * c], odd = to[2 * c + 1];
-      to[2 * c] = even * cos[c] - odd * sin[c];
-      to[2 * c + 1] = odd * cos[c] + even * sin[c];
-    }
-}
-
-// The way back: rotated by the opposite angle, times `by`, converted to T.  Changes `from`.
-template <class T, class C>
-void store_row(T* __restrict to, C* __restrict from, int64_t d, const float* __restrict cos,
-               const float* __restrict sin, C by = 1) {
-  if (cos)
-    for (int64_t c = 0; c < d / 2; c++) {
-      const C even = from[2 * c], odd = from[2 * c + 1];
-      from[2 * c] = even * cos[c] + odd * sin[c];
-      from[2 * c + 1] = odd * cos[c] - even * sin[c];
-    }
-  for (int64_t c = 0; c < d; c++) to[c] = static_cast<T>(from[c] * by);
 }
 
 // Work of one head: sizes, and the loads that forward and backward share.
@@ -233,7 +144,7 @@ struct Head {
   }
   Vec keep(const uint32_t* rows, int64_t j) const {
     const C factor = static_cast<C>(p.keep_factor);
-    Vec result;
+    Vec result{};
     for (int lane = 0; lane < lanes; lane++)
       result[lane] = mix(rows[lane] ^ static_cast<uint32_t>(j)) < p.drop_below ? C(0) : factor;
     return result;

@@ -1,0 +1,278 @@
+// Windowed causal attention on the CPU for narrow windows, W ≤ kNarrow, forward and backward.
+//
+// At the model's shape (W = 4, D = 64) there is little to compute and much to move: a vector of
+// queries, as cpu_tiles.h has it, would meet W + lanes − 1 keys of which W are wanted, and would
+// read one head after the other from rows that lie far apart.  Here a work item is one batch
+// entry and a chunk of positions, all heads; it walks along the tokens, reads each token's q, k
+// and v once and in the order of memory, and keeps the last W of them in rings (converted,
+// rotated) that stay in the L1 or L2 cache.  A query meets exactly the keys that it sees, so
+// there is no mask:
+//
+//     s[w, h]  = Σ_d q[h, d] · k[w, h, d]      one vector of products per score, summed over its
+//                                              lanes for as many scores as a vector has lanes
+//     p[w, h]  = softmax of s over w           lanes are heads
+//     o[h]     = Σ_w p[w, h] · v[w, h]         lanes are channels
+//
+// All scores of a query are at hand at once, so the backward pass computes its softmax anew and
+// δ = Σ_w p[w] dp[w] with it: it reads neither the output nor the log-sum-exp.  The gradients of
+// key j are complete when query j + W − 1 has come by: q, dout and the weights of the last W
+// queries wait in rings too, and dk[j], dv[j] are sums over them, written once.  Queries up to
+// W − 1 behind a chunk are computed again: no atomics, and the same bits in every run.
+#pragma once
+#include <utility>
+
+#include "cpu_common.h"
+
+namespace equimini {
+
+constexpr int kNarrow = 12;       // widest window
+constexpr int kNarrowChunk = 64;  // positions in a work item
+
+// One level of sum_lanes: lanes whose number has the bit Step sum b's pairs, the others a's.
+template <class C, int Step, int... lane>
+inline typename Simd<C>::Vec fold(typename Simd<C>::Vec a, typename Simd<C>::Vec b,
+                                  std::integer_sequence<int, lane...>) {
+  constexpr int lanes = kLanes<C>;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (lane & Step ? lane + lanes : lane)...) +
+         __builtin_shufflevector(a, b, (lane & Step ? (lane ^ Step) + lanes : lane ^ Step)...);
+#else
+  using Int = typename Simd<C>::Int;
+  return __builtin_shuffle(a, b, Int{(lane & Step ? lane + lanes : lane)...}) +
+         __builtin_shuffle(a, b, Int{(lane & Step ? (lane ^ Step) + lanes : lane ^ Step)...});
+#endif
+}
+
+// result[r] = Σ_lane rows[r][lane], for as many rows as there are lanes; changes them.
+template <class C, int Step = kLanes<C> / 2>
+inline typename Simd<C>::Vec sum_lanes(typename Simd<C>::Vec* rows) {
+  for (int r = 0; r < Step; r++)
+    rows[r] = fold<C, Step>(rows[r], rows[r + Step],
+                            std::make_integer_sequence<int, kLanes<C>>());
+  if constexpr (Step > 1) return sum_lanes<C, Step / 2>(rows);
+  else return rows[0];
+}
+
+// The walk along one batch entry's tokens: its rings, and what happens at a token.
+template <class T, class C>
+struct Walk {
+  using Vec = typename Simd<C>::Vec;
+  static constexpr int lanes = kLanes<C>;
+
+  const Attention& p;
+  const int64_t width, token, heads, window;  // width of a row; token: H rows; heads: H padded
+  int64_t b = 0;
+  Scratch<C> scratch;
+  C *k, *v, *q, *grad;   // rings of the last W tokens, (W, H, width)
+  C *weights, *dscores;  // rings of the last W queries, (W, W, heads): query, key of its window
+  C *scores, *row, *lse;
+
+  static int64_t up(int64_t count) { return (count + lanes - 1) / lanes * lanes; }
+  explicit Walk(const Attention& p)
+      : p(p), width(up(p.d)), token(p.h * width), heads(up(p.h)),
+        window(std::min(p.window, p.n_k)),
+        scratch(window * (4 * token + 2 * window * heads) + up(window * p.h) + width + heads) {
+    for (C** ring : {&k, &v, &q, &grad}) *ring = scratch.take(window * token);
+    for (C** ring : {&weights, &dscores}) {
+      *ring = scratch.take(window * window * heads);
+      std::fill_n(*ring, window * window * heads, C(0));  // heads that are padding stay finite
+    }
+    scores = scratch.take(up(window * p.h)), row = scratch.take(width), lse = scratch.take(heads);
+  }
+
+  static Vec& vec(C* x) { return *reinterpret_cast<Vec*>(x); }
+  int64_t first_key(int64_t i) const { return std::max<int64_t>(0, i - window + 1); }
+  C* slot(C* ring, int64_t position) const { return ring + position % window * token; }
+  C* pairs(C* ring, int64_t i) const { return ring + i % window * window * heads; }
+
+  // Row n of x, all heads, becomes a token of a ring.
+  void load(C* to, const Heads& x, int64_t n, const float* cos, const float* sin, C by = 1) const {
+    for (int64_t h = 0; h < p.h; h++) {
+      const T* row = x.row<T>(b, n, h);
+      for (int64_t c = 0; c < p.d; c += 64 / sizeof(T)) __builtin_prefetch(row + x.token + c);
+      load_row(to + h * width, row, p.d, width, cos, sin, by);
+    }
+  }
+  const float* cos(int64_t position) const { return p.cos ? p.cos + position * p.d / 2 : nullptr; }
+  const float* sin(int64_t position) const { return p.sin ? p.sin + position * p.d / 2 : nullptr; }
+  void load_key(int64_t j) const {
+    load(slot(k, j), p.k, j, cos(j), sin(j));
+    load(slot(v, j), p.v, j, nullptr, nullptr);
+  }
+  void load_query(int64_t i) const {
+    load(slot(q, i), p.q, i - p.offset(), cos(i), sin(i), static_cast<C>(p.scale));
+  }
+
+  // out[j, h] = rows[h] · keys[j, h] for the keys j that query i sees.
+  void products(C* out, const C* rows, C* keys, int64_t i) const {
+    Vec partial[lanes] = {};
+    int64_t pair = 0;
+    for (int64_t j = first_key(i); j <= i; j++) {
+      const C *x = rows, *y = slot(keys, j);
+      for (int64_t h = 0; h < p.h; h++, pair++, x += width, y += width) {
+        if (pair && pair % lanes == 0) vec(scores + pair - lanes) = sum_lanes<C>(partial);
+        Vec& sum = partial[pair % lanes] = Vec{};
+        for (int64_t c = 0; c < width; c += lanes)
+          sum += reinterpret_cast<const Vec&>(x[c]) * reinterpret_cast<const Vec&>(y[c]);
+      }
+    }
+    vec(scores + (pair - 1) / lanes * lanes) = sum_lanes<C>(partial);
+    for (int64_t h = 0; pair > 0; pair -= p.h, h += p.h, out += heads)
+      std::copy(scores + h, scores + h + p.h, out);
+  }
+
+  // The scores of query i become weights; `lse`, if given, gets the heads' log-sum-exps.
+  void softmax(C* s, int64_t i, C* lse = nullptr) const {
+    const int64_t end = (i + 1 - first_key(i)) * heads;
+    for (int64_t h = 0; h < heads; h += lanes) {
+      Vec highest = vec(s + h), sum{};
+      for (int64_t w = h + heads; w < end; w += heads)
+        highest = vec(s + w) > highest ? vec(s + w) : highest;
+      for (int64_t w = h; w < end; w += heads)
+        sum += vec(s + w) = exp_lanes(vec(s + w) - highest);
+      for (int64_t w = h; w < end; w += heads) vec(s + w) /= sum;
+      for (int lane = 0; lse && lane < lanes; lane++)
+        lse[h + lane] = highest[lane] + std::log(sum[lane]);
+    }
+  }
+
+  // What dropout multiplies the weights of key j with, for query i and the heads from h on.
+  Vec keep(int64_t h, int64_t i, int64_t j) const {
+    const C factor = static_cast<C>(p.keep_factor);
+    Vec result{};
+    for (int lane = 0; lane < lanes; lane++) {
+      const uint32_t hash = mix(dropout_row(*p.seed, b, h + lane, i) ^ static_cast<uint32_t>(j));
+      result[lane] = hash < p.drop_below ? C(0) : factor;
+    }
+    return result;
+  }
+  void drop(C* s, int64_t i) const {
+    for (int64_t j = first_key(i); p.seed && j <= i; j++, s += heads)
+      for (int64_t h = 0; h < heads; h += lanes) vec(s + h) *= keep(h, i, j);
+  }
+
+  // The rows that a sum runs over, all heads of each, and their weights.
+  struct Terms {
+    const C *a[kNarrow], *x[kNarrow];  // (heads), (H, width)
+    int64_t count = 0;
+    void add(const C* weights, const C* rows) { a[count] = weights, x[count++] = rows; }
+  };
+
+  // row = Σ_n a[n][h] · x[n][h]
+  void combine(const Terms& terms, int64_t h) const {
+    int64_t c = 0;
+    for (; c + kWide * lanes <= width; c += kWide * lanes) combine_vectors<kWide>(terms, h, c);
+    for (; c < width; c += lanes) combine_vectors<1>(terms, h, c);
+  }
+  template <int V>
+  void combine_vectors(const Terms& terms, int64_t h, int64_t c) const {
+    Vec sum[V] = {};
+    for (int64_t n = 0; n < terms.count; n++)
+      for (int r = 0; r < V; r++)
+        sum[r] += terms.a[n][h] *
+                  reinterpret_cast<const Vec&>(terms.x[n][h * width + c + r * lanes]);
+    for (int r = 0; r < V; r++) vec(row + c + r * lanes) = sum[r];
+  }
+
+  // The sums for all heads become one token of a contiguous tensor, from its first element on.
+  void store(void* y, int64_t at, const Terms& terms, const float* cos, const float* sin,
+             C by = 1) const {
+    T* to = static_cast<T*>(y) + at;
+    for (int64_t h = 0; h < p.h; h++, to += p.d) {
+      for (int64_t c = 0; c < p.d; c += 64 / sizeof(T)) __builtin_prefetch(to + p.h * p.d + c, 1);
+      combine(terms, h);
+      store_row(to, row, p.d, cos, sin, by);
+    }
+  }
+
+  Terms over_keys(C* a, C* keys, int64_t i) const {  // that query i sees; a (W, heads)
+    Terms terms;
+    for (int64_t j = first_key(i); j <= i; j++, a += heads) terms.add(a, slot(keys, j));
+    return terms;
+  }
+  Terms over_queries(C* a, C* queries, int64_t j) const {  // that see key j; a and queries: rings
+    Terms terms;
+    for (int64_t i = std::max(j, p.offset()); i < std::min(j + window, p.n_k); i++)
+      terms.add(pairs(a, i) + (j - first_key(i)) * heads, slot(queries, i));
+    return terms;
+  }
+  int64_t query_at(int64_t i) const { return p.contiguous_row(b, i - p.offset(), 0, p.n_q); }
+  int64_t key_at(int64_t j) const { return p.contiguous_row(b, j, 0, p.n_k); }
+
+  void forward(int64_t first, int64_t last) const {  // queries at positions first … last − 1
+    for (int64_t n = first_key(first); n < last; n++) {
+      load_key(n);
+      if (n < first) continue;
+      load_query(n);
+      products(weights, slot(q, n), k, n);
+      softmax(weights, n, lse);
+      drop(weights, n);
+      store(p.out, query_at(n), over_keys(weights, v, n), nullptr, nullptr);
+      for (int64_t h = 0; h < p.h; h++)
+        static_cast<C*>(p.lse)[(b * p.h + h) * p.n_q + n - p.offset()] = lse[h];
+    }
+  }
+
+  // s becomes the weights that multiplied v, ds (as products left it) the scores' gradients.
+  void differentiate(C* s, C* ds, int64_t i) const {
+    softmax(s, i);
+    const int64_t j = first_key(i), count = i + 1 - j;
+    for (int64_t h = 0; h < heads; h += lanes) {
+      Vec kept[kNarrow], delta{};
+      for (int64_t w = 0, at = h; w < count; w++, at += heads) {
+        kept[w] = p.seed ? keep(h, i, j + w) : Vec{} + C(1);
+        delta += vec(s + at) * (vec(ds + at) *= kept[w]);
+      }
+      for (int64_t w = 0, at = h; w < count; w++, at += heads) {
+        vec(ds + at) = vec(s + at) * (vec(ds + at) - delta);
+        vec(s + at) *= kept[w];
+      }
+    }
+  }
+
+  void backward(int64_t first, int64_t last) const {  // dq, dk, dv of positions first … last − 1
+    const int64_t first_query = std::max(first, p.offset());
+    const int64_t end = std::min(last + window - 1, p.n_k);
+    for (int64_t n = first_key(first); n < last + window - 1; n++) {
+      if (n < end) load_key(n);
+      if (n >= first_query && n < end) {
+        load_query(n);
+        load(slot(grad, n), p.grad, n - p.offset(), nullptr, nullptr);
+        C *s = pairs(weights, n), *ds = pairs(dscores, n);
+        products(s, slot(q, n), k, n);
+        products(ds, slot(grad, n), v, n);
+        differentiate(s, ds, n);
+        if (n < last)
+          store(p.dq, query_at(n), over_keys(ds, k, n), cos(n), sin(n), static_cast<C>(p.scale));
+      }
+      const int64_t j = n - window + 1;  // no later query sees it
+      if (j >= first) {
+        store(p.dk, key_at(j), over_queries(dscores, q, j), cos(j), sin(j));
+        store(p.dv, key_at(j), over_queries(weights, grad, j), nullptr, nullptr);
+      }
+    }
+  }
+};
+
+inline bool is_narrow(const Attention& p) { return std::min(p.window, p.n_k) <= kNarrow; }
+
+template <bool Backward>
+int64_t narrow_chunks(const Attention& p) {
+  return ((Backward ? p.n_k : p.n_q) + kNarrowChunk - 1) / kNarrowChunk;
+}
+
+// Work items begin … end.
+template <bool Backward, class T, class C>
+void narrow(const Attention& p, int64_t begin, int64_t end) {
+  const int64_t low = Backward ? 0 : p.offset(), chunks = narrow_chunks<Backward>(p);
+  Walk<T, C> walk(p);
+  for (int64_t item = begin; item < end; item++) {
+    walk.b = item / chunks;
+    const int64_t first = low + item % chunks * kNarrowChunk;
+    const int64_t last = std::min(first + kNarrowChunk, p.n_k);
+    if constexpr (Backward) walk.backward(first, last);
+    else walk.forward(first, last);
+  }
+}
+
+}  // namespace equimini
