@@ -67,7 +67,7 @@ inline Simd<float>::Vec exp_lanes(Simd<float>::Vec x) {
   y = y * f + 1.6666665459e-1f;
   y = y * f + 5.0000001201e-1f;
   y = y * f * f + f + 1.0f;
-  const Int exponent = (reinterpret_cast<Int>(shifted) << 23) + (127 << 23);
+  const Int exponent = (reinterpret_cast<Int>(shifted) + 127) << 23;  // n in the lowest bits
   return tiny ? Vec{} : y * reinterpret_cast<Vec>(exponent);
 }
 

@@ -7,8 +7,9 @@
 //
 // A *strip* is as many queries as a vector has lanes (16 floats with AVX-512).  Scores of a strip
 // are kept as S[key][query], so that mask, softmax and dropout act on whole vectors, one lane per
-// query, with no sum across lanes.  All products are then one micro-kernel, y[r] += Σ_t a[r, t] · x[t], that broadcasts
-// the scalar a and keeps R×V vectors of y in registers:
+// query, with no sum across lanes.  All products are then one micro-kernel,
+// y[r] += Σ_t a[r, t] · x[t], that broadcasts the scalar a and keeps R×V vectors of y in
+// registers:
 //
 //     S[j]   = Σ_d K[j, d] Qᵀ[d]        dP[j] = Σ_d V[j, d] dOᵀ[d]       lanes are queries
 //     O[i]  += Σ_j P[j, i] V[j]         dQ[i] += Σ_j dS[j, i] K[j]       lanes are channels
@@ -25,10 +26,11 @@ namespace equimini {
 
 constexpr int kStrips = 256 / kVectorBytes;  // strips in a tile: 64 queries, 32 in double
 constexpr int kBlock = 128;                  // keys in a block
-constexpr int kRows = 4;                     // rows of y that the micro-kernel holds
-constexpr int kScoreRows = 8;                // the same for scores, which are one vector wide
+constexpr int kScoreRows = 8;                // rows of scores that the micro-kernel holds
 constexpr double kNothing = -1e30;           // running maximum before any key was seen
 
+template <class C>
+constexpr int kRows = std::min(4, kLanes<C>);  // rows of y that it holds: no more than a strip has
 template <class C>
 constexpr int kTile = kStrips * kLanes<C>;
 
@@ -50,16 +52,16 @@ inline void micro_kernel(C* y, int64_t y_row, const C* a, int64_t a_row, int64_t
     for (int c = 0; c < V; c++) reinterpret_cast<Vec*>(y + r * y_row)[c] = sum[r][c];
 }
 
-// kRows rows of y, each `width` long, += Σ_t a[r, t] · x[t]; x and y rows are `width` apart.
+// kRows<C> rows of y, each `width` long, += Σ_t a[r, t] · x[t]; x and y rows are `width` apart.
 template <class C>
 void add_rows(C* y, const C* a, int64_t a_row, int64_t a_step, const C* x, int64_t width,
               int64_t n) {
   constexpr int lanes = kLanes<C>;
   int64_t c = 0;
   for (; c + kWide * lanes <= width; c += kWide * lanes)
-    micro_kernel<kRows, kWide, true>(y + c, width, a, a_row, a_step, x + c, width, n);
+    micro_kernel<kRows<C>, kWide, true>(y + c, width, a, a_row, a_step, x + c, width, n);
   for (; c < width; c += lanes)
-    micro_kernel<kRows, 1, true>(y + c, width, a, a_row, a_step, x + c, width, n);
+    micro_kernel<kRows<C>, 1, true>(y + c, width, a, a_row, a_step, x + c, width, n);
 }
 
 // scores[j] = Σ_d keys[j, d] · strip[d] for `count` keys, rounded up to a multiple of 8.
@@ -200,8 +202,8 @@ void forward_strip(const Head<T, C>& head, int64_t first, int64_t last, int64_t 
     sum += s[j];
     if (head.p.seed) s[j] *= head.keep(rows, keys.low + j);
   }
-  for (int64_t i = 0; i <= last - first; i += kRows) {
-    const Range band(first + i, first + i + kRows - 1, head.window, keys.low, keys.high);
+  for (int64_t i = 0; i <= last - first; i += kRows<C>) {
+    const Range band(first + i, first + i + kRows<C> - 1, head.window, keys.low, keys.high);
     add_rows(o + i * head.width, scores + (band.low - keys.low) * lanes + i, 1, lanes,
              v + (band.low - block) * head.width, head.width, band.size());
   }
@@ -271,7 +273,7 @@ struct Tiles {
 
   static size_t size(int64_t width, int64_t chunk) {
     return 5 * kTile<C> * width + 2 * kTile<C> + 2 * (kBlock + kScoreRows) * (width + kLanes<C>) +
-           2 * (chunk + kRows) * width;
+           2 * (chunk + kRows<C>) * width;
   }
   Tiles(Scratch<C>& scratch, int64_t width, int64_t chunk) {
     for (C** piece : {&q, &q_strips, &grad, &grad_strips, &dq})
@@ -279,7 +281,7 @@ struct Tiles {
     for (C** piece : {&lse, &delta}) *piece = scratch.take(kTile<C>);
     for (C** piece : {&k, &v}) *piece = scratch.take((kBlock + kScoreRows) * width);
     for (C** piece : {&scores, &dscores}) *piece = scratch.take((kBlock + kScoreRows) * kLanes<C>);
-    for (C** piece : {&dk, &dv}) *piece = scratch.take((chunk + kRows) * width);
+    for (C** piece : {&dk, &dv}) *piece = scratch.take((chunk + kRows<C>) * width);
   }
 };
 
@@ -310,17 +312,17 @@ void backward_strip(const Head<T, C>& head, const Tiles<C>& t, int64_t i, int64_
     s[j] = p * keep;
     ds[j] = p * (ds[j] * keep - delta);
   }
-  std::fill(s + keys.size(), s + keys.size() + kRows, Vec{});  // the last group's missing keys
-  std::fill(ds + keys.size(), ds + keys.size() + kRows, Vec{});
+  std::fill(s + keys.size(), s + keys.size() + kRows<C>, Vec{});  // the last group's missing keys
+  std::fill(ds + keys.size(), ds + keys.size() + kRows<C>, Vec{});
 
-  for (int64_t r = 0; r <= last - first; r += kRows) {
-    const Range band(first + r, first + r + kRows - 1, head.window, keys.low, keys.high);
+  for (int64_t r = 0; r <= last - first; r += kRows<C>) {
+    const Range band(first + r, first + r + kRows<C> - 1, head.window, keys.low, keys.high);
     add_rows(t.dq + (i + r) * width, t.dscores + (band.low - keys.low) * lanes + r, 1, lanes,
              t.k + (band.low - block) * width, width, band.size());
   }
-  for (int64_t j = std::max(keys.low, chunk); j < keys.high; j += kRows) {
-    const int64_t from = std::max<int64_t>(0, j - first);  // queries j … j + kRows − 1 + W − 1
-    const int64_t to = std::min(last - first + 1, j + kRows - 1 + head.window - first);
+  for (int64_t j = std::max(keys.low, chunk); j < keys.high; j += kRows<C>) {
+    const int64_t from = std::max<int64_t>(0, j - first);  // queries j … j + 3 + W − 1
+    const int64_t to = std::min(last - first + 1, j + kRows<C> - 1 + head.window - first);
     const int64_t weight = (j - keys.low) * lanes + from, row = (i + from) * width;
     add_rows(t.dv + (j - chunk) * width, t.scores + weight, lanes, 1, t.grad + row, width,
              to - from);

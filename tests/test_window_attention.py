@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import random
 import shutil
 import subprocess
@@ -296,6 +297,29 @@ def test_missing_binary_falls_back_and_broken_one_is_an_error(tmp_path: Path, bi
         assert "present but do not load" in result.stderr and "file too short" in result.stderr
     else:
         assert result.stdout.strip() == "reference", result.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("c++"),
+                    reason="needs an x86-64 processor and a C++ compiler")
+@pytest.mark.parametrize("march", ["x86-64", "x86-64-v3"])
+def test_other_processors(march: str, tmp_path: Path):
+    """Kernels built for vectors of 16 (SSE) and 32 bytes (AVX2) are right, too."""
+    pytest.importorskip("setuptools")
+    if march == "x86-64-v3" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("needs AVX2")
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT.parent / name, tmp_path)
+    shutil.copytree(ROOT.parent / "csrc", tmp_path / "csrc")
+    shutil.copytree(ROOT, tmp_path / "equimini",
+                    ignore=shutil.ignore_patterns("_kernels*", "assets", "__pycache__"))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "EQUIMINI_BUILD": "cpu",
+                   "EQUIMINI_MARCH": march, "OMP_NUM_THREADS": "1"}
+    for command in (["setup.py", "-q", "build_ext", "--inplace"],
+                    [str(Path(__file__).resolve()), "--cases", "120", "--longest", "140"]):
+        result = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment,
+                                capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("120 cases on cpu: C++"), result.stdout
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])
