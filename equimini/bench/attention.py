@@ -45,10 +45,12 @@ def sdpa(n: int, window: int, device: str) -> Attend:
 
 def flex(n: int, window: int, device: str) -> Attend:
     """Compiled FlexAttention; its mask keeps the same W keys (many examples keep W + 1)."""
+    import torch._dynamo
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < window), None, None, n, n,
                              device=device)
+    torch._dynamo.reset()  # after 8 shapes it would run uncompiled
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
