@@ -14,7 +14,9 @@ Python and attention runs as the PyTorch reference.  Environment:
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from glob import glob
 
@@ -30,26 +32,56 @@ def build_choice() -> str:
         return "none"
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME
     except ImportError:
         return without_kernels(choice, "torch is not visible to the build; install it first and "
                                        "build with pip's --no-build-isolation")
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         return without_kernels(choice, f"there is no C++ compiler ({compiler!r})")
-    has_cuda = torch.version.cuda is not None and CUDA_HOME is not None
-    if choice == "cuda" and not has_cuda:
-        raise SystemExit(f"EQUIMINI_BUILD=cuda, but torch's CUDA version is {torch.version.cuda} "
-                         f"and CUDA_HOME is {CUDA_HOME}")
-    return choice or ("cuda" if has_cuda else "cpu")
+    if choice == "cpu" or (not choice and torch.version.cuda is None):
+        return "cpu"
+    missing = missing_for_cuda(torch.version.cuda)
+    if choice and missing:
+        raise SystemExit(f"EQUIMINI_BUILD=cuda, but {missing}")
+    if missing:
+        say(f"installing without CUDA attention kernels: {missing}.")
+    return "cpu" if missing else "cuda"
+
+
+def missing_for_cuda(version: "str | None") -> str:
+    """What keeps CUDA kernels from being built for a torch of this CUDA version, or nothing."""
+    from torch.utils.cpp_extension import CUDA_HOME as home, include_paths
+
+    if version is None:
+        return "the torch that is installed is built without CUDA"
+    if home is None:
+        return "no CUDA toolkit is found (nvcc, or the environment variable CUDA_HOME)"
+    folders = [*include_paths("cuda"), os.path.join(home, "include")]
+    if not any(os.path.exists(os.path.join(folder, "cuda_runtime.h")) for folder in folders):
+        return f"the CUDA toolkit in {home} has no headers; set CUDA_HOME to one that has"
+    try:
+        told = subprocess.run([os.path.join(home, "bin", "nvcc"), "--version"], check=True,
+                              capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"the CUDA toolkit in {home} has no nvcc that runs ({error})"
+    found = re.search(r"release (\d+)", told)
+    if not found or found[1] != version.split(".")[0]:
+        return (f"the CUDA toolkit in {home} is version {found[1] if found else 'unknown'}, torch "
+                f"is built for {version}; set CUDA_HOME to one of that version")
+    return ""
 
 
 def without_kernels(choice: str, why: str) -> str:
     if choice:
         raise SystemExit(f"EQUIMINI_BUILD={choice}, but {why}")
-    if not {"egg_info", "dist_info"} & set(sys.argv):  # pip asks for metadata first: say it once
-        print(f"equimini: installing without compiled attention kernels: {why}.")
+    say(f"installing without compiled attention kernels: {why}.")
     return "none"
+
+
+def say(text: str) -> None:
+    """Print a line of the installation."""
+    if not {"egg_info", "dist_info"} & set(sys.argv):  # pip asks for metadata first: say it once
+        print(f"equimini: {text}")
 
 
 def extension(choice: str) -> dict:
