@@ -107,19 +107,26 @@ class Trainer:
 
     def step_draws(self, step: int, images: int, n: int, c: int) -> list[Draws]:
         """Those of a step, for each piece of this process's share of `images` images."""
-        return [self.draws(piece.rngs("flow", self.seed, step), n, c)
-                for piece in pieces(images, self.opts.accumulate)]
+        draws = [self.draws(piece.rngs("flow", self.seed, step), n, c)
+                 for piece in pieces(images, self.opts.accumulate)]
+        if self.device.type == "cuda":  # as the loader's batches are
+            return [Draws(*(x.pin_memory() for x in of_piece)) for of_piece in draws]
+        return draws
+
+    def on_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Copies on the device; from pinned memory to a GPU without waiting for them."""
+        cuda = self.device.type == "cuda"
+        return [x.to(self.device, non_blocking=cuda) for x in tensors]
 
     @torch.no_grad()
     def tokens(self, data: torch.Tensor, draws: Draws) -> torch.Tensor:
         """uint8 images (B, 3, H, W), or their cached means μ (B, N, C), to normalised noisy
         tokens (B, N, C): the transformer's input and the flow's target."""
-        mean = data.to(self.device)
+        mean, sigma, noise = self.on_device(data, draws.sigma, draws.noise)
         if data.dtype == torch.uint8:
             with self.autocast():
                 mean = self.tokenizer.encode(to_float(mean)).float()
-        z = add_noise(mean, self.tokenizer.config.noise, draws.sigma.to(mean.device),
-                      draws.noise.to(mean.device))
+        z = add_noise(mean, self.tokenizer.config.noise, sigma, noise)
         return self.tokenizer.normalize(z)
 
     def crops(self, x: torch.Tensor, labels: torch.Tensor, u: torch.Tensor, eps: torch.Tensor,
@@ -165,9 +172,9 @@ class Trainer:
         """Eq. 8's errors (M, B, N) on a piece of the batch, and their u."""
         x = self.tokens(data, draws)  # (B, N, C)
         self.columns = x.shape[1]
-        labels, u, eps, drop, starts = (
-            a.to(x.device) for a in (labels, draws.u, draws.eps,
-                                     draws.drop < self.cfg.label_dropout, draws.starts))
+        labels, u, eps, drop, starts = self.on_device(labels, draws.u, draws.eps, draws.drop,
+                                                      draws.starts)
+        drop = drop < self.cfg.label_dropout
         if self.model.config.real_equivariant:
             x, labels, u, eps, drop = self.crops(x, labels, u, eps, drop, starts)
         with self.autocast():
@@ -216,8 +223,8 @@ class Trainer:
             draws = self.draws([keyed.rng("validation", int(i)) for i in indices],
                                *self.shape(data))
             x = self.tokens(data, draws)
-            loss = flow_matching_loss(self.ema.model, x, labels.to(x.device), draws.u.to(x.device),
-                                      draws.eps.to(x.device))  # (B, N)
+            loss = flow_matching_loss(self.ema.model, x,
+                                      *self.on_device(labels, draws.u, draws.eps))  # (B, N)
             add(sums, {"columns": loss.cpu().double().sum(0), "count": torch.tensor(len(x))})
         if not sums:  # more processes than pictures
             sums = {"columns": torch.zeros(self.columns).double(), "count": torch.tensor(0)}

@@ -144,8 +144,8 @@ def reference_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
 
         dV = P̃ᵀ dO      dP̃ = dO Vᵀ      dS = P ∘ (dP − δ)      dQ = dS K · scale, dK = dSᵀ Q · scale
 
-    P̃ is P after dropout, dP the gradient before it, and δ_i = Σ_j P_ij dP_ij = o_i · do_i: the
-    kernels take P from lse and δ from out, which plain PyTorch has no need of.
+    P̃ is P after dropout, dP the gradient before it, and δ_i = Σ_j P_ij dP_ij = o_i · do_i: where a
+    kernel does not hold a whole row of P at once, it takes P from lse and δ from out.
     """
     n_q, n_k = q.shape[1], k.shape[1]
     dtype = q.dtype

@@ -144,6 +144,8 @@ def measure(cfg: TrainBench, setting: str) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(0)
     data = torch.randn(cfg.batch_size, shape.columns, shape.token_channels, generator=draw)
     labels = torch.randint(CLASSES, (cfg.batch_size,), generator=draw)
+    if device.type == "cuda":  # as the loader's batches are
+        data, labels = data.pin_memory(), labels.pin_memory()
     count = iter(range(10**9))
 
     def step() -> dict[str, float]:
