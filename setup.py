@@ -2,10 +2,10 @@
 
     pip install --no-build-isolation -e .
 
-builds against the torch that is installed: C++ wherever there is a compiler, CUDA too where
-torch is a CUDA build and its nvcc is found (CUDA_HOME), GPU or no GPU in the machine.  With no
-compiler, or where the build cannot see torch (build isolation), equimini installs as plain
-Python and attention runs as the PyTorch reference.  Environment:
+builds against the torch that is installed: C++ where there is a compiler (on Linux), CUDA too
+where torch is a CUDA build and a toolkit that fits it is found (CUDA_HOME), GPU or no GPU in the
+machine.  With no compiler, or where the build cannot see torch (build isolation), equimini
+installs as plain Python and attention runs as the PyTorch reference.  Environment:
 
     EQUIMINI_BUILD       none: plain Python · cpu: C++ alone · cuda: C++ and CUDA.  What is asked
                          for and impossible is an error; unset, the above is found out.
@@ -14,7 +14,6 @@ Python and attention runs as the PyTorch reference.  Environment:
 """
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -35,12 +34,15 @@ def build_choice() -> str:
     except ImportError:
         return without_kernels(choice, "torch is not visible to the build; install it first and "
                                        "build with pip's --no-build-isolation")
+    if not choice and not sys.platform.startswith("linux"):
+        return without_kernels(choice, "its flags were tried on Linux alone; EQUIMINI_BUILD=cpu "
+                                       "tries elsewhere")
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         return without_kernels(choice, f"there is no C++ compiler ({compiler!r})")
     if choice == "cpu" or (not choice and torch.version.cuda is None):
         return "cpu"
-    missing = missing_for_cuda(torch.version.cuda)
+    missing = missing_for_cuda(torch.version.cuda, compiler)
     if choice and missing:
         raise SystemExit(f"EQUIMINI_BUILD=cuda, but {missing}")
     if missing:
@@ -48,26 +50,26 @@ def build_choice() -> str:
     return "cpu" if missing else "cuda"
 
 
-def missing_for_cuda(version: "str | None") -> str:
+def missing_for_cuda(version: "str | None", compiler: str) -> str:
     """What keeps CUDA kernels from being built for a torch of this CUDA version, or nothing."""
-    from torch.utils.cpp_extension import CUDA_HOME as home, include_paths
+    from torch.utils import cpp_extension
 
+    home = cpp_extension.CUDA_HOME
     if version is None:
         return "the torch that is installed is built without CUDA"
     if home is None:
         return "no CUDA toolkit is found (nvcc, or the environment variable CUDA_HOME)"
-    folders = [*include_paths("cuda"), os.path.join(home, "include")]
+    folders = [*cpp_extension.include_paths("cuda"), os.path.join(home, "include"),
+               *glob(os.path.join(home, "targets", "*", "include"))]
     if not any(os.path.exists(os.path.join(folder, "cuda_runtime.h")) for folder in folders):
         return f"the CUDA toolkit in {home} has no headers; set CUDA_HOME to one that has"
-    try:
-        told = subprocess.run([os.path.join(home, "bin", "nvcc"), "--version"], check=True,
-                              capture_output=True, text=True).stdout
+    try:  # what torch would only find out while it builds: nvcc's version, and the compiler's
+        found = cpp_extension.get_compiler_abi_compatibility_and_version(compiler)[1]
+        cpp_extension._check_cuda_version(compiler, found)
     except (OSError, subprocess.CalledProcessError) as error:
         return f"the CUDA toolkit in {home} has no nvcc that runs ({error})"
-    found = re.search(r"release (\d+)", told)
-    if not found or found[1] != version.split(".")[0]:
-        return (f"the CUDA toolkit in {home} is version {found[1] if found else 'unknown'}, torch "
-                f"is built for {version}; set CUDA_HOME to one of that version")
+    except RuntimeError as error:
+        return " ".join(str(error).split("Please")[0].split()).rstrip(".")
     return ""
 
 

@@ -114,7 +114,7 @@ class Trainer:
         return draws
 
     def on_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Copies on the device; from pinned memory to a GPU without waiting for them."""
+        """The tensors on the device; from pinned memory to a GPU without waiting for the copies."""
         cuda = self.device.type == "cuda"
         return [x.to(self.device, non_blocking=cuda) for x in tensors]
 

@@ -66,14 +66,15 @@ struct Call {
 
 template <bool Backward, class T, class C>
 void run_cpu(const Attention& p) {
-  const bool is_narrow = equimini::is_narrow(p);
-  const int64_t items = is_narrow  ? p.b * narrow_chunks<Backward>(p)
-                        : Backward ? backward_items<C>(p) : forward_items<C>(p);
-  const int64_t pairs = p.b * p.h * p.n_q * (std::min(p.window, p.n_k) + kLanes<C>);
-  const int64_t item_cost = pairs * p.d / std::max<int64_t>(items, 1);
-  const int64_t grain = 1 + (1 << 18) / std::max<int64_t>(item_cost, 1);  // some 10 µs
+  const bool narrow_window = is_narrow(p);
+  const int64_t chunk = narrow_chunk<Backward>(p, at::get_num_threads());
+  const int64_t items = narrow_window ? narrow_items<Backward>(p, chunk)
+                        : Backward    ? backward_items<C>(p) : forward_items<C>(p);
+  const int64_t keys = std::min(p.window, p.n_k) + (narrow_window ? 0 : kLanes<C>);
+  const int64_t cost = p.b * p.h * (Backward ? p.n_k : p.n_q) * keys * p.d;
+  const int64_t grain = 1 + (items << 18) / std::max<int64_t>(cost, 1);  // some 10 µs
   at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    if (is_narrow) narrow<Backward, T, C>(p, begin, end);
+    if (narrow_window) narrow<Backward, T, C>(p, chunk, begin, end);
     else if constexpr (Backward) backward<T, C>(p, begin, end);
     else forward<T, C>(p, begin, end);
   });
@@ -107,7 +108,8 @@ void run(const Attention& p, const Tensor& q) {
   }
 }
 
-void check(const Tensor& q, const Tensor& k) {
+void check(const Tensor& q, const Tensor& k, int64_t window) {
+  TORCH_CHECK_VALUE(window >= 1, "window must be at least 1, got ", window);
   TORCH_CHECK_VALUE(k.size(1) < (1 << 30), "k must hold fewer than 2^30 tokens, got ", k.size(1));
   TORCH_CHECK_TYPE(!(q.is_cuda() && q.scalar_type() == at::kDouble),
                    "q must be float32, bfloat16 or float16 on CUDA, got float64");
@@ -117,7 +119,7 @@ std::tuple<Tensor, Tensor> window_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cos,
     const OptionalTensor& sin, const OptionalTensor& seed, int64_t window, double dropout_p,
     double scale) {
-  check(q, k);
+  check(q, k, window);
   Call call(q, k, v, cos, sin, seed, window, dropout_p, scale);
   const auto lse_dtype = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor out = at::empty(q.sizes(), q.options());
@@ -131,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
     const Tensor& lse, const OptionalTensor& cos, const OptionalTensor& sin,
     const OptionalTensor& seed, int64_t window, double dropout_p, double scale) {
-  check(q, k);
+  check(q, k, window);
   Call call(q, k, v, cos, sin, seed, window, dropout_p, scale);
   call.p.grad = call.heads(grad);
   call.p.out = const_cast<void*>(call.rows(out));
@@ -152,6 +154,8 @@ void check_processor() {
   TORCH_CHECK(__builtin_cpu_supports("avx512f"), "built for a processor with AVX-512");
 #elif defined(__AVX2__)
   TORCH_CHECK(__builtin_cpu_supports("avx2"), "built for a processor with AVX2");
+#elif defined(__AVX__)
+  TORCH_CHECK(__builtin_cpu_supports("avx"), "built for a processor with AVX");
 #endif
 #endif
 }

@@ -26,7 +26,7 @@ struct Heads {
 // One call of the operator; window_attention.py says what each argument means.
 struct Attention {
   Heads q, k, v, grad;       // grad (of the output): backward only
-  void *out, *lse;           // (B, Nq, H, D), (B, H, Nq): written by forward, read by backward
+  void *out, *lse;           // (B, Nq, H, D), (B, H, Nq): results, there for backward
   void *dq, *dk, *dv;        // contiguous, backward only
   const float *cos, *sin;    // (Nk, D/2), or null: no rotation
   const int64_t* seed;       // one number where the kernel runs, or null: no dropout

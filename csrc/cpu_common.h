@@ -51,7 +51,7 @@ class Scratch {
 };
 
 // eˣ for x ≤ 0, one per lane: 2ⁿ · 2ᶠ with |f| ≤ ½ and a polynomial for 2ᶠ (about 2 ulp).
-// Results under 2⁻¹²⁵ are 0, so that masked scores (−∞) weigh nothing.
+// Results under e⁻⁸⁶ are 0, so that masked scores (−∞) weigh nothing.
 inline Simd<float>::Vec exp_lanes(Simd<float>::Vec x) {
   using Vec = Simd<float>::Vec;
   using Int = Simd<float>::Int;

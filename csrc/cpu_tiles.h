@@ -15,10 +15,10 @@
 //     O[i]  += Σ_j P[j, i] V[j]         dQ[i] += Σ_j dS[j, i] K[j]       lanes are channels
 //     dV[j] += Σ_i P[j, i] dO[i]        dK[j] += Σ_i dS[j, i] Q[i]       lanes are channels
 //
-// The last four run over the band alone: 4 rows at a time meet W + 3 keys, not the whole block.
-// In the backward pass an item owns its chunk's dQ, dK and dV.  Queries up to W − 1 behind the
-// chunk also see its keys; their scores are computed again, which costs (chunk + W) / chunk and
-// spares atomics: the order of every sum is fixed by the shapes, so results repeat bit for bit.
+// The last four run over the band alone: 4 rows (kRows) at a time meet W + 3 keys, not the whole
+// block.  In the backward pass an item owns its chunk's dQ, dK and dV.  Queries up to W − 1 behind
+// the chunk also see its keys; their scores are computed again, which costs (chunk + W) / chunk
+// and spares atomics: the order of every sum is fixed by the shapes, so results repeat bit for bit.
 #pragma once
 #include "cpu_common.h"
 
@@ -321,7 +321,7 @@ void backward_strip(const Head<T, C>& head, const Tiles<C>& t, int64_t i, int64_
              t.k + (band.low - block) * width, width, band.size());
   }
   for (int64_t j = std::max(keys.low, chunk); j < keys.high; j += kRows<C>) {
-    const int64_t from = std::max<int64_t>(0, j - first);  // queries j … j + 3 + W − 1
+    const int64_t from = std::max<int64_t>(0, j - first);  // queries that see a key of the rows
     const int64_t to = std::min(last - first + 1, j + kRows<C> - 1 + head.window - first);
     const int64_t weight = (j - keys.low) * lanes + from, row = (i + from) * width;
     add_rows(t.dv + (j - chunk) * width, t.scores + weight, lanes, 1, t.grad + row, width,

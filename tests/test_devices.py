@@ -1,8 +1,9 @@
-"""Does every tensor of a training step, of sampling, of decoding stay on the model's device?
+"""Do tensors of training steps, of sampling, of decoding stay on the model's device?
 
 A CPU cannot tell by running: there, everything is on one device.  So models are put on the device
-"meta", whose tensors have no data, under torch's fake tensors, which refuse what mixes devices as
-CUDA would.  Numbers that the code reads back from its tensors are made up.
+"meta", whose tensors have no data, under torch's fake tensors, which refuse most of what mixes
+devices as CUDA would (not: an index from another device, and copies).  Numbers that the code reads
+back from its tensors are made up.  What the code does for CUDA alone does not run here.
 """
 
 import contextlib
@@ -27,13 +28,20 @@ from tests.conftest import SMALL_GENERATOR, SMALL_TOKENIZER
 META = torch.device("meta")
 
 
+lookup = F.embedding
+
+
 def embedding(indices, weight, *rest, **more):
     """`F.embedding`, which the fake one takes from any device."""
     assert indices.device == weight.device
     return lookup(indices, weight, *rest, **more)
 
 
-lookup = F.embedding
+def no_autocast(*_, **__):
+    """`torch.autocast`, which does not know the device meta."""
+    return contextlib.nullcontext()
+
+
 def equal(a, b):
     """`torch.equal` of numbers that are all 1."""
     assert a.device == b.device
@@ -52,22 +60,20 @@ def strict():
             stack.enter_context(patch.object(torch.Tensor, name, stand_in))
         stack.enter_context(patch.object(F, "embedding", embedding))
         stack.enter_context(patch.object(torch, "equal", equal))
-        stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()))
+        stack.enter_context(patch.object(torch, "autocast", no_autocast))
         yield FakeTensorMode(allow_non_fake_inputs=True)
     resize_matrix.cache_clear()  # of fake ones
 
 
-def generator_trainer(tokenizer, device=META, **options):
-    module = script("train_generator")
-    setup = Setup("tiny", dataclasses.replace(SMALL_GENERATOR, window=4),
-                  GeneratorTraining(batch_size=4, warmup_steps=0),
-                  module.GeneratorRun(fused_optimizer=False, **options), device, None, None)
-    return module.Trainer(setup, tokenizer, ["a", "b", "c"])
-
-
-@pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True}, {"accumulate": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True}, {"accumulate": 2},
+                                     {"real_equivariant": True}], ids=str)
 def test_generator_training(strict, tokenizer, options):
-    trainer = generator_trainer(tokenizer, **options)
+    module, options = script("train_generator"), dict(options)
+    crops = options.pop("real_equivariant", False)
+    setup = Setup("tiny", dataclasses.replace(SMALL_GENERATOR, real_equivariant=crops),
+                  GeneratorTraining(batch_size=4, warmup_steps=0),
+                  module.GeneratorRun(fused_optimizer=False, **options), META, None, None)
+    trainer = module.Trainer(setup, tokenizer, ["a", "b", "c"])
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     latents, labels = torch.zeros(4, 8, 6), torch.tensor([0, 1, 2, 0])
     with strict:
@@ -103,7 +109,8 @@ def test_tokenizer_training(strict, losses):
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("options", [{}, {"positions": "grow", "cfg": 1.0}, {"solver": "heun"},
-                                     {"prefix": 5, "redraw": (2,)}, {"cuda_graphs": True}], ids=str)
+                                     {"prefix": 5, "redraw": (2,)}, {"cuda_graphs": True}],
+                         ids=str)
 def test_sampling(strict, model, precision, options, monkeypatch):
     monkeypatch.setattr(sampler, "_check", lambda *_: None)
     for name in ("GraphedStep", "GraphedColumn"):  # the recording without CUDA
