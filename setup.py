@@ -101,9 +101,17 @@ def extension(choice: str) -> dict:
         macros = [("WITH_CUDA", None)]
     module = kind("equimini._kernels", sources, define_macros=macros,
                   depends=glob("csrc/*.h") + glob("csrc/*.cuh"),
-                  extra_compile_args={"cxx": flags, "nvcc": ["-O3"]})
+                  extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+                  extra_link_args=["-fopenmp"] if is_clang() else [])  # GCC's is torch's own
     return {"ext_modules": [module],
             "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+
+
+def is_clang() -> bool:
+    """Whether the C++ compiler is Clang, under whatever name."""
+    told = subprocess.run([*os.environ.get("CXX", "c++").split(), "--version"],
+                          capture_output=True, text=True)
+    return "clang" in told.stdout
 
 
 setup(**extension(build_choice()))
