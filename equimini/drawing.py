@@ -104,8 +104,7 @@ DRAWING = ("cfg", "cfg_schedule", "guidance_columns", "positions", "steps", "sol
 FIRST_LOOK = {  # what is drawn without arguments, chosen by looking and by `show drift`
     "samples.png": {"count": 8, "cfg": 3.0, "cfg_schedule": "constant", "solver": "midpoint",
                     "steps": 10},
-    "panorama.png": {"count": 1, "cfg": 2.5, "solver": "midpoint", "steps": 10,
-                     "temperature": 1.03, "lead_in": 16}}
+    "panorama.png": {"count": 1, "cfg": 2.5, "solver": "midpoint", "steps": 10, "lead_in": 16}}
 PANORAMA = 8  # lengths of a training picture
 EDITING = {"resample", "redraw_later", "pick", "kept_pixels"}
 SCROLLING = {"tile_columns", "resume"}
