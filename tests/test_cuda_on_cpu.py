@@ -119,13 +119,15 @@ def test_faults_are_caught(tmp_path: Path):
 
 def test_sanitizers():
     """A few cases under the address and undefined-behaviour sanitizers, in a process of its own."""
-    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True,
-                             text=True).stdout.strip()
-    if not Path(library).exists():
+    libraries = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True,
+                                text=True).stdout.strip()
+                 for name in ("libasan.so", "libstdc++.so")]  # Python itself has no C++ library
+    if not Path(libraries[0]).exists():
         pytest.skip("g++ has no address sanitizer")
     result = subprocess.run(
         [sys.executable, __file__, "--cases", "6", "--sanitize"], capture_output=True, text=True,
-        env={**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"})
+        env={**os.environ, "PYTHONPATH": str(CSRC.parent), "LD_PRELOAD": " ".join(libraries),
+             "ASAN_OPTIONS": "detect_leaks=0"})
     assert result.returncode == 0 and "all right" in result.stdout, result.stderr[-3000:]
 
 
