@@ -63,13 +63,15 @@ def missing_for_cuda(version: "str | None", compiler: str) -> str:
                *glob(os.path.join(home, "targets", "*", "include"))]
     if not any(os.path.exists(os.path.join(folder, "cuda_runtime.h")) for folder in folders):
         return f"the CUDA toolkit in {home} has no headers; set CUDA_HOME to one that has"
+    check = getattr(cpp_extension, "_check_cuda_version", None)  # not public: it may go
     try:  # what torch would only find out while it builds: nvcc's version, and the compiler's
-        found = cpp_extension.get_compiler_abi_compatibility_and_version(compiler)[1]
-        cpp_extension._check_cuda_version(compiler, found)
+        if check:
+            check(compiler, cpp_extension.get_compiler_abi_compatibility_and_version(compiler)[1])
     except (OSError, subprocess.CalledProcessError) as error:
         return f"the CUDA toolkit in {home} has no nvcc that runs ({error})"
     except RuntimeError as error:
-        return " ".join(str(error).split("Please")[0].split()).rstrip(".")
+        why = " ".join(str(error).split("Please")[0].split()).rstrip(".")
+        return f"{why}; set CUDA_HOME or CXX to one that fits"
     return ""
 
 

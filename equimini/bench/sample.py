@@ -141,6 +141,7 @@ def batch_rows(generator: Generator, options: argparse.Namespace, batch: int,
 
 
 def line(row: dict) -> str:
+    """A row as a line of the table."""
     text = (f"{row['batch']:5} {row['method']:>8} {row['s_per_image']:9.3f} "
             f"{row['s_per_column']:9.4f} {row['head_s_per_column']:9.4f} "
             f"{row['transformer_s_per_column']:11.4f}")
