@@ -50,10 +50,13 @@ HOST_DEVICE uint32_t mix(uint32_t x) {
 
 // The weight of key j for the query at position i is dropped where
 // mix(dropout_row(seed, b, h, i) ^ j) < drop_below; keep_mask in Python is the same function.
-HOST_DEVICE uint32_t dropout_row(int64_t seed, uint32_t b, uint32_t h, uint32_t i) {
+HOST_DEVICE uint32_t dropout_head(int64_t seed, uint32_t b, uint32_t h) {
   uint32_t state = mix(static_cast<uint32_t>(seed) ^ 0x9E3779B9u);
   state = mix(state ^ static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32));
-  return mix(mix(mix(state ^ b) ^ h) ^ i);
+  return mix(mix(state ^ b) ^ h);
+}
+HOST_DEVICE uint32_t dropout_row(int64_t seed, uint32_t b, uint32_t h, uint32_t i) {
+  return mix(dropout_head(seed, b, h) ^ i);
 }
 
 }  // namespace equimini

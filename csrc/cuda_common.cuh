@@ -21,9 +21,6 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 constexpr float kNothing = -1e30f;  // running maximum before any key was seen
 constexpr uint32_t kWarp = 0xffffffffu;
 
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(float16 x) { return __half2float(x); }
 template <class T>
 __device__ inline T from_float(float x);
 template <>
@@ -33,27 +30,78 @@ __device__ inline bfloat16 from_float<bfloat16>(float x) { return __float2bfloat
 template <>
 __device__ inline float16 from_float<float16>(float x) { return __float2half_rn(x); }
 
-// Eight consecutive values of a row, as they lie in memory: one or two 16-byte accesses.
+// Eight consecutive values of a row, as they lie in memory: one or two 16-byte accesses.  They
+// stay 32-bit words until they are used: of an array of 16-bit values the compiler would sort
+// the halves as soon as they come, and wait for every load before the next.
 template <class T>
-struct alignas(16) Eight {
-  T value[8];
+struct Eight {
+  uint4 part[sizeof(T) / 2];
 };
 
 template <class T>
 __device__ inline Eight<T> load_eight(const T* from) {
   Eight<T> x;
-  for (int part = 0; part < int(sizeof(x) / 16); part++)
-    reinterpret_cast<uint4*>(&x)[part] = reinterpret_cast<const uint4*>(from)[part];
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 2); i++) x.part[i] = reinterpret_cast<const uint4*>(from)[i];
   return x;
+}
+
+// The two values in a word of memory.
+template <class T>
+__device__ inline float low_half(uint32_t word) {
+  if constexpr (std::is_same_v<T, bfloat16>) return __uint_as_float(word << 16);
+  else return __half2float(__ushort_as_half(uint16_t(word)));
+}
+template <class T>
+__device__ inline float high_half(uint32_t word) {
+  if constexpr (std::is_same_v<T, bfloat16>) return __uint_as_float(word & 0xffff0000u);
+  else return __half2float(__ushort_as_half(uint16_t(word >> 16)));
+}
+
+template <class T>
+__device__ inline void unpack(float (&x)[8], const Eight<T>& raw) {
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 2); i++) {
+    const uint4 part = raw.part[i];
+    const uint32_t words[4] = {part.x, part.y, part.z, part.w};
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+      if constexpr (sizeof(T) == 4) x[4 * i + w] = __uint_as_float(words[w]);
+      else x[2 * w] = low_half<T>(words[w]), x[2 * w + 1] = high_half<T>(words[w]);
+    }
+  }
 }
 
 template <class T>
 __device__ inline void store_eight(T* to, const float (&x)[8]) {
-  Eight<T> y;
+  struct alignas(16) Values { T value[8]; } y;
 #pragma unroll
   for (int c = 0; c < 8; c++) y.value[c] = from_float<T>(x[c]);
-  for (int part = 0; part < int(sizeof(y) / 16); part++)
-    reinterpret_cast<uint4*>(to)[part] = reinterpret_cast<uint4*>(&y)[part];
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 2); i++)
+    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(&y)[i];
+}
+
+__device__ inline void scale_by(float (&x)[8], float by) {
+#pragma unroll
+  for (int c = 0; c < 8; c++) x[c] *= by;
+}
+__device__ inline void add(float (&sum)[8], float weight, const float (&x)[8]) {
+#pragma unroll
+  for (int c = 0; c < 8; c++) sum[c] += weight * x[c];
+}
+__device__ inline float dot(const float (&x)[8], const float (&y)[8]) {
+  float sum = 0;
+#pragma unroll
+  for (int c = 0; c < 8; c++) sum += x[c] * y[c];
+  return sum;
+}
+// Sum over the G neighbouring lanes of a group; every one of them gets it.
+template <int G>
+__device__ inline float over_group(float sum) {
+#pragma unroll
+  for (int step = G / 2; step; step /= 2) sum += __shfl_xor_sync(kWarp, sum, step);
+  return sum;
 }
 
 // The four cosines and sines of channels 8·slot … 8·slot + 7 at a position.
@@ -80,8 +128,8 @@ struct Turn {
 template <class T>
 __device__ inline void widen(float (&x)[8], const Eight<T>& raw, const Attention& p,
                              int position, int slot, bool rotated, float by) {
-#pragma unroll
-  for (int c = 0; c < 8; c++) x[c] = to_float(raw.value[c]) * by;
+  unpack(x, raw);
+  scale_by(x, by);
   if (rotated && p.cos) Turn(p, position, slot).rotate(x);
 }
 
@@ -93,6 +141,12 @@ struct Dropout {
 
   __device__ explicit Dropout(const Attention& p)
       : on(p.seed != nullptr), below(p.drop_below), factor(float(p.keep_factor)) {}
+  __device__ uint32_t head(const Attention& p, int b, int h) const {
+    return on ? dropout_head(*p.seed, uint32_t(b), uint32_t(h)) : 0;
+  }
+  __device__ uint32_t row(uint32_t head, int position) const {
+    return on ? mix(head ^ uint32_t(position)) : 0;
+  }
   __device__ float keep(uint32_t row, int key) const {
     return !on ? 1.0f : mix(row ^ uint32_t(key)) < below ? 0.0f : factor;
   }

@@ -1,16 +1,14 @@
-// Windowed attention on CUDA cores: any dtype, any window, made for small ones.
+// Windowed attention on CUDA cores: any dtype, any window.  Of use between the windows that fit
+// into registers (cuda_narrow.cuh) and those that are worth a tensor core (tensor_cores.cuh), and
+// for float32, which tensor cores would round.
 //
-// At the model's shape (N = 16, W = 4, D = 64) the work is bytes: in bf16 a token-head costs
-// 4·D·2 + 4 bytes forward (q, k, v, out and the log-sum-exp) and 8·D·2 + 4 backward (q, k, v,
-// out, dout, dq, dk, dv), and arithmetic a fraction of that time.  So everything serves to read
-// each row once, in 16-byte pieces, with many loads in flight:
+// Each row is read once, in 16-byte pieces, with many loads in flight:
 //
 // * A warp owns a tile of one sequence (one batch entry and head) and needs no other warp: it
 //   synchronises with itself alone, and a block is just several sequences side by side, heads
 //   fastest, since heads of one token are neighbours in memory.
 // * Eight lanes (a *group*; 16 lanes for D > 64) read a row, 8 channels = 16 bytes of bf16 each.
 //   Four groups with 4 query rows each make a tile of 16 queries: N = 16 is not padded at all.
-//   (FlashAttention-2 computes tiles of 128×128 scores, of which 58 are wanted here.)
 // * Keys and values of the tile, and the W − 1 before it, go through shared memory as floats,
 //   rotated on the way.  A lane reads back the 8 channels of its own slot, as two float4 that
 //   lie so that a group reads 128 consecutive bytes: no bank conflict.
@@ -140,25 +138,15 @@ struct Tile {
       const int row = std::min(at + group, count - 1);
       float dout[8];
       get(dout, y, row);
-      const float sum = dot(dout, fetch(out, first + row, offset, n_k));
+      float value[8];
+      unpack(value, fetch(out, first + row, offset, n_k));
+      const float sum = over_group<G>(dot(dout, value));
       if (slot == 0) {
         delta[row] = sum;
         lse[row] = log_sum(first + row);
       }
     }
     __syncwarp();
-  }
-
-  __device__ float dot(const float (&x)[8], const Eight<T>& y) const {
-    float sum = 0;
-#pragma unroll
-    for (int c = 0; c < 8; c++) sum += x[c] * to_float(y.value[c]);
-    return over_group(sum);
-  }
-  __device__ float over_group(float sum) const {
-#pragma unroll
-    for (int step = G / 2; step; step /= 2) sum += __shfl_xor_sync(kWarp, sum, step);
-    return sum;
   }
 
   __device__ float* log_sum_at(int position) const {
@@ -206,10 +194,7 @@ __global__ void __launch_bounds__(32 * kWarps, 3) forward_kernel(Attention p, in
         tile.get(k, tile.x, std::min(key - block, count - 1));
 #pragma unroll
         for (int r = 0; r < kQuad; r++) {
-          float partial = 0;
-#pragma unroll
-          for (int i = 0; i < 8; i++) partial += q[r][i] * k[i];
-          s[r][c] = tile.over_group(partial);
+          s[r][c] = over_group<G>(dot(q[r], k));
           const int behind = tile.mine + r - key;
           if (behind < 0 || behind >= tile.window || key >= block + count) s[r][c] = -INFINITY;
         }
@@ -222,8 +207,7 @@ __global__ void __launch_bounds__(32 * kWarps, 3) forward_kernel(Attention p, in
         const float shrink = exp2f(m[r] - highest);
         m[r] = highest;
         l[r] *= shrink;
-#pragma unroll
-        for (int i = 0; i < 8; i++) sum[r][i] *= shrink;
+        scale_by(sum[r], shrink);
 #pragma unroll
         for (int c = 0; c < kQuad; c++) {
           s[r][c] = exp2f(s[r][c] - highest);
@@ -236,9 +220,7 @@ __global__ void __launch_bounds__(32 * kWarps, 3) forward_kernel(Attention p, in
         float v[8];
         tile.get(v, tile.y, std::min(low + step + c - block, count - 1));
 #pragma unroll
-        for (int r = 0; r < kQuad; r++)
-#pragma unroll
-          for (int i = 0; i < 8; i++) sum[r][i] += s[r][c] * v[i];
+        for (int r = 0; r < kQuad; r++) add(sum[r], s[r][c], v);
       }
     }
   }
@@ -247,8 +229,7 @@ __global__ void __launch_bounds__(32 * kWarps, 3) forward_kernel(Attention p, in
   for (int r = 0; r < kQuad; r++) {
     const int position = tile.mine + r;
     if (position >= tile.n_k) break;
-#pragma unroll
-    for (int i = 0; i < 8; i++) sum[r][i] /= l[r];
+    scale_by(sum[r], 1 / l[r]);
     tile.write(p.out, position, tile.offset, sum[r]);
     if (tile.slot == 0) *tile.log_sum_at(position) = (m[r] + log2f(l[r])) * kLn2;
   }
@@ -291,21 +272,15 @@ __device__ void sweep(const Tile<T, G>& tile, const float (&a)[kQuad][8],
       tile.get(y, tile.y, row);
 #pragma unroll
       for (int r = 0; r < kQuad; r++) {
-        float s = 0, dp = 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) s += a[r][i] * x[i], dp += b[r][i] * y[i];
-        s = tile.over_group(s), dp = tile.over_group(dp);
+        const float s = over_group<G>(dot(a[r], x)), dp = over_group<G>(dot(b[r], y));
         const int query = OverQueries ? other : tile.mine + r;
         const int key = OverQueries ? tile.mine + r : other;
         const bool seen = query >= key && query - key < tile.window && other < block + count;
         const float weight = seen ? exp2f(s - (OverQueries ? tile.lse[row] : lse[r])) : 0.0f;
         const float keep = tile.dropout.keep(OverQueries ? dropout_other : dropout_rows[r], key);
         const float ds = weight * (dp * keep - (OverQueries ? tile.delta[row] : delta[r]));
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-          gain_a[r][i] += ds * x[i];
-          if (OverQueries) gain_b[r][i] += weight * keep * y[i];
-        }
+        add(gain_a[r], ds, x);
+        if (OverQueries) add(gain_b[r], weight * keep, y);
       }
     }
   }
@@ -325,7 +300,9 @@ __global__ void __launch_bounds__(32 * kWarps, 2) backward_kernel(Attention p, i
 #pragma unroll
     for (int r = 0; r < kQuad; r++) {
       const int position = tile.mine + r;
-      delta[r] = tile.dot(b[r], tile.fetch(out, position, tile.offset, tile.n_k));
+      float value[8];
+      unpack(value, tile.fetch(out, position, tile.offset, tile.n_k));
+      delta[r] = over_group<G>(dot(b[r], value));
       if (position >= tile.offset && position < tile.n_k) lse[r] = tile.log_sum(position);
     }
     sweep<false>(tile, a, b, lse, delta, gain_a, gain_b);
@@ -333,8 +310,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) backward_kernel(Attention p, i
     for (int r = 0; r < kQuad; r++) {
       const int position = tile.mine + r;
       if (position < tile.offset || position >= tile.n_k) continue;
-#pragma unroll
-      for (int i = 0; i < 8; i++) gain_a[r][i] *= float(p.scale);
+      scale_by(gain_a[r], float(p.scale));
       if (p.cos && tile.active) Turn(p, position, tile.slot).rotate(gain_a[r], -1);
       tile.write(p.dq, position, tile.offset, gain_a[r]);
     }
@@ -351,8 +327,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) backward_kernel(Attention p, i
   for (int r = 0; r < kQuad; r++) {
     const int position = tile.mine + r;
     if (position >= tile.n_k) break;
-#pragma unroll
-    for (int i = 0; i < 8; i++) gain_a[r][i] *= kLn2;  // q came times scale · log₂ e
+    scale_by(gain_a[r], kLn2);  // q came times scale · log₂ e
     if (p.cos && tile.active) Turn(p, position, tile.slot).rotate(gain_a[r], -1);
     tile.write(p.dk, position, 0, gain_a[r]);
     tile.write(p.dv, position, 0, gain_b[r]);

@@ -2,22 +2,29 @@
 #include "cuda_kernels.h"
 
 #include "cuda_cores.cuh"
+#include "cuda_narrow.cuh"
 #include "tensor_cores.cuh"
 
 namespace equimini {
 
+template <class T>
+int run(bool backward, const Attention& p, void* stream, float* delta, Path path) {
+  if (path == Path::automatic)
+    path = p.window <= kNarrowWindow ? Path::narrow
+           : p.window < kTensorWindow || sizeof(T) == 4 ? Path::cuda_cores : Path::tensor_cores;
+  if (path == Path::narrow && p.window <= kNarrowWindow)
+    return cuda_narrow::run<T>(backward, p, stream);
+  if constexpr (sizeof(T) == 2)
+    if (path == Path::tensor_cores) return tensor_cores::run<T>(backward, p, stream, delta);
+  return cuda_cores::run<T>(backward, p, stream);
+}
+
 static int run(bool backward, Attention p, Dtype dtype, void* stream, float* delta, Path path) {
   p.window = std::min(p.window, p.n_k);
-  const bool tensor = dtype != Dtype::float32 && path != Path::cuda_cores &&
-                      (path == Path::tensor_cores || p.window >= kTensorWindow);
   switch (dtype) {
-    case Dtype::float32: return cuda_cores::run<float>(backward, p, stream);
-    case Dtype::bfloat16:
-      return tensor ? tensor_cores::run<bfloat16>(backward, p, stream, delta)
-                    : cuda_cores::run<bfloat16>(backward, p, stream);
-    default:
-      return tensor ? tensor_cores::run<float16>(backward, p, stream, delta)
-                    : cuda_cores::run<float16>(backward, p, stream);
+    case Dtype::float32: return run<float>(backward, p, stream, delta, path);
+    case Dtype::bfloat16: return run<bfloat16>(backward, p, stream, delta, path);
+    default: return run<float16>(backward, p, stream, delta, path);
   }
 }
 

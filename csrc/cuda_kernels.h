@@ -4,9 +4,11 @@
 
 namespace equimini {
 
-// Which kernels: from a window of kTensorWindow on, 16-bit types go to the tensor cores.
-enum class Path : int { automatic, cuda_cores, tensor_cores };
-constexpr int64_t kTensorWindow = 16;
+// Which kernels: up to a window of kNarrowWindow those of cuda_narrow.cuh, and from kTensorWindow
+// on, for 16-bit types, the tensor cores.  Tests ask for others; narrow ones stay for narrow
+// windows.
+enum class Path : int { automatic, narrow, cuda_cores, tensor_cores };
+constexpr int64_t kNarrowWindow = 4, kTensorWindow = 16;
 
 // Enqueue on `stream` (a cudaStream_t) of the current device; 0, or a cudaError_t.  Rows start
 // at multiples of 16 bytes.  The backward pass needs `delta`, (B, H, Nq) floats of room.

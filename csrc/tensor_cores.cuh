@@ -248,13 +248,12 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(Attention p, float* del
   const int64_t h = row % p.h, i = row / p.h % p.n_q, b = row / p.h / p.n_q;
   float sum = 0;
   if (b < p.b && slot * 8 < p.d) {
-    const Eight<T> x = load_eight(static_cast<const T*>(p.out) + row * p.d + slot * 8);
-    const Eight<T> y = load_eight(p.grad.row<T>(b, i, h) + slot * 8);
-#pragma unroll
-    for (int c = 0; c < 8; c++) sum += to_float(x.value[c]) * to_float(y.value[c]);
+    float x[8], y[8];
+    unpack(x, load_eight(static_cast<const T*>(p.out) + row * p.d + slot * 8));
+    unpack(y, load_eight(p.grad.row<T>(b, i, h) + slot * 8));
+    sum = dot(x, y);
   }
-#pragma unroll
-  for (int step = 8; step; step /= 2) sum += __shfl_xor_sync(kWarp, sum, step);
+  sum = over_group<16>(sum);
   if (b < p.b && slot == 0) delta[(b * p.h + h) * p.n_q + i] = sum;
 }
 

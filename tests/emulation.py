@@ -12,7 +12,7 @@ from torch import Tensor
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of enum Dtype
-PATHS = ("automatic", "cuda cores", "tensor cores")  # in the order of enum Path
+PATHS = ("automatic", "narrow", "cuda cores", "tensor cores")  # in the order of enum Path
 
 
 class Heads(ctypes.Structure):

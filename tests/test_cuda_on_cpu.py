@@ -21,18 +21,23 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from attention_cases import Case, draw_case, run_case  # noqa: E402
+from attention_cases import Case, draw_case, draw_inputs, run_case  # noqa: E402
 from emulation import CSRC, DTYPES, PATHS, EmulatedKernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
-# Several blocks of keys in shared memory, tiles that end in the middle, D of every bucket.
+# Several blocks of keys in shared memory, tiles that end in the middle, D of every bucket; for
+# narrow windows sequences of one, two and three stretches, groups beyond the last head.
 CHOSEN = {
+    "narrow": [Case(2, 16, 16, 3, 64, 4, torch.bfloat16, dropout_p=0.1),
+               Case(1, 130, 130, 2, 64, 4, torch.float32, dropout_p=0.1),
+               Case(1, 66, 70, 3, 80, 3, torch.float16),
+               Case(2, 1, 4, 3, 128, 4, torch.float32)],
     "cuda cores": [Case(1, 16, 16, 3, 64, 4, torch.bfloat16, dropout_p=0.1),
                    Case(1, 70, 70, 1, 64, 45, torch.float32),
                    Case(1, 21, 45, 2, 80, 30, torch.float16),
-                   Case(2, 1, 4, 3, 128, 4, torch.float32)],
+                   Case(2, 1, 9, 3, 128, 8, torch.float32)],
     "tensor cores": [Case(1, 140, 140, 1, 64, 40, torch.bfloat16),
                      Case(1, 30, 100, 1, 80, 20, torch.float16, dropout_p=0.2),
                      Case(1, 66, 66, 2, 128, 100, torch.bfloat16)],
@@ -41,8 +46,10 @@ CHOSEN = {
 
 def small_case(seed: int, path: str) -> Case:
     dtypes = DTYPES[1:] if path == "tensor cores" else DTYPES
-    case = draw_case(random.Random(seed), dtypes, 40)
+    case = draw_case(random.Random(seed), dtypes, 140 if path == "narrow" else 40)
     case.b, case.h = min(case.b, 2), min(case.h, 2)
+    if path == "narrow":
+        case.window = min(case.window, 4)
     return case
 
 
@@ -74,6 +81,21 @@ def test_random(kernels: EmulatedKernels, path: str, seed: int):
     run(small_case(seed, path), kernels)
 
 
+@pytest.mark.parametrize("window,dtype,paths", [
+    (4, torch.bfloat16, ["narrow"]), (4, torch.float32, ["narrow"]),
+    (5, torch.bfloat16, ["narrow", "cuda cores"]), (15, torch.float16, ["narrow", "cuda cores"]),
+    (16, torch.float16, ["tensor cores"]),
+    (16, torch.float32, ["narrow", "cuda cores", "tensor cores"])], ids=str)
+def test_which_kernels_run(kernels: EmulatedKernels, window: int, dtype: torch.dtype,
+                           paths: list[str]):
+    """What runs unasked has the bits of these paths: of one kernel, or of what they fall back to."""
+    q, k, v, *_ = draw_inputs(Case(1, 40, 40, 2, 64, window, dtype))
+    out = {}
+    for kernels.path in PATHS:
+        out[kernels.path] = kernels.forward(q, k, v, None, None, None, window, 0.0, 0.125)[0]
+    assert [path for path in PATHS[1:] if torch.equal(out[path], out["automatic"])] == paths
+
+
 # What is broken, where, and what the report must say: a wrong result, or the machine's own error.
 FAULTS = {
     "no barrier after filling shared memory": (
@@ -83,6 +105,12 @@ FAULTS = {
         "is off by"),
     "a window one too long": (
         "cuda_cores.cuh", "behind >= window", "behind > window", "is off by"),
+    "a stretch that looks back too little": (
+        "cuda_narrow.cuh", "stretches > 1 ? window - 1 :", "stretches > 1 ? window - 2 :",
+        "is off by"),
+    "a stretch that ends too early": (
+        "cuda_narrow.cuh", "backward && stretches > 1 ? window - 1", "false ? window - 1",
+        "is off by"),
     "a shuffle that one lane misses": (
         "cuda_cores.cuh", "  tile.own(q, p.q, tile.offset, true, float(p.scale) * kLog2e);\n",
         "  tile.own(q, p.q, tile.offset, true, float(p.scale) * kLog2e);\n"
@@ -110,8 +138,8 @@ def test_faults_are_caught(tmp_path: Path):
                          builds.values())
     for fault, kernels in zip(builds, built):
         file, report = FAULTS[fault][0], FAULTS[fault][3]
-        path = "tensor cores" if file == "tensor_cores.cuh" else "cuda cores"
-        kernels.path = path
+        path = file.removesuffix(".cuh").removeprefix("cuda_").replace("_", " ")
+        path = kernels.path = {"cores": "cuda cores"}.get(path, path)
         with pytest.raises((AssertionError, RuntimeError), match=report):
             for case in CHOSEN[path]:
                 run(case, kernels)
