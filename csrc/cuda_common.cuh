@@ -46,6 +46,21 @@ __device__ inline Eight<T> load_eight(const T* from) {
   return x;
 }
 
+// One tensor's rows of one head, a lane's 8 channels of each.
+template <class T>
+struct Rows {
+  const T* first;
+  int64_t step;
+  int offset, count;  // the first row stands at position `offset`
+
+  __device__ Rows(const Heads& x, int b, int h, int channel, int offset, int count)
+      : first(x.row<T>(b, 0, h) + channel), step(x.token), offset(offset), count(count) {}
+  // The row at a position, or the nearest there is.
+  __device__ Eight<T> at(int position) const {
+    return load_eight(first + unsigned(std::max(0, std::min(position - offset, count - 1))) * step);
+  }
+};
+
 // The two values in a word of memory.
 template <class T>
 __device__ inline float low_half(uint32_t word) {
@@ -173,6 +188,13 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t sh
   kernel<<<dim3(unsigned(blocks)), dim3(threads), shared, static_cast<cudaStream_t>(stream)>>>(
       arguments...);
   return cudaGetLastError();
+}
+
+// 2^x, two roundings from it at most; 0 below 2^−126, where exp2f would take three instructions more.
+__device__ inline float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // c (16×8 floats) += a (16×16) · b (16×8), spread over the warp as mma.sync.m16n8k16 has it:

@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(32 * kWarps, 3) forward_kernel(Attention p, in
 #pragma unroll
         for (int r = 0; r < kQuad; r++) {
           s[r][c] = over_group<G>(dot(q[r], k));
-          const int behind = tile.mine + r - key;
-          if (behind < 0 || behind >= tile.window || key >= block + count) s[r][c] = -INFINITY;
+          const unsigned behind = tile.mine + r - key;  // huge for later keys
+          if (behind >= unsigned(tile.window) || key >= block + count) s[r][c] = -INFINITY;
         }
       }
 #pragma unroll
@@ -204,13 +204,13 @@ __global__ void __launch_bounds__(32 * kWarps, 3) forward_kernel(Attention p, in
         float highest = m[r];
 #pragma unroll
         for (int c = 0; c < kQuad; c++) highest = fmaxf(highest, s[r][c]);
-        const float shrink = exp2f(m[r] - highest);
+        const float shrink = exp2_of(m[r] - highest);
         m[r] = highest;
         l[r] *= shrink;
         scale_by(sum[r], shrink);
 #pragma unroll
         for (int c = 0; c < kQuad; c++) {
-          s[r][c] = exp2f(s[r][c] - highest);
+          s[r][c] = exp2_of(s[r][c] - highest);
           l[r] += s[r][c];
           s[r][c] *= tile.dropout.keep(dropout_rows[r], low + step + c);
         }
@@ -275,8 +275,8 @@ __device__ void sweep(const Tile<T, G>& tile, const float (&a)[kQuad][8],
         const float s = over_group<G>(dot(a[r], x)), dp = over_group<G>(dot(b[r], y));
         const int query = OverQueries ? other : tile.mine + r;
         const int key = OverQueries ? tile.mine + r : other;
-        const bool seen = query >= key && query - key < tile.window && other < block + count;
-        const float weight = seen ? exp2f(s - (OverQueries ? tile.lse[row] : lse[r])) : 0.0f;
+        const bool seen = unsigned(query - key) < unsigned(tile.window) && other < block + count;
+        const float weight = seen ? exp2_of(s - (OverQueries ? tile.lse[row] : lse[r])) : 0.0f;
         const float keep = tile.dropout.keep(OverQueries ? dropout_other : dropout_rows[r], key);
         const float ds = weight * (dp * keep - (OverQueries ? tile.delta[row] : delta[r]));
         add(gain_a[r], ds, x);

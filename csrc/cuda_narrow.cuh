@@ -35,21 +35,6 @@ namespace cuda_narrow {
 constexpr int kRing = kNarrowWindow;
 constexpr int kStretch = 64;
 
-// One tensor's rows of one head, a lane's 8 channels of each.
-template <class T>
-struct Rows {
-  const T* first;
-  int64_t step;
-  int offset, count;  // the first row stands at position `offset`
-
-  __device__ Rows(const Heads& x, int b, int h, int channel, int offset, int count)
-      : first(x.row<T>(b, 0, h) + channel), step(x.token), offset(offset), count(count) {}
-  // The row at a position, or the nearest there is.
-  __device__ Eight<T> at(int position) const {
-    return load_eight(first + std::max(0, std::min(position - offset, count - 1)) * step);
-  }
-};
-
 // A group's walk: who I am, which positions I own, and where the walk begins and ends.
 template <class T, int G>
 struct Walk {
@@ -110,7 +95,7 @@ struct Walk {
       m = fmaxf(m, s[behind]);
     }
 #pragma unroll
-    for (int behind = 0; behind < kRing; behind++) sum += s[behind] = exp2f(s[behind] - m);
+    for (int behind = 0; behind < kRing; behind++) sum += s[behind] = exp2_of(s[behind] - m);
     return sum;
   }
   // My 8 channels of the row at a position of a contiguous (B, length, H, D) result.

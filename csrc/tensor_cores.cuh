@@ -5,7 +5,8 @@
 // side (keys for queries; queries for keys) pass through shared memory 32 at a time, rotated and
 // rounded back to 16 bits on the way; a warp multiplies only those groups of 16 that touch its
 // band of W + 15 rows.  So the wanted part of the computed scores is W / (W + 30) at worst, where
-// tiles of 128×128 give W / (W + 255).
+// tiles of 128×128 give W / (W + 255).  All loads of a pass are under way before one of them is
+// waited for, while other warps still compute; four blocks to a multiprocessor cover the rest.
 //
 // Fragments (see matrix_multiply_add): a lane's pieces of the A operand and of B = rowsᵀ are
 // pairs of neighbouring channels of one row, so that both are plain 32-bit reads of shared
@@ -36,11 +37,15 @@ __device__ inline uint32_t pack(float low, float high) {
 template <class T, int K>  // K: D in steps of 16, rounded up
 struct Tile {
   static constexpr int kStride = 16 * K + 8;
+  static constexpr int kRowsAtOnce = kThreads / (2 * K);  // that the block's threads read
+  static constexpr int kPieces = (kStream + kRowsAtOnce - 1) / kRowsAtOnce;
+  static constexpr int kAtOnce = K < 8 ? kPieces : 1;  // at D = 128 registers are short
   static constexpr size_t kShared = kTile * kStride * sizeof(T) + 2 * kStream * sizeof(float);
 
   const Attention& p;
   const int n_k, window, offset;  // p's, in the 32 bits that they fit
-  int lane, b, h, start, first;   // start, first: positions of the block's and the warp's rows
+  unsigned b, h;                  // unsigned: what widens them to 64 bits costs no register
+  int lane, start, first;         // start, first: positions of the block's and the warp's rows
   T *x, *y;
   float *lse, *delta;  // of the kStream rows, where these are queries
   const Dropout dropout;
@@ -55,29 +60,68 @@ struct Tile {
     lse = reinterpret_cast<float*>(x + kTile * kStride), delta = lse + kStream;
   }
 
-  // Copy `rows` rows from position `at` on to shared memory; zeros where there is none, because
-  // a product with a weight of 0 must be 0.
-  __device__ void stage(T* to, const Heads& from, int rows, int at, int offset,
-                        bool rotated) const {
-    constexpr int kAtOnce = K < 8 ? 2 : 1;  // at D = 128 the backward pass has no register left
-#pragma unroll kAtOnce
-    for (int piece = threadIdx.x; piece < rows * 2 * K; piece += kThreads) {
-      const int row = piece / (2 * K), slot = piece % (2 * K);
-      const int position = at + row;
-      float v[8] = {};
-      if (slot * 8 < p.d && position >= offset && position < n_k)
-        widen(v, load_eight(from.row<T>(b, position - offset, h) + slot * 8), p, position, slot,
-              rotated, 1.0f);
-      store_eight(to + row * kStride + slot * 8, v);
+  // One tensor's rows of my head, my 8 channels of each.
+  __device__ Rows<T> rows_of(const Heads& heads, int offset) const {
+    return {heads, b, h, active() ? slot() * 8 : 0, offset, n_k - offset};
+  }
+  // In staging a thread has one slot (8 channels) of every kRowsAtOnce-th row, a piece each.
+  __device__ static int slot() { return threadIdx.x % (2 * K); }
+  __device__ static int row(int piece) {
+    return int(threadIdx.x) / (2 * K) + piece * kRowsAtOnce;
+  }
+  __device__ bool active() const { return slot() * 8 < p.d; }
+
+  // Read kAtOnce of my pieces of the kStream rows from position `at` on; beside the sequence the
+  // nearest row, which gets a weight of 0.
+  __device__ void fetch(Eight<T> (&raw)[kAtOnce], const Rows<T>& from, int at, int piece) const {
+#pragma unroll
+    for (int n = 0; n < kAtOnce; n++) {
+      raw[n] = from.at(at + row(piece + n));
+      if (!active()) raw[n] = {};
     }
+  }
+  // Put them into shared memory, rotated if `turned` and there are tables.
+  __device__ void put(T* to, const Eight<T> (&raw)[kAtOnce], int at, int piece,
+                      bool turned) const {
+#pragma unroll
+    for (int n = 0; n < kAtOnce; n++) {
+      const int r = row(piece + n);
+      if (r >= kStream || threadIdx.x >= kRowsAtOnce * 2 * K) break;
+      T* place = to + r * kStride + slot() * 8;
+      if (turned && p.cos) {
+        float v[8];
+        unpack(v, raw[n]);
+        Turn(p, std::min(at + r, n_k - 1), active() ? slot() : 0).rotate(v);
+        store_eight(place, v);
+      } else {
+        *reinterpret_cast<uint4*>(place) = raw[n].part[0];
+      }
+    }
+  }
+  // kStream rows each to x and to y.  The first loads are under way while the block finishes
+  // what it does with the rows before; `also` comes when it has.
+  template <class Also>
+  __device__ void stage(const Rows<T>& xs, int x_at, bool turn_x, const Rows<T>& ys, int y_at,
+                        bool turn_y, Also also) const {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; piece += kAtOnce) {
+      Eight<T> raw_x[kAtOnce], raw_y[kAtOnce];
+      fetch(raw_x, xs, x_at, piece);
+      fetch(raw_y, ys, y_at, piece);
+      if (piece == 0) {
+        __syncthreads();
+        also();
+      }
+      put(x, raw_x, x_at, piece, turn_x);
+      put(y, raw_y, y_at, piece, turn_y);
+    }
+    __syncthreads();
   }
 
   // The warp's 16 rows of `from` as A operands.  The whole block takes part.
-  __device__ void own(uint32_t (&a)[K][4], const Heads& from, int offset,
-                      bool rotated) const {
-    __syncthreads();
-    stage(x, from, kTile, start, offset, rotated);
-    __syncthreads();
+  __device__ void own(uint32_t (&a)[K][4], const Rows<T>& from, bool turned) const {
+    stage(from, start, turned, from, start + kStream, turned,
+          [] {});  // y lies behind x
     const T* rows = x + (first - start) * kStride;
 #pragma unroll
     for (int k = 0; k < K; k++)
@@ -172,7 +216,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Attention p) {
   const Tile<T, K> tile(p, int(p.offset()));
   uint32_t q[K][4], dropout_rows[2];
   float out[2 * K][4] = {}, m[2] = {kNothing, kNothing}, l[2] = {};
-  tile.own(q, p.q, tile.offset, true);
+  tile.own(q, tile.rows_of(p.q, tile.offset), true);
+  const Rows<T> keys = tile.rows_of(p.k, 0), values = tile.rows_of(p.v, 0);
 #pragma unroll
   for (int r = 0; r < 2; r++) dropout_rows[r] = tile.dropout_row_at(tile.mine(2 * r));
   const float scale = float(p.scale) * kLog2e;
@@ -180,11 +225,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Attention p) {
   const int end = std::min(tile.start + kTile, tile.n_k);
   const int begin = std::max(0, tile.start - tile.window + 1);
   for (int block = begin; block < end; block += kStream) {
-    __syncthreads();
-    tile.stage(tile.x, p.k, kStream, block, 0, true);
-    tile.stage(tile.y, p.v, kStream, block, 0, false);
-    __syncthreads();
-    float s[2][2][4], highest[2] = {m[0], m[1]};
+    tile.stage(keys, block, true, values, block, false, [] {});
+    float s[2][2][4] = {}, highest[2] = {m[0], m[1]};
     bool met[2];
 #pragma unroll
     for (int part = 0; part < 2; part++) {  // 16 keys each
@@ -195,9 +237,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Attention p) {
       for (int n = 0; n < 2; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const int behind = tile.mine(i) - tile.theirs(at, n, i);
-          const bool seen = met[part] && behind >= 0 && behind < tile.window;
-          s[part][n][i] = seen ? s[part][n][i] * scale : -INFINITY;
+          const unsigned behind = tile.mine(i) - tile.theirs(at, n, i);  // huge for later keys
+          s[part][n][i] = behind < unsigned(tile.window) ? s[part][n][i] * scale : -INFINITY;
           highest[i / 2] = fmaxf(highest[i / 2], s[part][n][i]);
         }
     }
@@ -205,7 +246,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Attention p) {
     for (int r = 0; r < 2; r++) {  // a row's scores lie in four lanes
       highest[r] = fmaxf(highest[r], __shfl_xor_sync(kWarp, highest[r], 1));
       highest[r] = fmaxf(highest[r], __shfl_xor_sync(kWarp, highest[r], 2));
-      const float shrink = exp2f(m[r] - highest[r]);
+      const float shrink = exp2_of(m[r] - highest[r]);
       m[r] = highest[r];
       l[r] *= shrink;
 #pragma unroll
@@ -218,7 +259,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Attention p) {
       for (int n = 0; n < 2; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const float weight = exp2f(s[part][n][i] - m[i / 2]);
+          const float weight = exp2_of(s[part][n][i] - m[i / 2]);
           const int key = tile.theirs(block + part * 16, n, i);
           l[i / 2] += weight;
           s[part][n][i] = weight * tile.dropout.keep(dropout_rows[i / 2], key);
@@ -282,17 +323,17 @@ __device__ void sweep(const Tile<T, K>& tile, const float* delta, const uint32_t
                                     : std::max(0, tile.start - tile.window + 1);
   const int end = OverQueries ? std::min(tile_end + tile.window - 1, tile.n_k) : tile_end;
   for (int block = begin; block < end; block += kStream) {
-    const int offset = OverQueries ? tile.offset : 0;
-    __syncthreads();
-    tile.stage(tile.x, OverQueries ? p.q : p.k, kStream, block, offset, true);
-    tile.stage(tile.y, OverQueries ? p.grad : p.v, kStream, block, offset, false);
-    if (OverQueries && threadIdx.x < kStream) {
-      const bool exists = block + int(threadIdx.x) < tile.n_k;
-      const int64_t at = tile.statistics_at(block + threadIdx.x);
-      tile.lse[threadIdx.x] = exists ? lse[at] * kLog2e : 0.0f;
-      tile.delta[threadIdx.x] = exists ? delta[at] : 0.0f;
-    }
-    __syncthreads();
+    const Rows<T> xs = OverQueries ? tile.rows_of(p.q, tile.offset) : tile.rows_of(p.k, 0);
+    const Rows<T> ys = OverQueries ? tile.rows_of(p.grad, tile.offset) : tile.rows_of(p.v, 0);
+    const int streamed = block + int(threadIdx.x);  // the row whose statistics I bring
+    const bool brings = OverQueries && threadIdx.x < kStream && streamed < tile.n_k;
+    const int64_t at = tile.statistics_at(streamed);
+    const float log_sum = brings ? lse[at] * kLog2e : INFINITY;  // no such query: weight 0
+    const float delta_of = brings ? delta[at] : 0.0f;
+    tile.stage(xs, block, true, ys, block, false, [&] {
+      if (OverQueries && threadIdx.x < kStream)
+        tile.lse[threadIdx.x] = log_sum, tile.delta[threadIdx.x] = delta_of;
+    });
     for (int part = 0; part < kStream; part += 16) {
       const int at = block + part;
       const bool met = OverQueries ? at + 15 >= tile.first && at < tile.first + 15 + tile.window
@@ -307,11 +348,11 @@ __device__ void sweep(const Tile<T, K>& tile, const float* delta, const uint32_t
         for (int i = 0; i < 4; i++) {
           const int mine = tile.mine(i), theirs = tile.theirs(at, n, i);
           const int query = OverQueries ? theirs : mine, key = OverQueries ? mine : theirs;
-          const bool seen = query >= key && query - key < tile.window && theirs < end;
+          const bool seen = unsigned(query - key) < unsigned(tile.window);
           const float log_sum = OverQueries ? tile.lse[theirs - block] : own_lse[i / 2];
           const float delta_i = OverQueries ? tile.delta[theirs - block] : own_delta[i / 2];
           const uint32_t row = OverQueries ? tile.dropout_row_at(query) : own_dropout[i / 2];
-          const float weight = seen ? exp2f(s[n][i] * scale - log_sum) : 0.0f;
+          const float weight = seen ? exp2_of(s[n][i] * scale - log_sum) : 0.0f;
           const float keep = tile.dropout.keep(row, key);
           s[n][i] = weight * keep;
           ds[n][i] = weight * (ds[n][i] * keep - delta_i);
@@ -324,23 +365,23 @@ __device__ void sweep(const Tile<T, K>& tile, const float* delta, const uint32_t
 }
 
 template <class T, int K>
-__global__ void __launch_bounds__(kThreads) backward_kernel(Attention p, const float* delta) {
+__global__ void __launch_bounds__(kThreads, K == 4 ? 3 : 0) backward_kernel(Attention p, const float* delta) {
   const Tile<T, K> tile(p, 0);
   uint32_t a[K][4], b[K][4];
-  float gain_a[2 * K][4] = {}, gain_b[2 * K][4] = {};
+  float gain_a[2 * K][4] = {}, gain_b[2 * K][4];
   const float scale[2] = {float(p.scale), float(p.scale)}, one[2] = {1, 1};
   if (tile.start + kTile > tile.offset) {  // the tile holds queries
-    tile.own(a, p.q, tile.offset, true);
-    tile.own(b, p.grad, tile.offset, false);
+    tile.own(a, tile.rows_of(p.q, tile.offset), true);
+    tile.own(b, tile.rows_of(p.grad, tile.offset), false);
     sweep<false>(tile, delta, a, b, gain_a, gain_b);
     tile.write(p.dq, tile.offset, gain_a, scale, true);
   }
+  tile.own(a, tile.rows_of(p.k, 0), true);
+  tile.own(b, tile.rows_of(p.v, 0), false);
 #pragma unroll
   for (int n = 0; n < 2 * K; n++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) gain_a[n][i] = 0;
-  tile.own(a, p.k, 0, true);
-  tile.own(b, p.v, 0, false);
+    for (int i = 0; i < 4; i++) gain_a[n][i] = gain_b[n][i] = 0;
   sweep<true>(tile, delta, a, b, gain_a, gain_b);
   tile.write(p.dk, 0, gain_a, scale, true);
   tile.write(p.dv, 0, gain_b, one, false);

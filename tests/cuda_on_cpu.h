@@ -1,12 +1,13 @@
 // CUDA on the CPU, for tests: compiles the .cu files of csrc/ with g++ and runs their kernels.
 //
 // Every thread of a block is a fiber (ucontext).  A fiber runs until it reaches a barrier, a
-// shuffle or a tensor-core instruction, or returns; then the next one is drawn at random, so
-// that where a barrier is missing, readers overtake writers.  Blocks run in random order, too,
-// one after the other.  Shared memory has exactly the size of the launch (the address sanitizer
-// sees what lies beyond) and starts as NaNs.  What threads may not do is reported as the
-// launch's error: lanes of a warp that meet in different shuffles, a lane that returned while
-// others wait for it, a barrier that not all threads reach.
+// shuffle or a tensor-core instruction, or returns; then the next one is drawn at random, with
+// some warps held back, so that where a barrier is missing, readers overtake writers and writers
+// those who still read.  Blocks run in random order, too, one after the other.  Shared memory has
+// exactly the size of the launch (the address sanitizer sees what lies beyond) and starts as
+// NaNs.  What threads may not do is reported as the launch's error: lanes of a warp that meet in
+// different shuffles, a lane that returned while others wait for it, a barrier that not all
+// threads reach.
 #pragma once
 #define CUDA_ON_CPU
 #include <ucontext.h>
@@ -173,15 +174,18 @@ inline void run_block(int threads, size_t shared) {
     context.uc_stack = {machine.stacks.get() + thread * Machine::kStack, 0, Machine::kStack};
     makecontext(&context, fiber_main, 0);
   }
-  std::vector<int> ready;
+  std::vector<int> ready, held_back;
+  unsigned slow = machine.random();  // these warps wait until no other can go on
   while (machine.error.empty()) {
-    ready.clear();
+    ready.clear(), held_back.clear();
     bool all_done = true;
     for (int thread = 0; thread < threads; thread++) {
       all_done &= machine.fibers[thread].state == Fiber::done;
-      if (machine.fibers[thread].state == Fiber::ready) ready.push_back(thread);
+      if (machine.fibers[thread].state == Fiber::ready)
+        (slow >> thread / 32 & 1 ? held_back : ready).push_back(thread);
     }
     if (all_done) return;
+    if (ready.empty()) ready.swap(held_back), slow = machine.random();
     if (ready.empty()) {
       for (int thread = 0; thread < threads; thread++)
         if (machine.fibers[thread].state == Fiber::waiting)
@@ -220,6 +224,8 @@ namespace equimini {
 constexpr int kTooLarge = 9;
 
 inline void* shared_memory() { return cuda_on_cpu::machine.shared.get(); }
+
+inline float exp2_of(float x) { return x < -126 ? 0.0f : std::exp2(x); }
 
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, void*,
