@@ -190,7 +190,7 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t sh
   return cudaGetLastError();
 }
 
-// 2^x, two roundings from it at most; 0 below 2^−126, where exp2f would take three instructions more.
+// 2^x, two roundings from it at most; 0 below 2^−126, for which exp2f takes more instructions.
 __device__ inline float exp2_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -217,8 +217,16 @@ __device__ inline void matrix_multiply_add(float (&c)[4], const uint32_t (&a)[4]
   }
 }
 
-// Four transposed 8×8 matrices of 16-bit values from shared memory.  Lane 8m + r points to row r
-// of matrix m; lane 4c + i receives rows 2i and 2i + 1 of column c of each matrix.
+// Four 8×8 matrices of 16-bit values from shared memory.  Lane 8m + r points to row r of matrix
+// m; lane 4r + i receives columns 2i and 2i + 1 of row r of each matrix.  Transposed, lane
+// 4c + i receives rows 2i and 2i + 1 of column c.
+__device__ inline void load_matrices(uint32_t (&x)[4], const void* row) {
+  const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
 __device__ inline void load_transposed(uint32_t (&x)[4], const void* row) {
   const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"

@@ -59,6 +59,7 @@ struct Tile {
   float4 *x, *y;              // the buffer: rows × [half][slot]
   float *lse, *delta;         // of buffered queries
   const Dropout dropout;
+  uint32_t dropout_head;
 
   __device__ Tile(const Attention& p, int rows, int first)
       : p(p), n_k(int(p.n_k)), window(int(p.window)), offset(int(p.offset())), rows(rows),
@@ -70,6 +71,7 @@ struct Tile {
     h = item % heads, b = line / tiles, start = first + line % tiles * kTile<G>;
     mine = start + group * kQuad;
     exists = b < p.b, active = slot * 8 < p.d;
+    dropout_head = dropout.head(p, b, h);
     x = static_cast<float4*>(shared_memory()) + size_t(warp) * rows * 4 * G;
     y = x + rows * 2 * G;
     lse = reinterpret_cast<float*>(static_cast<float4*>(shared_memory()) +
@@ -154,7 +156,7 @@ struct Tile {
   }
   __device__ float log_sum(int position) const { return *log_sum_at(position) * kLog2e; }
   __device__ uint32_t dropout_row_at(int position) const {
-    return dropout.on ? dropout_row(*p.seed, uint32_t(b), uint32_t(h), uint32_t(position)) : 0;
+    return dropout.row(dropout_head, position);
   }
 
   // My slot of row `position` of a contiguous (B, length, H, D) result.

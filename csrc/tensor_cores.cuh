@@ -8,11 +8,10 @@
 // tiles of 128×128 give W / (W + 255).  All loads of a pass are under way before one of them is
 // waited for, while other warps still compute; four blocks to a multiprocessor cover the rest.
 //
-// Fragments (see matrix_multiply_add): a lane's pieces of the A operand and of B = rowsᵀ are
-// pairs of neighbouring channels of one row, so that both are plain 32-bit reads of shared
-// memory; rows are 8 elements longer than D, which spreads 8 rows × 4 pairs over all 32 banks.
-// Only the second product (P V, dS K, …) needs columns of rows, which ldmatrix transposes.  The
-// scores' accumulator, packed to 16 bits, already has the layout of that product's A operand.
+// Fragments (see matrix_multiply_add): ldmatrix reads the A operand and B = rowsᵀ as they lie,
+// and transposes rows for the second product (P V, dS K, …).  Rows are 8 elements longer than D,
+// so that the 8 rows of a matrix lie in different banks.  The scores' accumulator, packed to 16
+// bits, already has the layout of the second product's A operand.
 //
 // Forward is FlashAttention's recurrence.  Backward, as on the CUDA cores, sweeps twice, over
 // keys for dq and over queries for dk and dv, and every sum has one owner: no atomics.  The
@@ -40,15 +39,17 @@ struct Tile {
   static constexpr int kRowsAtOnce = kThreads / (2 * K);  // that the block's threads read
   static constexpr int kPieces = (kStream + kRowsAtOnce - 1) / kRowsAtOnce;
   static constexpr int kAtOnce = K < 8 ? kPieces : 1;  // at D = 128 registers are short
-  static constexpr size_t kShared = kTile * kStride * sizeof(T) + 2 * kStream * sizeof(float);
+  static constexpr size_t kShared = kTile * kStride * sizeof(T) + 3 * kStream * sizeof(float);
 
   const Attention& p;
   const int n_k, window, offset;  // p's, in the 32 bits that they fit
   unsigned b, h;                  // unsigned: what widens them to 64 bits costs no register
   int lane, start, first;         // start, first: positions of the block's and the warp's rows
   T *x, *y;
-  float *lse, *delta;  // of the kStream rows, where these are queries
+  float *lse, *delta;        // of the kStream rows, where these are queries,
+  uint32_t* dropout_rows;    // and their part of the hash
   const Dropout dropout;
+  uint32_t dropout_head;
 
   __device__ Tile(const Attention& p, int low)
       : p(p), n_k(int(p.n_k)), window(int(p.window)), offset(int(p.offset())), dropout(p) {
@@ -56,13 +57,15 @@ struct Tile {
     const int heads = int(p.h), line = int(blockIdx.x) / heads;
     h = int(blockIdx.x) % heads, b = line / tiles, start = low + line % tiles * kTile;
     lane = threadIdx.x % 32, first = start + int(threadIdx.x / 32) * 16;
+    dropout_head = dropout.head(p, b, h);
     x = static_cast<T*>(shared_memory()), y = x + kStream * kStride;
     lse = reinterpret_cast<float*>(x + kTile * kStride), delta = lse + kStream;
+    dropout_rows = reinterpret_cast<uint32_t*>(delta + kStream);
   }
 
   // One tensor's rows of my head, my 8 channels of each.
   __device__ Rows<T> rows_of(const Heads& heads, int offset) const {
-    return {heads, b, h, active() ? slot() * 8 : 0, offset, n_k - offset};
+    return {heads, int(b), int(h), active() ? slot() * 8 : 0, offset, n_k - offset};
   }
   // In staging a thread has one slot (8 channels) of every kRowsAtOnce-th row, a piece each.
   __device__ static int slot() { return threadIdx.x % (2 * K); }
@@ -125,25 +128,26 @@ struct Tile {
     const T* rows = x + (first - start) * kStride;
 #pragma unroll
     for (int k = 0; k < K; k++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) a[k][i] = word(rows, lane / 4 + i % 2 * 8, 2 * k + i / 2);
-  }
-
-  // This lane's pair of channels in a row's piece of 8.
-  __device__ uint32_t word(const T* rows, int row, int piece) const {
-    return *reinterpret_cast<const uint32_t*>(rows + row * kStride + piece * 8 + lane % 4 * 2);
+      load_matrices(a[k], rows + (lane / 8 % 2 * 8 + lane % 8) * kStride + (2 * k + lane / 16) * 8);
   }
 
   // c[n] = a · rowsᵀ for 16 rows, n: the first or the second 8.
   __device__ void scores(float (&c)[2][4], const uint32_t (&a)[K][4], const T* rows) const {
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
+    for (int i = 0; i < 4; i++) c[0][i] = c[1][i] = 0;
 #pragma unroll
-      for (int i = 0; i < 4; i++) c[n][i] = 0;
+    for (int k = 0; k < K; k++) {
+      uint32_t b[4];
+      if constexpr (K < 8) {
+        load_matrices(b, rows + (lane / 16 * 8 + lane % 8) * kStride + (2 * k + lane / 8 % 2) * 8);
+      } else {  // the same word by word: at D = 128 it takes fewer registers
 #pragma unroll
-      for (int k = 0; k < K; k++)
-        matrix_multiply_add<T>(c[n], a[k], word(rows, n * 8 + lane / 4, 2 * k),
-                               word(rows, n * 8 + lane / 4, 2 * k + 1));
+        for (int i = 0; i < 4; i++)
+          b[i] = *reinterpret_cast<const uint32_t*>(
+              rows + (i / 2 * 8 + lane / 4) * kStride + (2 * k + i % 2) * 8 + lane % 4 * 2);
+      }
+      matrix_multiply_add<T>(c[0], a[k], b[0], b[1]);
+      matrix_multiply_add<T>(c[1], a[k], b[2], b[3]);
     }
   }
 
@@ -154,11 +158,11 @@ struct Tile {
                            pack<T>(weights[0][2], weights[0][3]),
                            pack<T>(weights[1][0], weights[1][1]),
                            pack<T>(weights[1][2], weights[1][3])};
+    const T* mine = rows + (lane / 8 % 2 * 8 + lane % 8) * kStride + lane / 16 * 8;
 #pragma unroll
     for (int n = 0; n < 2 * K; n += 2) {  // 8 channels each
       uint32_t columns[4];
-      load_transposed(columns, rows + (lane / 8 % 2 * 8 + lane % 8) * kStride + n * 8 +
-                                   lane / 16 * 8);
+      load_transposed(columns, mine + n * 8);
       matrix_multiply_add<T>(gain[n], a, columns[0], columns[1]);
       matrix_multiply_add<T>(gain[n + 1], a, columns[2], columns[3]);
     }
@@ -171,7 +175,7 @@ struct Tile {
   }
 
   __device__ uint32_t dropout_row_at(int position) const {
-    return dropout.on ? dropout_row(*p.seed, uint32_t(b), uint32_t(h), uint32_t(position)) : 0;
+    return dropout.row(dropout_head, position);
   }
   __device__ int64_t statistics_at(int position) const {
     return (b * p.h + h) * p.n_q + position - offset;
@@ -233,14 +237,23 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Attention p) {
       const int at = block + part * 16;
       met[part] = at <= tile.first + 15 && at + 15 > tile.first - tile.window;
       if (met[part]) tile.scores(s[part], q, tile.x + part * kPart);
+      const bool whole = at + 15 <= tile.first && at + tile.window > tile.first + 15;
 #pragma unroll
       for (int n = 0; n < 2; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const unsigned behind = tile.mine(i) - tile.theirs(at, n, i);  // huge for later keys
-          s[part][n][i] = behind < unsigned(tile.window) ? s[part][n][i] * scale : -INFINITY;
-          highest[i / 2] = fmaxf(highest[i / 2], s[part][n][i]);
-        }
+        for (int i = 0; i < 4; i++) s[part][n][i] *= scale;
+      if (!whole)  // not every query sees every key: `behind` is huge for later ones
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const unsigned behind = tile.mine(i) - tile.theirs(at, n, i);
+            if (behind >= unsigned(tile.window)) s[part][n][i] = -INFINITY;
+          }
+#pragma unroll
+      for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) highest[i / 2] = fmaxf(highest[i / 2], s[part][n][i]);
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {  // a row's scores lie in four lanes
@@ -331,8 +344,9 @@ __device__ void sweep(const Tile<T, K>& tile, const float* delta, const uint32_t
     const float log_sum = brings ? lse[at] * kLog2e : INFINITY;  // no such query: weight 0
     const float delta_of = brings ? delta[at] : 0.0f;
     tile.stage(xs, block, true, ys, block, false, [&] {
-      if (OverQueries && threadIdx.x < kStream)
-        tile.lse[threadIdx.x] = log_sum, tile.delta[threadIdx.x] = delta_of;
+      if (!OverQueries || threadIdx.x >= kStream) return;
+      tile.lse[threadIdx.x] = log_sum, tile.delta[threadIdx.x] = delta_of;
+      tile.dropout_rows[threadIdx.x] = tile.dropout_row_at(streamed);
     });
     for (int part = 0; part < kStream; part += 16) {
       const int at = block + part;
@@ -351,7 +365,7 @@ __device__ void sweep(const Tile<T, K>& tile, const float* delta, const uint32_t
           const bool seen = unsigned(query - key) < unsigned(tile.window);
           const float log_sum = OverQueries ? tile.lse[theirs - block] : own_lse[i / 2];
           const float delta_i = OverQueries ? tile.delta[theirs - block] : own_delta[i / 2];
-          const uint32_t row = OverQueries ? tile.dropout_row_at(query) : own_dropout[i / 2];
+          const uint32_t row = OverQueries ? tile.dropout_rows[query - block] : own_dropout[i / 2];
           const float weight = seen ? exp2_of(s[n][i] * scale - log_sum) : 0.0f;
           const float keep = tile.dropout.keep(row, key);
           s[n][i] = weight * keep;

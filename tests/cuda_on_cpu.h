@@ -271,18 +271,25 @@ void matrix_multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   });
 }
 
-inline void load_transposed(uint32_t (&x)[4], const void* row,
-                            std::source_location at = std::source_location::current()) {
+// ldmatrix; this layout, too, is described beside the real one.
+inline void load_matrices(uint32_t (&x)[4], const void* row, bool transposed = false,
+                          std::source_location at = std::source_location::current()) {
   const int lane = cuda_on_cpu::machine.current % 32;
-  cuda_on_cpu::exchange({"ldmatrix", at.line(), 0xffffffffu, 0}, row, [&](auto given) {
+  cuda_on_cpu::exchange({"ldmatrix", at.line(), 0xffffffffu, transposed}, row, [&](auto given) {
     for (int m = 0; m < 4; m++) {
-      const auto element = [&](int r) {
-        return uint32_t(static_cast<const uint16_t*>(given(8 * m + r))[lane / 4]);
+      const auto element = [&](int r, int c) {
+        return uint32_t(static_cast<const uint16_t*>(given(8 * m + r))[c]);
       };
-      x[m] = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
+      const int mine = lane / 4, pair = lane % 4 * 2;
+      x[m] = transposed ? element(pair, mine) | element(pair + 1, mine) << 16
+                        : element(mine, pair) | element(mine, pair + 1) << 16;
     }
     return 0;
   });
+}
+inline void load_transposed(uint32_t (&x)[4], const void* row,
+                            std::source_location at = std::source_location::current()) {
+  load_matrices(x, row, true, at);
 }
 
 }  // namespace equimini

@@ -142,8 +142,11 @@ def test_faults_are_caught(tmp_path: Path):
         path = file.removesuffix(".cuh").removeprefix("cuda_").replace("_", " ")
         path = kernels.path = {"cores": "cuda cores"}.get(path, path)
         with pytest.raises((AssertionError, RuntimeError), match=report):
-            for case in CHOSEN[path]:
-                run(case, kernels)
+            for schedule in range(6):
+                kernels.library.set_schedule(schedule)
+                for case in CHOSEN[path]:
+                    run(case, kernels)
+            pytest.fail(f"nothing shows: {fault}")
 
 
 def test_sanitizers():
