@@ -4,8 +4,8 @@
 // shuffle or a tensor-core instruction, or returns; then the next one is drawn at random, with
 // some warps held back, so that where a barrier is missing, readers overtake writers and writers
 // those who still read.  Blocks run in random order, too, one after the other.  Shared memory has
-// exactly the size of the launch (the address sanitizer sees what lies beyond) and starts as
-// NaNs.  What threads may not do is reported as the launch's error: lanes of a warp that meet in
+// exactly the size of the launch (the sanitizers see what lies beyond, and misaligned accesses)
+// and starts as NaNs.  What threads may not do is reported as the launch's error: lanes of a warp that meet in
 // different shuffles, a lane that returned while others wait for it, a barrier that not all
 // threads reach.
 #pragma once
@@ -30,7 +30,7 @@
 #define __host__
 #define __launch_bounds__(...)
 
-struct uint4 { uint32_t x, y, z, w; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
