@@ -5,9 +5,9 @@
 // some warps held back, so that where a barrier is missing, readers overtake writers and writers
 // those who still read.  Blocks run in random order, too, one after the other.  Shared memory has
 // exactly the size of the launch (the sanitizers see what lies beyond, and misaligned accesses)
-// and starts as NaNs.  What threads may not do is reported as the launch's error: lanes of a warp that meet in
-// different shuffles, a lane that returned while others wait for it, a barrier that not all
-// threads reach.
+// and starts as NaNs.  What threads may not do is reported as the launch's error: lanes of a warp
+// that meet in different shuffles, a lane that returned while others wait for it, a barrier that
+// not all threads reach.
 #pragma once
 #define CUDA_ON_CPU
 #include <ucontext.h>
