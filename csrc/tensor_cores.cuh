@@ -123,8 +123,7 @@ struct Tile {
 
   // The warp's 16 rows of `from` as A operands.  The whole block takes part.
   __device__ void own(uint32_t (&a)[K][4], const Rows<T>& from, bool turned) const {
-    stage(from, start, turned, from, start + kStream, turned,
-          [] {});  // y lies behind x
+    stage(from, start, turned, from, start + kStream, turned, [] {});  // y lies behind x
     const T* rows = x + (first - start) * kStride;
 #pragma unroll
     for (int k = 0; k < K; k++)
