@@ -10,10 +10,11 @@ installs as plain Python and attention runs as the PyTorch reference.  Environme
     EQUIMINI_BUILD       none: plain Python · cpu: C++ alone · cuda: C++ and CUDA.  What is asked
                          for and impossible is an error; unset, the above is found out.
     EQUIMINI_MARCH       processor to compile for (-march), "native" unless set
-    TORCH_CUDA_ARCH_LIST GPUs to compile for, "8.0;9.0+PTX" unless set
+    TORCH_CUDA_ARCH_LIST GPUs to compile for, "8.0;9.0+PTX" unless set; older ones are left out
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,15 @@ def build_choice() -> str:
     return "cpu" if missing else "cuda"
 
 
+def architectures() -> "list[str]":
+    """The GPUs to compile for that the kernels can run on: compute capability 8.0 or newer."""
+    older = ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+    names = listed.replace(";", " ").replace(",", " ").split()
+    return [name for name in names if not name.startswith(older)
+            and not (name[0].isdigit() and float(re.match(r"[0-9.]+", name)[0]) < 8)]
+
+
 def missing_for_cuda(version: "str | None", compiler: str) -> str:
     """What keeps CUDA kernels from being built for a torch of this CUDA version, or nothing."""
     from torch.utils import cpp_extension
@@ -57,6 +67,8 @@ def missing_for_cuda(version: "str | None", compiler: str) -> str:
     home = cpp_extension.CUDA_HOME
     if version is None:
         return "the torch that is installed is built without CUDA"
+    if not architectures():
+        return "TORCH_CUDA_ARCH_LIST names no GPU of compute capability 8.0 or newer"
     if home is None:
         return "no CUDA toolkit is found (nvcc, or the environment variable CUDA_HOME)"
     folders = [*cpp_extension.include_paths("cuda"), os.path.join(home, "include"),
@@ -98,7 +110,7 @@ def extension(choice: str) -> dict:
              "-fno-math-errno", "-fvisibility=hidden", "-fopenmp"]
     sources, kind, macros = ["csrc/binding.cpp"], cpp_extension.CppExtension, []
     if choice == "cuda":
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures())
         sources, kind = sources + ["csrc/cuda_kernels.cu"], cpp_extension.CUDAExtension
         macros = [("WITH_CUDA", None)]
     module = kind("equimini._kernels", sources, define_macros=macros,

@@ -96,7 +96,9 @@ void run(const Attention& p, const Tensor& q) {
                           ? cuda_backward(p, dtype, stream, delta.mutable_data_ptr<float>())
                           : cuda_forward(p, dtype, stream);
     TORCH_CHECK(error == 0, "window_attention: launching the CUDA kernel failed: ",
-                cuda_error_string(error));
+                cuda_error_string(error), " (the kernels need compute capability 8.0 or newer, and "
+                "run on the GPUs that TORCH_CUDA_ARCH_LIST named when they were built; "
+                "EQUIMINI_ATTENTION=reference does without them)");
     return;
   }
 #endif

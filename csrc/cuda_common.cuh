@@ -18,7 +18,7 @@ using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
-constexpr float kNothing = -1e30f;  // running maximum before any key was seen
+constexpr float kNothing = -3.4e38f;  // running maximum before any key was seen
 constexpr uint32_t kWarp = 0xffffffffu;
 
 template <class T>
@@ -121,7 +121,7 @@ __device__ inline float over_group(float sum) {
 
 // The four cosines and sines of channels 8·slot … 8·slot + 7 at a position.
 struct Turn {
-  float cos[4], sin[4];
+  alignas(16) float cos[4], sin[4];
 
   __device__ Turn(const Attention& p, int position, int slot) {
     const int64_t at = position * (p.d / 2) + 4 * slot;
@@ -183,7 +183,7 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t sh
   if (shared > 48 * 1024) {  // more than every device grants unasked
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return cudaGetLastError();  // which forgets it
   }
   kernel<<<dim3(unsigned(blocks)), dim3(threads), shared, static_cast<cudaStream_t>(stream)>>>(
       arguments...);

@@ -2,7 +2,7 @@
 // into registers (cuda_narrow.cuh) and those that are worth a tensor core (tensor_cores.cuh), and
 // for float32, which tensor cores would round.
 //
-// Each row is read once, in 16-byte pieces, with many loads in flight:
+// Rows are read in 16-byte pieces, with many loads in flight:
 //
 // * A warp owns a tile of one sequence (one batch entry and head) and needs no other warp: it
 //   synchronises with itself alone, and a block is just several sequences side by side, heads
@@ -101,8 +101,9 @@ struct Tile {
     to[row * 2 * G + G + slot] = make_float4(v[4], v[5], v[6], v[7]);
   }
   __device__ void get(float (&v)[8], const float4* from, int row) const {
-    *reinterpret_cast<float4*>(v) = from[row * 2 * G + slot];
-    *reinterpret_cast<float4*>(v + 4) = from[row * 2 * G + G + slot];
+    const float4 low = from[row * 2 * G + slot], high = from[row * 2 * G + G + slot];
+    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+    v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
   }
 
   // Fill the buffer with `count` rows from position `first` on: `turned` (rotated, times `by`)
@@ -143,7 +144,7 @@ struct Tile {
       float value[8];
       unpack(value, fetch(out, first + row, offset, n_k));
       const float sum = over_group<G>(dot(dout, value));
-      if (slot == 0) {
+      if (slot == 0 && at + group < count) {
         delta[row] = sum;
         lse[row] = log_sum(first + row);
       }

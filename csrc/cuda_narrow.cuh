@@ -3,7 +3,7 @@
 // At the model's shape (N = 16, W = 4, D = 64) the work is bytes: in bf16 a token-head costs
 // 4·D·2 + 4 of them forward (q, k, v, out and the log-sum-exp) and 7·D·2 backward (q, k, v, dout,
 // dq, dk, dv), and arithmetic a fraction of that time.  So every row is read once, in 16-byte
-// pieces, several loads are always under way, and nothing is stored that need not be:
+// pieces, ahead of its use, and nothing is stored that need not be:
 //
 // * A group of G = 8 lanes (16 for D > 64) walks along the tokens of one head, 8 channels =
 //   16 bytes of bf16 to a lane.  A warp is four groups side by side, on neighbouring heads, which
@@ -11,10 +11,10 @@
 //   (FlashAttention-2 computes tiles of 128×128 scores, of which 58 are wanted here.)
 // * The last W keys and values are a ring in registers, rotated and as floats.  The loop over
 //   tokens is unrolled W times, so that a slot of the ring has a fixed place.  There is no
-//   shared memory and no barrier, and a block is one warp.
-// * Rows come kAhead tokens before they are needed.  To have that many loads under way matters
-//   more than how many warps there are, which registers limit.  Loads have no condition: beside
-//   the sequence the nearest row is read, and its weight is 0.
+//   shared memory, and a block is one warp.
+// * Rows are asked for kAhead tokens before they are needed.  To have that many loads under way
+//   matters more than how many warps there are, which registers limit.  Loads have no condition:
+//   beside the sequence the nearest row is read, and its weight is 0.
 // * A score is summed over the group's lanes by shuffles, and every lane then has the whole row
 //   of W scores: the softmax needs no running maximum.
 //
@@ -24,8 +24,8 @@
 //
 // Long sequences are cut into stretches of about kStretch tokens, a group for each.  A group
 // owns the results of its stretch: it looks W − 1 tokens back for keys and, backward, walks W − 1
-// tokens on for the queries that still see its keys.  So all sums have one owner and one order:
-// no atomics.
+// tokens on for the queries that still see its keys, rows that it shares with its neighbours.  So
+// all sums have one owner and one order: no atomics.
 #pragma once
 #include "cuda_common.cuh"
 
@@ -128,6 +128,7 @@ __global__ void __launch_bounds__(32) forward_kernel(Attention p, int stretch) {
       unpack(q, next[u % kAhead][0]);
       unpack(k[u], next[u % kAhead][1]);
       unpack(v[u], next[u % kAhead][2]);
+      __syncwarp();  // all loads share one counter: to unpack behind new ones waits for them, too
       fetch(next[u % kAhead], position + kAhead);
       if (p.cos) {
         const Turn turn = walk.turn(position);
@@ -186,6 +187,7 @@ __global__ void __launch_bounds__(32) backward_kernel(Attention p, int stretch) 
       unpack(dout, next[u % kAhead][1]);
       unpack(k[u], next[u % kAhead][2]);
       unpack(v[u], next[u % kAhead][3]);
+      __syncwarp();  // as in the forward pass
       if (kEarly) fetch(next[u % kAhead], position + kAhead);
       if (p.cos) {
         const Turn turn = walk.turn(position);

@@ -5,13 +5,14 @@
 // side (keys for queries; queries for keys) pass through shared memory 32 at a time, rotated and
 // rounded back to 16 bits on the way; a warp multiplies only those groups of 16 that touch its
 // band of W + 15 rows.  So the wanted part of the computed scores is W / (W + 30) at worst, where
-// tiles of 128×128 give W / (W + 255).  All loads of a pass are under way before one of them is
-// waited for, while other warps still compute; four blocks to a multiprocessor cover the rest.
+// tiles of 128×128 give W / (W + 254).  A pass asks for all of its rows (for D > 80, for one at a
+// time) while other warps still compute the one before; several blocks to a multiprocessor (4
+// forward for D ≤ 64, 2 or 3 else) cover the rest of the waiting.
 //
 // Fragments (see matrix_multiply_add): ldmatrix reads the A operand and B = rowsᵀ as they lie,
-// and transposes rows for the second product (P V, dS K, …).  Rows are 8 elements longer than D,
-// so that the 8 rows of a matrix lie in different banks.  The scores' accumulator, packed to 16
-// bits, already has the layout of the second product's A operand.
+// and transposes rows for the second product (P V, dS K, …).  Rows have 8 elements more than the
+// 64, 80 or 128 for D, so that the 8 rows of a matrix lie in different banks.  The scores'
+// accumulator, packed to 16 bits, already has the layout of the second product's A operand.
 //
 // Forward is FlashAttention's recurrence.  Backward, as on the CUDA cores, sweeps twice, over
 // keys for dq and over queries for dk and dv, and every sum has one owner: no atomics.  The
@@ -407,9 +408,9 @@ int run(bool backward, const Attention& p, void* stream, float* delta) {
   if (blocks > INT32_MAX) return kTooLarge;
   if (!backward)
     return launch(forward_kernel<T, K>, blocks, kThreads, Tile<T, K>::kShared, stream, p);
-  const int64_t rows = p.b * p.h * p.n_q;
-  const int error = launch(delta_kernel<T>, (rows * 16 + kThreads - 1) / kThreads, kThreads, 0,
-                           stream, p, delta);
+  const int64_t delta_blocks = (p.b * p.h * p.n_q * 16 + kThreads - 1) / kThreads;
+  if (delta_blocks > INT32_MAX) return kTooLarge;
+  const int error = launch(delta_kernel<T>, delta_blocks, kThreads, 0, stream, p, delta);
   return error ? error : launch(backward_kernel<T, K>, blocks, kThreads, Tile<T, K>::kShared,
                                 stream, p, static_cast<const float*>(delta));
 }

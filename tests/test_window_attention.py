@@ -346,6 +346,29 @@ def test_cuda_graph_draws_anew(device: str):
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("window", [4, 12, 32])  # each family; 12 asks for more shared memory
+def test_cuda_graph_trains(device: str, window: int):
+    """Forward and backward can be captured, and read their inputs when they are replayed."""
+    packed = torch.randn(2, 40, 3, 3, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        out = window_attention(*packed.unbind(2), window)
+        return torch.autograd.grad(out.square().sum(), packed)[0]
+
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradient()  # libraries allocate at their first calls: not in a graph
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        captured = gradient()
+    with torch.no_grad():
+        packed.normal_()
+    graph.replay()
+    assert torch.equal(captured, gradient())
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
 def test_cuda_stream(device: str):
     """Work goes to the current stream: it waits for what that stream does before."""
     stream = torch.cuda.Stream()
