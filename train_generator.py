@@ -26,6 +26,7 @@ from equimini.pipeline import ImageGenerator, tokenizer_content, tokenizer_insid
 from equimini.presets import PRESETS, flag
 from equimini.speed import PRECISIONS, adamw, compiled, load_optimizer, set_float32
 from equimini.training import PATIENCE, Setup, fit, set_up
+from equimini.window_attention import implementation
 
 
 TOKENIZER = "runs/tokenizer/last.pt"  # where train_tokenizer.py leaves it
@@ -321,7 +322,8 @@ def train_generator(setup: Setup) -> None:
     millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     print(f"generator {setup.preset}: {millions:.2f} M parameters, tokens of "
           f"{tokenizer.config.token_channels} channels, {len(train)} training and {len(val)} "
-          f"held-out images of {len(classes)} classes, on {setup.device}")
+          f"held-out images of {len(classes)} classes, on {setup.device}, attention by "
+          f"{implementation(setup.device)}")
     fit("generator", setup, trainer, train, val, classes)
     print(f"done: {setup.out}/last.pt; pictures in {setup.out}/previews")
 

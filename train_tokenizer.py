@@ -27,6 +27,7 @@ from equimini.losses import (Pulls, adaptive_weight, adversarial_ramp, alignment
                              make_distance, make_teacher, psnr, pulls, reconstruction_loss)
 from equimini.optimize import Ema, Piece, Stepper, add, pieces, warmup_decay_lr
 from equimini.presets import PRESETS, TokenizerConfig, flag
+from equimini.speed import PRECISIONS, set_float32
 from equimini.training import PATIENCE, Setup, fit, set_up
 
 
@@ -39,7 +40,8 @@ class TokenizerRun(RunConfig):
                                  "trained on, without alignment")
     precision: str = flag("float32", "arithmetic of convolutions and matrix products; bf16 "
                           "(autocast) is faster where the processor has it; losses, norms and the "
-                          "adaptive weight stay in float32", choices=("float32", "bf16"))
+                          "adaptive weight stay in float32; tf32 (CUDA) rounds to 10 bits of "
+                          "mantissa everywhere", choices=PRECISIONS)
     channels_last: bool = flag(False, "keep feature maps in the channels-last layout")
     compile: bool = flag(False, "compile encoder and decoder with torch.compile")
 
@@ -60,6 +62,7 @@ class Trainer:
         """shown: held-out images (n, 3, H, W) in [−1, 1], for the previews."""
         cfg, self.device, self.seed = setup.training, setup.device, setup.run.seed
         self.cfg, self.opts = cfg, setup.run
+        set_float32(self.opts.precision, self.device)
         self.shown = shown.to(self.device)
         self.finetuning = bool(setup.run.finetune_decoder)
         self.distance = make_distance(cfg, self.shown)

@@ -128,17 +128,22 @@ def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
 def pick_device(name: str) -> torch.device:
     """The torch device for --device; 'auto' takes CUDA, then MPS, then the CPU.
 
+    A GPU becomes CUDA's current one, and its float32 keeps all its digits in convolutions, too,
+    until `set_float32` says otherwise.
     Raises UserError for a device that this machine or this torch does not have.
     """
     if name == "auto":
         mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name} cannot be used here ({first_line(error)}); try "
                         "--device auto") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+        torch.backends.cudnn.allow_tf32 = False
     return device
 
 
@@ -207,7 +212,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 OUT_OF_MEMORY = ("the memory is used up; lower --batch-size (pictures at a time), --width or "
-                 "--columns (their length), or --cache-gb, or take a smaller --preset")
+                 "--columns (their length), or --cache-gb, or take a smaller --preset; for a "
+                 "training, --accumulate N makes a step of N smaller pieces, and the generator's "
+                 "--checkpoint-activations keeps less of each")
 
 
 def _fail(text: str) -> None:

@@ -356,14 +356,15 @@ class Batches:
 
 
 def training_loader(data: Dataset, batch_size: int, run: RunConfig, start: int,
-                    stop: int) -> DataLoader:
+                    stop: int, pinned: bool = False) -> DataLoader:
     """Batches (images uint8 (B, 3, H, W), labels (B,), indices (B,)) of steps start … stop−1.
 
-    Of several processes each gets its share: B is batch_size / processes.
+    Of several processes each gets its share: B is batch_size / processes.  pinned: in memory from
+    which a GPU copies while it computes.
     """
     sampler = Batches(len(data), batch_size, run.seed, start, stop)
     return DataLoader(data, batch_sampler=sampler, num_workers=run.workers,
-                      worker_init_fn=leave_signals, pin_memory=torch.cuda.is_available())
+                      worker_init_fn=leave_signals, pin_memory=pinned)
 
 
 def fixed_loader(data: Dataset, batch_size: int, count: int, workers: int = 0,

@@ -61,7 +61,9 @@ def processes(device: torch.device, patience: timedelta = timedelta(days=7)) -> 
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        dist.init_process_group("nccl", timeout=patience, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=patience)
     with open(os.devnull, "w") as nowhere:
         with nullcontext() if is_main() else redirect_stdout(nowhere):
             yield

@@ -19,7 +19,7 @@ from equimini.presets import Checked, parameters
 from equimini.training import Setup, Trainer
 
 MEASURED_STEPS = 3
-ON_CPU = 4  # images of a measured step on a CPU, at most
+FEW = 4  # images of a step whose bytes are counted, at most; on a CPU of one that is timed, too
 COPIES = 5  # of every trained weight: itself, its gradient, two moments of Adam, the average
 
 
@@ -59,7 +59,7 @@ def print_settings(title: str, part: Checked) -> None:
 def measure(setup: Setup, trainer: Trainer, example: Tensor, images: int, piece: int,
             step: int) -> None:
     """Print parameters, memory and time, from a few steps on copies of `example`."""
-    count = piece if setup.device.type == "cuda" else min(piece, ON_CPU)
+    few, gpu = min(piece, FEW), setup.device.type == "cuda"
     trainer.opts = dataclasses.replace(setup.run, accumulate=1)
 
     steps = itertools.count(step)  # counting up, as draws are made for the step to come
@@ -68,15 +68,14 @@ def measure(setup: Setup, trainer: Trainer, example: Tensor, images: int, piece:
         trainer.step(next(steps), example.expand(n, *example.shape[1:]), torch.zeros(n).long())
 
     kept = {}  # bytes for the backward pass, by images: they are a + b·images
-    for n in (max(1, count // 2), count):
+    for n in (max(1, few // 2), few):
         saved = Saved()
         with saved:
             train(n)
         kept[n] = saved.bytes
-    (few, low), (many, high) = min(kept.items()), max(kept.items())
-    per_image = (high - low) / (many - few) if many > few else high
-    for_pass = high + per_image * (piece - many)
-    seconds = min(timed(lambda: train(count), setup.device) for _ in range(MEASURED_STEPS))
+    (fewer, low), (few, high) = min(kept.items()), max(kept.items())
+    per_image = (high - low) / (few - fewer) if few > fewer else high
+    for_pass = high + per_image * (piece - few)
 
     trained = sum(p.numel() for group in trainer.stepper.optimizer.param_groups
                   for p in group["params"])
@@ -86,14 +85,35 @@ def measure(setup: Setup, trainer: Trainer, example: Tensor, images: int, piece:
     print(f"memory per process     about {(state + for_pass) / 2**30:.2f} GiB: "
           f"{state / 2**30:.2f} for weights, gradients, Adam and average,\n{'':23}"
           f"{for_pass / 2**30:.2f} for what {piece} images keep for the backward pass")
-    if setup.device.type == "cuda":
-        print(f"{'':23}{torch.cuda.max_memory_allocated() / 2**30:.2f} measured on this GPU")
+    count, seconds = time_step(train, piece if gpu else few, setup.device)
+    if gpu:
+        print(f"{'':23}{torch.cuda.max_memory_allocated() / 2**30:.2f} measured on this GPU with "
+              f"{count} images")
+    if gpu and count < piece:
+        print(f"{'':23}{piece} images do not fit: --accumulate "
+              f"{setup.run.accumulate * -(-piece // count)} makes pieces that do")
     per_second = count * distributed.world_size() / seconds
     hours = images / per_second / 3600
     epochs = setup.training.steps * setup.training.batch_size / images
     print(f"time per epoch         {duration(hours)} at {per_second:.3g} images/s, measured with "
           f"{count} images a step\n{'':23}on {distributed.world_size()} x {setup.device}, without "
           f"reading pictures; all {epochs:,.1f} epochs: {duration(epochs * hours)}")
+
+
+def time_step(train: Callable[[int], None], count: int,
+              device: torch.device) -> tuple[int, float]:
+    """Images of a step, `count` or as many halves of it as fit into memory, and its seconds.
+
+    Raises UserError if not even one image fits.
+    """
+    while count:
+        try:
+            return count, min(timed(lambda: train(count), device) for _ in range(MEASURED_STEPS))
+        except torch.OutOfMemoryError:
+            count //= 2
+        torch.cuda.empty_cache()  # here, where no frame of the failed step holds its tensors
+        torch.cuda.reset_peak_memory_stats()
+    raise UserError("one image at a time needs more memory than there is")
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:

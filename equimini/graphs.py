@@ -8,7 +8,8 @@ Two functions are recorded: drawing one column, and the transformer's step for o
 
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def cuda_graph(function: Function, buffers: list[Tensor]) -> tuple[Callable[[], 
                 function(*buffers)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):  # torch's own is that of the first GPU
             outputs = function(*buffers)
     return graph.replay, outputs
 
@@ -39,7 +40,7 @@ class StaticCall:
     """Calls `function`, from tensors to a list of tensors, over buffers that stay in place.
 
     record: makes something to replay of the function and its buffers, at the first call and
-    whenever the inputs' shapes change.  Results are copies.
+    whenever the inputs' shapes or dtypes change.  Results are copies.
     """
 
     def __init__(self, function: Function, record: Recorder = cuda_graph) -> None:
@@ -47,12 +48,41 @@ class StaticCall:
         self.buffers: list[Tensor] = []
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        if [x.shape for x in inputs] != [b.shape for b in self.buffers]:
-            self.buffers = [x.clone() for x in inputs]
-            self.replay, self.outputs = self.record(self.function, self.buffers)
+        if [(x.shape, x.dtype) for x in inputs] != [(b.shape, b.dtype) for b in self.buffers]:
+            self.buffers = self.outputs = []  # frees what was recorded before
+            self.replay = None
+            buffers = [x.clone() for x in inputs]
+            self.replay, self.outputs = self.record(self.function, buffers)
+            self.buffers = buffers
         torch._foreach_copy_(self.buffers, list(inputs))
         self.replay()
         return [out.clone() for out in self.outputs]
+
+
+def kept(generator: Generator, options: Hashable,
+         make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """What `make` made last for this generator; made again for other options or weights.
+
+    To record takes as long as drawing a column several times, so one picture after the other uses
+    the same graphs.
+    """
+    key = (options, *((p.data_ptr(), p._version) for p in generator.parameters()))
+    last = getattr(generator, "_graphs", None)
+    if last is None or last.key != key:
+        generator._graphs = None  # frees the graphs first
+        last = generator._graphs = Kept(key, make())
+    return last.graphs
+
+
+@dataclass
+class Kept:
+    """Graphs, and what they were made for.  Copies of a generator do not take them along."""
+
+    key: Hashable
+    graphs: tuple[Any, Any]
+
+    def __deepcopy__(self, _: dict) -> None:
+        return None
 
 
 class GraphedColumn:

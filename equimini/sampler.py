@@ -16,7 +16,7 @@ from torch import Tensor
 from equimini import keyed
 from equimini.flow_head import FlowHead
 from equimini.generator import Generator, KeyValue
-from equimini.graphs import GraphedColumn, GraphedStep
+from equimini.graphs import GraphedColumn, GraphedStep, kept
 from equimini.solvers import SOLVERS, evaluation_times, time_grid
 
 SCHEDULES = ("linear", "constant")
@@ -131,9 +131,11 @@ def sample_columns(generator: Generator, labels: Tensor, columns: int, seeds: Se
     at a time, like drawn ones, so that what follows them is the same to the last bit.
     """
     _check(generator, labels, columns, seeds, prefix, redraw, cuda_graphs)
-    step, draw = partial(generator, hold=hold), ColumnSampler(generator.head, **drawing)
     if cuda_graphs:
-        step, draw = GraphedStep(generator, hold), GraphedColumn(draw)
+        step, draw = kept(generator, (hold, *sorted(drawing.items())), lambda: (
+            GraphedStep(generator, hold), GraphedColumn(ColumnSampler(generator.head, **drawing))))
+    else:
+        step, draw = partial(generator, hold=hold), ColumnSampler(generator.head, **drawing)
     device = generator.no_class.device
     if labels.dim() == 1:
         labels = labels[:, None].expand(-1, columns)

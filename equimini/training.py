@@ -343,7 +343,8 @@ def train_steps(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: 
     log = Log(setup.out / "log.jsonl", step) if main else None
     val_loader = fixed_loader(val, distributed.share(cfg.batch_size), opts.val_images, shared=True)
     with closing(Progress(step, cfg.steps, cfg.batch_size, kind)) as progress:
-        for data, labels, _ in training_loader(train, cfg.batch_size, opts, step, cfg.steps):
+        for data, labels, _ in training_loader(train, cfg.batch_size, opts, step, cfg.steps,
+                                               setup.device.type == "cuda"):
             scalars = trainer.step(step, data, labels)
             step += 1
             progress.step(scalars, trainer.stepper.skipped)

@@ -20,6 +20,20 @@ SMALL_GENERATOR = GeneratorConfig(layers=3, embed_dim=32, heads=2, window=3, cla
                                   head_width=24, head_depth=2, dropout=0.1)
 
 
+ON_GPUS = ("test_window_attention", "test_on_gpu")  # what these run on a GPU they say themselves
+
+
+@pytest.fixture(autouse=True, scope="module")
+def scripts_stay_on_the_cpu(request):
+    """--device auto is the CPU here: tests compare bits and digits, and start two processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__.split(".")[-1] not in ON_GPUS:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr(torch.backends.mps, "is_available", lambda: False)
+        yield
+
+
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Every parameter random (those that start at zero, too), so that nothing is hidden."""
     draw = torch.Generator().manual_seed(seed)

@@ -28,7 +28,7 @@ def command(script, *arguments):
 
 def call(script, *arguments, cwd):
     """Run a script in a process of its own; returns what it printed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command(script, *arguments), cwd=cwd, env=environment,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,8 @@ from equimini import distributed
 from equimini.cli import UserError
 from tests.scripts import GENERATOR, ROOT, TOKENIZER, call, command
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+               "CUDA_VISIBLE_DEVICES": ""}  # two processes need two GPUs
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 

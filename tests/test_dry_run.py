@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from equimini.dry_run import Saved, duration
+from equimini.cli import UserError
+from equimini.dry_run import Saved, duration, time_step
 from equimini.presets import GeneratorTraining, TokenizerTraining, paper_training
 from tests.scripts import GENERATOR, TOKENIZER, call, mistake
 
@@ -47,6 +48,21 @@ def test_bytes_kept_for_the_backward_pass():
         y = layer(x).square()
     assert saved.bytes == 4 * (5 * 4 + 5 * 6)
     y.sum().backward()
+
+
+def test_a_step_that_does_not_fit_is_measured_smaller(monkeypatch):
+    tried = []
+
+    def train(count):
+        tried.append(count)
+        if count > 5:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    count, seconds = time_step(train, 16, torch.device("cpu"))
+    assert tried[:3] == [16, 8, 4] and set(tried[2:]) == {4} and count == 4 and seconds > 0
+    with pytest.raises(UserError, match="one image"):
+        time_step(lambda count: train(6), 2, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("hours, text", ((1 / 3600, "1.0 s"), (0.5, "30.0 min"), (30, "30.0 h"),

@@ -9,7 +9,7 @@ from torch import nn
 
 from equimini import inference
 from equimini.generator import Generator
-from equimini.graphs import GraphedColumn, GraphedStep, StaticCall
+from equimini.graphs import GraphedColumn, GraphedStep, StaticCall, kept
 from equimini.inference import LastPrepared, ReadyLinear, prepared
 from equimini.sampler import ColumnSampler, sample_tokens
 
@@ -94,6 +94,21 @@ def test_static_calls_copy_in_and_out():
     assert torch.equal(total, kept[0]) and torch.equal(product, y)  # earlier results stay
     assert [b.data_ptr() for b in call.buffers] == kept[1]
     assert torch.equal(call(torch.ones(2), torch.ones(2))[0], torch.full((2,), 2.0))
+
+
+def test_graphs_are_kept_for_the_same_options_and_weights(generator):
+    made = []
+
+    def make():
+        made.append(len(made))
+        return made[-1], None
+
+    calls = [(0, 1), (0, 1), (0, 2), (0, 2)]
+    assert [kept(generator, options, make)[0] for options in calls] == [0, 0, 1, 1]
+    with torch.no_grad():
+        generator.no_class.add_(1)
+    assert kept(generator, (0, 2), make)[0] == 2
+    assert kept(copy.deepcopy(generator), (0, 2), make)[0] == 3  # a copy records its own
 
 
 @torch.no_grad()

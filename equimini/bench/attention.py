@@ -145,7 +145,7 @@ def compare(options: argparse.Namespace) -> None:
     shapes = [tuple(options.shape)] if options.shape else SHAPES[device]
     rows = []
     if not options.json:
-        print(f"# {machine(device)}\n# {implementation(device)}, {str(dtype)[6:]}; a copy moves "
+        print(f"# {machine(device)}\n# {str(dtype)[6:]}; a copy moves "
               f"{bandwidth / 1e9:.1f} GB/s\n{'B, N, H, D, W':>20} {'pass':>8} rope "
               f"{'ms':>8} {'GB/s':>7} {'of copy':>7}  peers: ms (times slower)")
     for shape in shapes:

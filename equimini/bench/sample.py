@@ -117,8 +117,8 @@ def batch_rows(generator: Generator, options: argparse.Namespace, batch: int,
     """One row (a dict) per contestant for one batch size."""
     labels, seeds = torch.arange(batch) % generator.num_classes, list(range(batch))
     runs = contestants(generator, options, labels, seeds)
-    for draw in runs.values():
-        draw(2, 2)  # warm-up
+    for draw in runs.values():  # warm-up; on a GPU in full, as graphs are recorded then
+        draw(*(2, 2) if device.type != "cuda" else (options.columns, options.steps))
     results: dict[str, list] = {name: [] for name in runs}
     for _ in range(options.repeats):
         for name, draw in runs.items():

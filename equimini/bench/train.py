@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import re
 import resource
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -51,10 +52,10 @@ SETTINGS = {
     "fast-checkpoint": "--precision bf16 --fused-optimizer --compile --checkpoint-activations",
 }
 # dense TFLOP/s of matrix products in bf16, tf32, float32, from the makers' data sheets; the first
-# name that the device's holds
+# name whose words the device's holds
 PEAKS = {
     "H100 PCIe": (756, 378, 51), "H100 NVL": (835, 418, 60), "H100": (989, 495, 67),
-    "H200": (989, 495, 67), "A100": (312, 156, 19.5), "L40S": (362, 183, 91.6),
+    "H200 NVL": (835, 418, 60), "H200": (989, 495, 67), "A100": (312, 156, 19.5), "L40S": (362, 183, 91.6),
     "NVIDIA L4": (121, 60, 30.3), "RTX 4090": (165, 82.6, 82.6),
 }
 
@@ -101,7 +102,7 @@ def peak_rate(device: torch.device, precision: str) -> tuple[float, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, peaks in PEAKS.items():
-            if known in name:
+            if re.search(rf"\b{known}\b", name):
                 return peaks[("bf16", "tf32", "float32").index(precision)] * 1e12, "published"
     n = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
