@@ -30,7 +30,7 @@ from equimini.plan import has_lengths, plan_labels, plan_length
 
 def load(cfg: SampleConfig) -> ImageGenerator:
     device = pick_device(cfg.device)
-    check_device(cfg, device)
+    check_device(cfg.cuda_graphs, device)
     return load_generator(cfg.checkpoint, device, cfg.weights == "ema", cfg.tokenizer)
 
 

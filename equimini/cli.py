@@ -128,8 +128,8 @@ def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
 def pick_device(name: str) -> torch.device:
     """The torch device for --device; 'auto' takes CUDA, then MPS, then the CPU.
 
-    A GPU becomes CUDA's current one, and its float32 keeps all its digits in convolutions, too,
-    until `set_float32` says otherwise.
+    A GPU becomes CUDA's current one; its float32 keeps all its digits, in convolutions, too (until
+    `set_float32` says otherwise), and products of bfloat16 are summed in float32.
     Raises UserError for a device that this machine or this torch does not have.
     """
     if name == "auto":
@@ -144,6 +144,7 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
         torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return device
 
 

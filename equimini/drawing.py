@@ -199,9 +199,9 @@ def guidance_text(cfg: SampleConfig, model: ImageGenerator, columns: int) -> str
         ", then the same" if last + 1 < columns else "")
 
 
-def check_device(cfg: SampleConfig, device: torch.device) -> None:
+def check_device(cuda_graphs: str, device: torch.device) -> None:
     """Raise UserError for an option that this device does not have."""
-    if cfg.cuda_graphs == "on" and device.type != "cuda":
+    if cuda_graphs == "on" and device.type != "cuda":
         raise UserError(f"--cuda-graphs on needs a CUDA device, got {device}")
 
 

@@ -28,6 +28,7 @@ from equimini.cache_latents import tokenizer_hash, weights_hash
 from equimini.checkpoint import find
 from equimini.cli import DataConfig, UserError, add_flags, output_folder, override, run
 from equimini.data import Synthetic, load_data, to_float
+from equimini.drawing import check_device
 from equimini.evaluation_report import (Reference, compare, distance_name, notes, print_report,
                                         read_reference, score_reference)
 from equimini.feature_nets import FeatureNetwork, file_hash, load_network
@@ -85,6 +86,8 @@ class GeneratorEvaluation(EvaluateConfig):
                               "detail and variety, below 1: smoother", min=0)
     precision: str = flag("float32", "arithmetic of the generator's matrix products",
                           choices=tuple(PRECISIONS))
+    cuda_graphs: str = flag("off", "on: replay recorded kernels, which is faster for few "
+                            "pictures at a time; needs CUDA", choices=("off", "on"))
     tokenizer: str = flag("", "checkpoint of the generator's tokenizer with a fine-tuned decoder; "
                           "empty: the tokenizer inside the generator's checkpoint")
     sample_seed: int = flag(0, "seed of the first sample; the next ones count up", min=0)
@@ -204,6 +207,7 @@ def sampling(cfg: GeneratorEvaluation, scale: float) -> dict[str, Any]:
 def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     """Samples at every scale against the reference; beside them the floor and the limit."""
     found = scales(cfg.cfg)
+    check_device(cfg.cuda_graphs, device)
     model = load_generator(cfg.checkpoint, device, cfg.weights == "ema", cfg.tokenizer)
     shape = model.tokenizer.config
     bench = Bench(cfg, shape, device)
@@ -222,7 +226,8 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     sets = {}
     for scale in found:
         keep = output_folder(str(bench.out / f"images/cfg-{scale}")) if cfg.keep_images else None
-        sets[scale] = Samples(model, cfg.n, columns, cfg.sample_seed, sampling(cfg, scale),
+        how = {**sampling(cfg, scale), "cuda_graphs": cfg.cuda_graphs == "on"}
+        sets[scale] = Samples(model, cfg.n, columns, cfg.sample_seed, how,
                               bench.out / f"samples/cfg-{scale}", cfg.batch_size, keep)
         measure(sets[scale], bench.net, f"samples, cfg {scale:g}")
     floor = bench.real(bench.train, cfg.n)

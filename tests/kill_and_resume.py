@@ -23,7 +23,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 COMMON = ("--batch-size 4 --workers 0 --val-images 8 --val-every 7 --preview-every 10 "
-          "--save-every 3 --log-every 1").split()
+          "--save-every 3 --log-every 1 --deterministic").split()
 FLAGS = {
     "tokenizer": COMMON + (
         "--image-size 32 --base-channels 8 --norm-groups 4 --z-channels 8 --attention-rows 8 "

@@ -1,4 +1,4 @@
-"""The benchmarks of sampling, small: what they compute, and what they print."""
+"""The benchmarks, small: what they compute, and what they print."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from equimini.bench import sample, solvers, train
+from equimini.bench import attention, sample, solvers, train
 from equimini.cli import UserError
 from equimini.pipeline import ImageGenerator
 from equimini.presets import PRESETS
@@ -133,3 +133,15 @@ def test_peak_rates(monkeypatch):
     monkeypatch.setattr(train, "median_seconds", lambda run, device: 0.5)
     rate, source = train.peak_rate(torch.device("cpu"), "bf16")
     assert rate == 4 * 2048**3 and source == "measured, 2048x2048"
+
+
+def test_a_peer_that_cannot_is_left_out(monkeypatch, capsys):
+    def cannot(*_):
+        raise RuntimeError("no such kernel\nand more")
+
+    qkv, good = torch.randn(1, 5, 3, 1, 8), lambda q, k, v: q + v
+    seconds = attention.contests({"equimini": good, "sdpa": cannot}, qkv, False, "cpu")
+    assert list(seconds) == ["equimini"]
+    assert capsys.readouterr().err == "# sdpa does not run here: no such kernel\n"
+    with pytest.raises(RuntimeError):  # ours has to
+        attention.contests({"equimini": cannot}, qkv, True, "cpu")
