@@ -79,12 +79,9 @@ struct Tile {
   // nearest row, which gets a weight of 0.
   __device__ void fetch(Eight<T> (&raw)[kAtOnce], const Rows<T>& from, int at, int piece) const {
 #pragma unroll
-    for (int n = 0; n < kAtOnce; n++) {
-      raw[n] = from.at(at + row(piece + n));
-      if (!active()) raw[n] = {};
-    }
+    for (int n = 0; n < kAtOnce; n++) raw[n] = from.at(at + row(piece + n));
   }
-  // Put them into shared memory, rotated if `turned` and there are tables.
+  // Put them into shared memory, rotated if `turned` and there are tables; zeros beyond D.
   __device__ void put(T* to, const Eight<T> (&raw)[kAtOnce], int at, int piece,
                       bool turned) const {
 #pragma unroll
@@ -92,10 +89,12 @@ struct Tile {
       const int r = row(piece + n);
       if (r >= kStream || threadIdx.x >= kRowsAtOnce * 2 * K) break;
       T* place = to + r * kStride + slot() * 8;
-      if (turned && p.cos) {
+      if (!active()) {
+        *reinterpret_cast<uint4*>(place) = {};
+      } else if (turned && p.cos) {
         float v[8];
         unpack(v, raw[n]);
-        Turn(p, std::min(at + r, n_k - 1), active() ? slot() : 0).rotate(v);
+        Turn(p, std::min(at + r, n_k - 1), slot()).rotate(v);
         store_eight(place, v);
       } else {
         *reinterpret_cast<uint4*>(place) = raw[n].part[0];

@@ -1,6 +1,7 @@
 """The benchmarks, small: what they compute, and what they print."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -125,11 +126,14 @@ def test_model_flops():
 
 
 def test_peak_rates(monkeypatch):
-    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12}
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
+             "NVIDIA H200 NVL": 835e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L40S": 362e12,
+             "NVIDIA L4": 121e12}
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
         assert train.peak_rate(torch.device("cuda"), "bf16") == (peak, "published")
     assert train.peak_rate(torch.device("cuda"), "float32")[0] < 1e14
+    assert not any(re.search(rf"\b{known}\b", "NVIDIA L40") for known in train.PEAKS)
     monkeypatch.setattr(train, "median_seconds", lambda run, device: 0.5)
     rate, source = train.peak_rate(torch.device("cpu"), "bf16")
     assert rate == 4 * 2048**3 and source == "measured, 2048x2048"
