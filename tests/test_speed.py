@@ -113,13 +113,16 @@ def test_checkpointed_gradients_are_the_plain_ones(bf16):
 
 
 def test_compiled_loss_and_gradients():
-    """aot_eager traces forward and backward, and runs the same operators: equal bit for bit."""
+    """aot_eager traces forward and backward, and runs the same operators.
+
+    Values are equal bit for bit; gradients that meet may be added in another order (torch 2.6).
+    """
     config = dataclasses.replace(SMALL_GENERATOR, layers=1, head_depth=1)
     model = randomize(Generator(config, 3, 6)).train()
     plain = gradients(model)
     fast, programs = compiled(flow_matching_loss, "aot_eager"), torch._dynamo.utils.counters
     for name, gradient in gradients(model, fast).items():
-        assert torch.equal(gradient, plain[name]), name
+        torch.testing.assert_close(gradient, plain[name], msg=lambda why: f"{name}: {why}")
     programs.clear()
     tokens, *rest, _ = batch()
     for shift in (0, 3, 11):
