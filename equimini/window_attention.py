@@ -16,9 +16,11 @@ EQUIMINI_ATTENTION=reference in the environment leaves the binary out.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
+from typing import Any, Callable, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from equimini.rope import Rope, rotate
 
+Result = TypeVar("Result")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -125,6 +128,18 @@ def _keep(seed: Tensor | None, p: Tensor, dropout_p: float) -> Tensor | float:
     return keep_mask(seed, p.shape, dropout_p).to(p.dtype) / (1 - dropout_p)
 
 
+def _without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function, whose products keep the dtypes that it gives them."""
+    @functools.wraps(function)
+    def call(first: Tensor, *rest: Any) -> Result:
+        if first.device.type == "meta":  # which autocast does not know
+            return function(first, *rest)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *rest)
+    return call
+
+
+@_without_autocast
 def reference_forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None,
                       seed: Tensor | None, window: int, dropout_p: float,
                       scale: float) -> tuple[Tensor, Tensor]:
@@ -137,6 +152,7 @@ def reference_forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: 
     return out.to(v.dtype).contiguous(), lse
 
 
+@_without_autocast
 def reference_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                        cos: Tensor | None, sin: Tensor | None, seed: Tensor | None, window: int,
                        dropout_p: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -174,6 +174,19 @@ def test_autocast():
     assert torch.equal(out, window_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), 2))
 
 
+def test_the_reference_sums_in_float32_under_autocast():
+    q, k, v, grad = torch.randn(4, 1, 4, 2, 16).bfloat16()
+    rest = (None, None, None, 2, 0.0, 0.25)
+
+    def attend():
+        out, lse = reference_forward(q, k, v, *rest)
+        return out, lse, *reference_backward(grad, q, k, v, out, lse, *rest)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = attend()
+    assert all(map(torch.equal, inside, attend()))
+
+
 def test_window_one_returns_v():
     q, k, v = (torch.randn(2, 5, 2, 16) for _ in range(3))
     assert torch.equal(window_attention(q, k, v, 1), v)
