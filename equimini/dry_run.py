@@ -91,7 +91,7 @@ def measure(setup: Setup, trainer: Trainer, example: Tensor, images: int, piece:
               f"{count} images")
     if gpu and count < piece:
         print(f"{'':23}{piece} images do not fit: --accumulate "
-              f"{setup.run.accumulate * -(-piece // count)} makes pieces that do")
+              f"{setup.run.accumulate * parts(piece, count)} makes pieces that do")
     per_second = count * distributed.world_size() / seconds
     hours = images / per_second / 3600
     epochs = setup.training.steps * setup.training.batch_size / images
@@ -114,6 +114,11 @@ def time_step(train: Callable[[int], None], count: int,
         torch.cuda.empty_cache()  # here, where no frame of the failed step holds its tensors
         torch.cuda.reset_peak_memory_stats()
     raise UserError("one image at a time needs more memory than there is")
+
+
+def parts(piece: int, fitting: int) -> int:
+    """The fewest equal parts of `piece` images that hold at most `fitting` each."""
+    return next(n for n in range(1, piece + 1) if piece % n == 0 and piece // n <= fitting)
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:

@@ -88,7 +88,7 @@ def test_random(kernels: EmulatedKernels, path: str, seed: int):
     (16, torch.float32, ["narrow", "cuda cores", "tensor cores"])], ids=str)
 def test_which_kernels_run(kernels: EmulatedKernels, window: int, dtype: torch.dtype,
                            paths: list[str]):
-    """What runs unasked has the bits of these paths: of one kernel, or of what they fall back to."""
+    """What runs unasked has the bits of these paths: a kernel's, or of what they fall back to."""
     q, k, v, *_ = draw_inputs(Case(1, 40, 40, 2, 64, window, dtype))
     out = {}
     for kernels.path in PATHS:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from equimini.cli import UserError
-from equimini.dry_run import Saved, duration, time_step
+from equimini.dry_run import Saved, duration, parts, time_step
 from equimini.presets import GeneratorTraining, TokenizerTraining, paper_training
 from tests.scripts import GENERATOR, TOKENIZER, call, mistake
 
@@ -61,6 +61,7 @@ def test_a_step_that_does_not_fit_is_measured_smaller(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     count, seconds = time_step(train, 16, torch.device("cpu"))
     assert tried[:3] == [16, 8, 4] and set(tried[2:]) == {4} and count == 4 and seconds > 0
+    assert [parts(16, 4), parts(100, 12), parts(7, 3)] == [4, 10, 7]  # --accumulate has to divide
     with pytest.raises(UserError, match="one image"):
         time_step(lambda count: train(6), 2, torch.device("cpu"))
 

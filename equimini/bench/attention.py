@@ -145,12 +145,12 @@ def contest(attend: Attend, qkv: Tensor, backward: bool, device: str) -> float:
     """Seconds for one pass over slices of a packed projection."""
     if not backward:
         with torch.no_grad():
-            return median_seconds(lambda: attend(*qkv.unbind(2)), device)
+            return median_seconds(lambda: attend(*qkv.unbind(2)), device, kernels=True)
     inputs = [x.detach().requires_grad_() for x in qkv.unbind(2)]
     out = attend(*inputs)
     grad = torch.randn_like(out)
     return median_seconds(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True),
-                          device)
+                          device, kernels=True)
 
 
 def compare(options: argparse.Namespace) -> None:

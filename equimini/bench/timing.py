@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import platform
 import statistics
 import time
@@ -13,11 +12,31 @@ import torch
 from equimini.window_attention import implementation
 
 
-def median_seconds(run: Callable[[], object], device: str, budget: float = 1.0) -> float:
-    """Median time of `run` after a warm-up: 5 to 100 repeats, about `budget` seconds of them."""
-    warm = [seconds(run, device) for _ in range(3)]
+def median_seconds(run: Callable[[], object], device: str, budget: float = 1.0,
+                   kernels: bool = False) -> float:
+    """Median time of `run` after a warm-up: 5 to 100 repeats, about `budget` seconds of them.
+
+    kernels: on a GPU the time of its kernels alone, without the calls, from empty caches.
+    """
+    before = _quiet_gpu() if kernels and device == "cuda" else lambda: None
+
+    def once() -> float:
+        before()
+        return seconds(run, device)
+
+    warm = [once() for _ in range(3)]
     repeats = max(5, min(100, int(budget / max(warm[-1], 1e-9))))
-    return statistics.median(seconds(run, device) for _ in range(repeats))
+    return statistics.median(once() for _ in range(repeats))
+
+
+def _quiet_gpu() -> Callable[[], None]:
+    """What empties the GPU's cache, and holds it for a millisecond in which calls are made."""
+    memory = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+
+    def hold() -> None:
+        memory.fill_(0)
+        torch.cuda._sleep(2_000_000)
+    return hold
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
@@ -33,26 +52,18 @@ def _cpu_seconds(run: Callable[[], object]) -> float:
 
 def _cuda_seconds(run: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _flushed("cuda").fill_(0)  # what the last call left in the GPU's cache
-    torch.cuda._sleep(2_000_000)  # 1 ms, in which the calls of `run` are made: their time is not
-    start.record()                # the kernels'
+    start.record()
     run()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
 
 
-@functools.cache
-def _flushed(device: str) -> torch.Tensor:
-    """Memory larger than any GPU's cache."""
-    return torch.empty(2**28, dtype=torch.uint8, device=device)
-
-
 def copy_bandwidth(device: str) -> float:
     """Bytes per second of a large copy, counting what is read and what is written."""
     source = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device, kernels=True)
 
 
 def machine(device: str) -> str:
