@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 
 from equimini import load_generator
-from equimini.cli import add_flags, output_folder, override, pick_device, run
-from equimini.drawing import (DRAWING, SampleConfig, asks_nothing, bar, check_device, check_options,
-                              class_plan, command_line, draw_scroll, drawing_options, edit_picture,
-                              evaluations, first_look, guidance_text, length_in_columns,
-                              save_extras)
-from equimini.edit import Tokens
-from equimini.images import grid, save_png
-from equimini.pipeline import ImageGenerator
-from equimini.plan import has_lengths, plan_labels, plan_length
+from equimini.sampling.class_schedule import has_lengths, plan_labels, plan_length
+from equimini.sampling.commands import (DRAWING, SampleConfig, asks_nothing, bar, check_device,
+                                        check_options, class_plan, command_line, draw_scroll,
+                                        drawing_options, edit_picture, evaluations, first_look,
+                                        guidance_text, length_in_columns, save_extras)
+from equimini.sampling.edit import Tokens
+from equimini.sampling.image_generator import ImageGenerator
+from equimini.utils.command_line import add_flags, output_folder, override, pick_device, run
+from equimini.utils.images import grid, save_png
 
 
 def load(cfg: SampleConfig) -> ImageGenerator:

@@ -2,9 +2,9 @@
 
 from importlib import import_module
 
-__version__ = "0.1.0"
-_HOME = {"load_tokenizer": "checkpoint", "load_generator": "pipeline",
-         "ImageGenerator": "pipeline"}
+__version__ = "0.2.0"
+_HOME = {"load_tokenizer": "utils.checkpoint", "load_generator": "sampling.image_generator",
+         "ImageGenerator": "sampling.image_generator", "window_attention": "window_attention"}
 __all__ = list(_HOME)
 
 

@@ -10,13 +10,71 @@ reflect-padded: a border of zeros would tell the edge columns where they are.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equimini.columnize import columnize, rasterize, reflect_pad, token_conv
-from equimini.presets import TokenizerConfig
+from equimini.config import Checked, flag
+
+
+@dataclass(frozen=True)
+class TokenizerConfig(Checked):
+    """Architecture of the column tokenizer; the defaults are the paper's."""
+
+    image_size: int = flag(256, "height of every image, in pixels", min=2)
+    base_channels: int = flag(128, "channels of the first stage", min=1)
+    multipliers: tuple[int, ...] = flag(
+        (1, 1, 2, 4, 4), "channels of each stage, in base channels; each later stage halves the "
+        "size, so f = 2^(stages - 1)", min=1)
+    blocks: int = flag(2, "residual blocks per encoder stage (the decoder has one more)", min=1)
+    attention_rows: tuple[int, ...] = flag(
+        (16,), "feature-map heights, in rows, at which every block is followed by attention",
+        min=1)
+    norm_groups: int = flag(32, "groups of every GroupNorm", min=1)
+    z_channels: int = flag(256, "channels of the feature map that is cut into columns", min=1)
+    token_channels: int = flag(256, "channels of one token (one column)", min=1)
+    semantic_channels: int = flag(0, "channels of the semantic head's map; 0: no head", min=0)
+    dropout: float = flag(0.0, "dropout probability inside residual blocks", min=0, max=0.99)
+    layout: str = flag("columns", "what one token is: a column of the feature map, or, the paper's "
+                       "2-D baseline, a patch of a grid in raster order (square images only)",
+                       choices=("columns", "grid"))
+    noise: float = flag(
+        2.5, "largest latent noise: sigma ~ N(0, (noise/0.8)^2) clamped to +-noise", min=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_size % self.f or self.image_size < 2 * self.f:
+            raise ValueError(f"image-size must be a multiple of f = {self.f} and at least "
+                             f"{2 * self.f}, got {self.image_size}")
+        if self.base_channels % self.norm_groups:
+            raise ValueError(f"base-channels must be a multiple of norm-groups = "
+                             f"{self.norm_groups}, got {self.base_channels}")
+        if self.semantic_channels % self.norm_groups:
+            raise ValueError(f"semantic-channels must be a multiple of norm-groups = "
+                             f"{self.norm_groups}, got {self.semantic_channels}")
+        if self.base_channels % 4:
+            raise ValueError(f"base-channels must be a multiple of 4, got {self.base_channels}")
+        if self.layout == "grid" and (math.isqrt(self.rows) ** 2 != self.rows or self.rows < 4):
+            raise ValueError(f"layout grid needs a feature map of 4, 9, 16, 25, ... rows, to be cut "
+                             f"into as many patches; image-size {self.image_size} gives {self.rows}")
+
+    @property
+    def f(self) -> int:
+        """Downsampling factor: pixels per column."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def rows(self) -> int:
+        """Height of the feature map that is cut into columns."""
+        return self.image_size // self.f
+
+    @property
+    def columns(self) -> int:
+        """Columns (tokens) of a square image."""
+        return self.image_size // self.f
 
 
 class Conv3x3(nn.Conv2d):

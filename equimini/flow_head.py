@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equimini.speed import LayerNorm, float32_linear, maybe_recomputed, widened
+from equimini.layers import LayerNorm, float32_linear, maybe_recomputed, widened
 
 TIME_CHANNELS = 256  # of the sinusoidal embedding
 

@@ -11,17 +11,44 @@ every column is predicted by the same function of its surroundings.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equimini.config import Checked, flag
 from equimini.flow_head import FlowHead
-from equimini.presets import GeneratorConfig
+from equimini.layers import LayerNorm, maybe_recomputed
 from equimini.rope import Rope, rope_tables, rotate
-from equimini.speed import LayerNorm, maybe_recomputed
 from equimini.window_attention import window_attention
+
+
+@dataclass(frozen=True)
+class GeneratorConfig(Checked):
+    """Architecture of the column generator; the defaults are the paper's `small`."""
+
+    layers: int = flag(16, "transformer blocks", min=1)
+    embed_dim: int = flag(512, "channels (width d) of the transformer", min=8)
+    heads: int = flag(8, "attention heads", min=1)
+    window: int = flag(4, "columns that a column attends to, itself counted", min=1)
+    real_equivariant: bool = flag(False, "Eq. 6: nothing beyond the window exists. Trained on random "
+                                  "crops of as many columns; each column is drawn from the ones "
+                                  "before it in the window alone")
+    class_tokens: int = flag(16, "learned tokens that carry the class", min=1)
+    head_width: int = flag(960, "channels of the flow head's MLP", min=1)
+    head_depth: int = flag(12, "blocks of the flow head", min=1)
+    dropout: float = flag(0.1, "dropout probability in the transformer", min=0, max=0.99)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.embed_dim % (8 * self.heads) or self.embed_dim > 128 * self.heads:
+            raise ValueError(f"embed-dim / heads, the head size, must be a multiple of 8 up to "
+                             f"128, got {self.embed_dim} / {self.heads}")
+        if self.real_equivariant and self.window < 2:
+            raise ValueError("real-equivariant needs a window of at least 2")
+
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values, each (B, n, H, D)
 
@@ -262,12 +289,3 @@ def flow_matching_loss(generator: Generator, tokens: Tensor, labels: Tensor, u: 
                        eps: Tensor, drop: Tensor | None = None, shift: int = 0) -> Tensor:
     """`flow_matching_errors` averaged over the repeats: the loss of every column, (B, N)."""
     return flow_matching_errors(generator, tokens, labels, u, eps, drop, shift).mean(0)
-
-
-def weight_decay_groups(generator: Generator, weight_decay: float) -> list[dict]:
-    """AdamW's parameter groups: no decay on biases, norms and the flow head."""
-    decayed, free = [], []
-    for name, p in generator.named_parameters():
-        (free if p.dim() == 1 or name.startswith("head.") else decayed).append(p)
-    return [{"params": decayed, "weight_decay": weight_decay},
-            {"params": free, "weight_decay": 0.0}]

@@ -10,13 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from equimini.cli import UserError, first_line
-from equimini.features import DinoV2Teacher, ScriptTeacher, script_maps
-from equimini.lpips import unit
-from equimini.presets import TokenizerTraining
-from equimini.weights import chosen, load_dinov2, load_lpips
+from torch import Tensor
 
 
 def kl_loss(mean: Tensor) -> Tensor:
@@ -83,60 +77,6 @@ def adversarial_ramp(step: int, start: int, length: int) -> float:
 def alignment_loss(semantics: Tensor, target: Tensor) -> Tensor:
     """Σ (s − t)² over an image's map, averaged over the batch; both (B, C, rows, columns)."""
     return (semantics.float() - target).square().sum() / len(target)
-
-
-class FeatureDistance(nn.Module):
-    """LPIPS-like distance on the maps of any frozen TorchScript network.
-
-    The network takes images (B, 3, H, W) in [−1, 1] and returns a list of (B, C, h, w) maps.
-    Each map is scaled to unit length over its channels; the squared difference is summed over
-    channels and averaged over positions; the maps' distances are averaged.  (LPIPS itself has
-    learned channel weights instead, which exist for its own networks only.)
-    """
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.net = script_maps(path)
-
-    def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
-        """Distance per image, (B,); gradients flow into x_hat only."""
-        maps = self.net.of_originals(x)
-        total = 0.0
-        for a, b in zip(maps, self.net(x_hat)):
-            total = total + (unit(a) - unit(b)).square().sum(1).mean((1, 2))
-        return total / len(maps)
-
-
-def make_distance(cfg: TokenizerTraining, images: Tensor) -> nn.Module | None:
-    """The perceptual distance that the settings ask for, on the device of `images`, or None.
-
-    images: an example batch.  Raises UserError for weights that are missing, damaged or of
-    another layout, and for pictures that are too small.
-    """
-    source = chosen(cfg.perceptual, "perceptual", cfg.lpips_weights, "lpips-weights",
-                    cfg.perceptual_net, "perceptual-net")
-    if not source or not cfg.perceptual_weight:
-        return None
-    distance = (load_lpips(cfg.lpips_weights) if source == "published"
-                else FeatureDistance(cfg.perceptual_net)).to(images.device)
-    try:
-        with torch.no_grad():
-            distance(images[:1], images[:1])
-    except RuntimeError as error:
-        raise UserError(f"the perceptual network does not take pictures of {images.shape[2]}x"
-                        f"{images.shape[3]} pixels: {first_line(error)}") from None
-    return distance
-
-
-def make_teacher(cfg: TokenizerTraining, images: Tensor) -> nn.Module | None:
-    """The teacher of the semantic alignment that the settings ask for, or None; see above."""
-    source = chosen(cfg.align, "align", cfg.dinov2_weights, "dinov2-weights", cfg.align_net,
-                    "align-net")
-    if not source or not cfg.align_weight:
-        return None
-    if source == "published":
-        return DinoV2Teacher(load_dinov2(cfg.dinov2_weights)).to(images.device)
-    return ScriptTeacher(script_maps(cfg.align_net).to(images.device), cfg.align_map, images)
 
 
 def psnr(x: Tensor, x_hat: Tensor) -> Tensor:

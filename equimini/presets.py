@@ -9,88 +9,12 @@ Command-line flags, `--help` and the checkpoints' configuration are made from th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-
-def flag(default: Any, help: str, **limits: Any) -> Any:
-    """A dataclass field with its help text; limits: min, max (inclusive), choices."""
-    return field(default=default, metadata={"help": help, **limits})
-
-
-class Checked:
-    """Base of the configurations: checks every field against its declared limits."""
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value, limits = getattr(self, f.name), f.metadata
-            flat = value if isinstance(value, tuple) else (value,)
-            name = f.name.replace("_", "-")
-            if "choices" in limits and value not in limits["choices"]:
-                raise ValueError(f"{name} must be one of {', '.join(limits['choices'])}, "
-                                 f"got {value!r}")
-            if "min" in limits and any(not v >= limits["min"] for v in flat):  # catches NaN too
-                raise ValueError(f"{name} must be at least {limits['min']}, got {value}")
-            if "max" in limits and any(not v <= limits["max"] for v in flat):
-                raise ValueError(f"{name} must be at most {limits['max']}, got {value}")
-
-
-@dataclass(frozen=True)
-class TokenizerConfig(Checked):
-    """Architecture of the column tokenizer; the defaults are the paper's."""
-
-    image_size: int = flag(256, "height of every image, in pixels", min=2)
-    base_channels: int = flag(128, "channels of the first stage", min=1)
-    multipliers: tuple[int, ...] = flag(
-        (1, 1, 2, 4, 4), "channels of each stage, in base channels; each later stage halves the "
-        "size, so f = 2^(stages - 1)", min=1)
-    blocks: int = flag(2, "residual blocks per encoder stage (the decoder has one more)", min=1)
-    attention_rows: tuple[int, ...] = flag(
-        (16,), "feature-map heights, in rows, at which every block is followed by attention",
-        min=1)
-    norm_groups: int = flag(32, "groups of every GroupNorm", min=1)
-    z_channels: int = flag(256, "channels of the feature map that is cut into columns", min=1)
-    token_channels: int = flag(256, "channels of one token (one column)", min=1)
-    semantic_channels: int = flag(0, "channels of the semantic head's map; 0: no head", min=0)
-    dropout: float = flag(0.0, "dropout probability inside residual blocks", min=0, max=0.99)
-    layout: str = flag("columns", "what one token is: a column of the feature map, or, the paper's "
-                       "2-D baseline, a patch of a grid in raster order (square images only)",
-                       choices=("columns", "grid"))
-    noise: float = flag(
-        2.5, "largest latent noise: sigma ~ N(0, (noise/0.8)^2) clamped to +-noise", min=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.image_size % self.f or self.image_size < 2 * self.f:
-            raise ValueError(f"image-size must be a multiple of f = {self.f} and at least "
-                             f"{2 * self.f}, got {self.image_size}")
-        if self.base_channels % self.norm_groups:
-            raise ValueError(f"base-channels must be a multiple of norm-groups = "
-                             f"{self.norm_groups}, got {self.base_channels}")
-        if self.semantic_channels % self.norm_groups:
-            raise ValueError(f"semantic-channels must be a multiple of norm-groups = "
-                             f"{self.norm_groups}, got {self.semantic_channels}")
-        if self.base_channels % 4:
-            raise ValueError(f"base-channels must be a multiple of 4, got {self.base_channels}")
-        if self.layout == "grid" and (math.isqrt(self.rows) ** 2 != self.rows or self.rows < 4):
-            raise ValueError(f"layout grid needs a feature map of 4, 9, 16, 25, ... rows, to be cut "
-                             f"into as many patches; image-size {self.image_size} gives {self.rows}")
-
-    @property
-    def f(self) -> int:
-        """Downsampling factor: pixels per column."""
-        return 2 ** (len(self.multipliers) - 1)
-
-    @property
-    def rows(self) -> int:
-        """Height of the feature map that is cut into columns."""
-        return self.image_size // self.f
-
-    @property
-    def columns(self) -> int:
-        """Columns (tokens) of a square image."""
-        return self.image_size // self.f
-
+from equimini.autoencoder import TokenizerConfig
+from equimini.config import Checked, flag
+from equimini.generator import GeneratorConfig
 
 WANTED = ("required", "if-given", "none")  # a frozen network whose weights the user gives
 
@@ -144,31 +68,6 @@ class TokenizerTraining(Checked):
     align_start: int = flag(20_000, "step from which the alignment loss is on", min=0)
     stats_images: int = flag(10_000, "training images over which the latents' mean and std are "
                              "measured when training ends", min=2)
-
-
-@dataclass(frozen=True)
-class GeneratorConfig(Checked):
-    """Architecture of the column generator; the defaults are the paper's `small`."""
-
-    layers: int = flag(16, "transformer blocks", min=1)
-    embed_dim: int = flag(512, "channels (width d) of the transformer", min=8)
-    heads: int = flag(8, "attention heads", min=1)
-    window: int = flag(4, "columns that a column attends to, itself counted", min=1)
-    real_equivariant: bool = flag(False, "Eq. 6: nothing beyond the window exists. Trained on random "
-                                  "crops of as many columns; each column is drawn from the ones "
-                                  "before it in the window alone")
-    class_tokens: int = flag(16, "learned tokens that carry the class", min=1)
-    head_width: int = flag(960, "channels of the flow head's MLP", min=1)
-    head_depth: int = flag(12, "blocks of the flow head", min=1)
-    dropout: float = flag(0.1, "dropout probability in the transformer", min=0, max=0.99)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.embed_dim % (8 * self.heads) or self.embed_dim > 128 * self.heads:
-            raise ValueError(f"embed-dim / heads, the head size, must be a multiple of 8 up to "
-                             f"128, got {self.embed_dim} / {self.heads}")
-        if self.real_equivariant and self.window < 2:
-            raise ValueError("real-equivariant needs a window of at least 2")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ EQUIMINI_ATTENTION=reference in the environment leaves the binary out.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 from typing import Any, Callable, TypeVar
@@ -184,14 +183,12 @@ _FORWARD_OP = torch.library.custom_op(
     schema="(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? seed, "
            "SymInt window, float dropout_p, float scale) -> (Tensor, Tensor)",
 )(lambda *args: reference_forward(*args))
-
 _BACKWARD_OP = torch.library.custom_op(
     "equimini::window_attention_backward", mutates_args=(),
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cos, "
            "Tensor? sin, Tensor? seed, SymInt window, float dropout_p, float scale) "
            "-> (Tensor, Tensor, Tensor)",
 )(lambda *args: reference_backward(*args))
-
 _FORWARD = torch.ops.equimini.window_attention.default
 _BACKWARD = torch.ops.equimini.window_attention_backward.default
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from equimini.autoencoder import Tokenizer
-from equimini.generator import Generator
-from equimini.pipeline import ImageGenerator
-from equimini.presets import GeneratorConfig, TokenizerConfig
-from tests.scripts import GENERATOR, TOKENIZER, call
+from equimini.autoencoder import Tokenizer, TokenizerConfig
+from equimini.generator import Generator, GeneratorConfig
+from equimini.sampling.image_generator import ImageGenerator
+from tests.helpers.scripts import GENERATOR, TOKENIZER, call
 
 SMALL_TOKENIZER = TokenizerConfig(
     image_size=32, base_channels=8, multipliers=(1, 2, 2), blocks=1, attention_rows=(8,),

@@ -1,1 +1,1 @@
-"""Benchmarks: how fast, and against what.  `python -m equimini.bench` lists them."""
+"""How fast things are."""

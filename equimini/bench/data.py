@@ -15,9 +15,14 @@ from dataclasses import dataclass
 
 from torch.utils.data import Dataset
 
-from equimini.cli import RunConfig, UserError, add_flags, override
-from equimini.data import ImageFolder, load_data, training_loader
-from equimini.presets import PRESETS, Checked, TokenizerConfig, flag
+from equimini.autoencoder import TokenizerConfig
+from equimini.config import Checked, flag
+from equimini.presets import PRESETS
+from equimini.training.data import ImageFolder, load_data
+from equimini.training.loaders import training_loader
+from equimini.training.options import RunConfig
+from equimini.utils.command_line import add_flags, override
+from equimini.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from equimini import sampler
-from equimini.bench.timing import machine
-from equimini.cli import UserError, pick_device
 from equimini.generator import Generator
-from equimini.graphs import GraphedStep
-from equimini.inference import PRECISIONS, prepared
 from equimini.presets import PRESETS
 from equimini.sampler import column_noise, guidance_scale, sample_tokens
+from equimini.sampling.cuda_graphs import GraphedStep
+from equimini.sampling.packed_weights import PRECISIONS, prepared
+from equimini.utils.command_line import pick_device
+from equimini.utils.errors import UserError
+from equimini.utils.machine import machine
 
 
 @torch.no_grad()

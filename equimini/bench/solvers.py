@@ -27,19 +27,21 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from equimini import load_generator
-from equimini.bench.timing import machine
-from equimini.cli import RunConfig, UserError, add_flags, output_folder, override, pick_device
-from equimini.data import load_data
-from equimini.feature_nets import FeatureNetwork, load_network
-from equimini.files import replacing
+from equimini.config import Checked, flag
+from equimini.evaluate.feature_networks import FeatureNetwork, load_network
+from equimini.evaluate.metrics import Gaussian, frechet_distance
 from equimini.generator import Generator
-from equimini.images import to_uint8
-from equimini.metrics import Gaussian, frechet_distance
-from equimini.pipeline import ImageGenerator
-from equimini.plot import curves
-from equimini.presets import Checked, flag
-from equimini.sampler import SCHEDULES, ColumnSampler, column_noise, guidance_scale
-from equimini.solvers import SOLVERS, evaluation_times, time_grid
+from equimini.sampler import (SCHEDULES, SOLVERS, ColumnSampler, column_noise, evaluation_times,
+                              guidance_scale, time_grid)
+from equimini.sampling.image_generator import ImageGenerator
+from equimini.training.data import load_data
+from equimini.training.options import RunConfig
+from equimini.utils.command_line import add_flags, output_folder, override, pick_device
+from equimini.utils.errors import UserError
+from equimini.utils.files import replacing
+from equimini.utils.images import to_uint8
+from equimini.utils.machine import machine
+from equimini.utils.plot import curves
 
 TRUTH = {"solver": "midpoint", "steps": 500}
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
-
-from equimini.window_attention import implementation
 
 
 def median_seconds(run: Callable[[], object], device: str, budget: float = 1.0,
@@ -64,19 +61,3 @@ def copy_bandwidth(device: str) -> float:
     source = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device, kernels=True)
-
-
-def machine(device: str) -> str:
-    name = (torch.cuda.get_device_name() if device == "cuda" else
-            f"{processor()}, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}")
-    return (f"{name}; attention by {implementation(device)}; torch {torch.__version__}, "
-            f"Python {platform.python_version()}")
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 
 from equimini.autoencoder import Tokenizer
-from equimini.bench.timing import machine, median_seconds
-from equimini.cli import UserError, add_flags, override, pick_device
-from equimini.losses import FeatureDistance, reconstruction_loss
-from equimini.presets import PRESETS, Checked, flag
+from equimini.bench.timing import median_seconds
+from equimini.config import Checked, flag
+from equimini.losses import reconstruction_loss
+from equimini.presets import PRESETS
+from equimini.pretrained.torchscript import FeatureDistance
+from equimini.utils.command_line import add_flags, override, pick_device
+from equimini.utils.errors import UserError
+from equimini.utils.machine import machine
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from equimini.autoencoder import Tokenizer
-from equimini.bench.timing import machine, median_seconds, seconds
-from equimini.cli import UserError, add_flags, override, pick_device
-from equimini.experiments.common import script
+from equimini.bench.timing import median_seconds, seconds
+from equimini.config import Checked, flag
 from equimini.generator import Generator, flow_matching_loss
-from equimini.presets import PRESETS, Checked, flag
+from equimini.presets import PRESETS
+from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
+from equimini.training.setup import set_up
+from equimini.utils.command_line import add_flags, override, pick_device
+from equimini.utils.errors import UserError
+from equimini.utils.machine import machine
 
 CLASSES = 1000
 # what each name means: flags of train_generator.py
@@ -125,16 +129,16 @@ def peak_memory(device: torch.device) -> int:
 
 
 def trainer_of(cfg: TrainBench, setting: str, out: str) -> Any:
-    """train_generator.py's Trainer with the flags of a setting."""
-    module, shape = script("train_generator"), PRESETS[cfg.preset].tokenizer
-    setup = module.set_up("generator", "", module.GeneratorRun(out=out), [
+    """A trainer with the flags of a setting."""
+    shape = PRESETS[cfg.preset].tokenizer
+    setup = set_up("generator", "", GeneratorRun(out=out), [
         "--preset", cfg.preset, "--batch-size", str(cfg.batch_size), "--device", cfg.device,
         "--warmup-steps", "1", *SETTINGS[setting].split()])
     # only its statistics are used, so the smallest one will do
     tokenizer = Tokenizer(dataclasses.replace(PRESETS["tiny"].tokenizer, noise=shape.noise,
                                               token_channels=shape.token_channels))
     tokenizer.set_statistics(0.0, 1.0)
-    return module.Trainer(setup, tokenizer, [str(k) for k in range(CLASSES)])
+    return GeneratorTrainer(setup, tokenizer, [str(k) for k in range(CLASSES)])
 
 
 def measure(cfg: TrainBench, setting: str) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The paper's experiments in miniature, one module for each: python -m equimini.experiments."""
+"""The paper's claims in miniature."""

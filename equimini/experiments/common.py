@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from equimini import cache_latents
-from equimini.cli import UserError, add_flags, output_folder, override
-from equimini.files import replacing
-from equimini.presets import Checked, flag
+from equimini.config import Checked, flag
+from equimini.training import cache_latents
+from equimini.utils.command_line import add_flags, output_folder, override
+from equimini.utils.errors import UserError
+from equimini.utils.files import replacing
 
 Config = TypeVar("Config", bound="ExperimentConfig")
 ROOT = Path(__file__).parents[2]  # where the training scripts lie

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from equimini.cli import add_flags, output_folder, override
+from equimini.config import Checked, flag
 from equimini.experiments.report import Report
-from equimini.generator import Generator
-from equimini.plot import curves
-from equimini.presets import PRESETS, Checked, GeneratorConfig, flag, measure
+from equimini.generator import Generator, GeneratorConfig
+from equimini.presets import PRESETS, measure
+from equimini.utils.command_line import add_flags, output_folder, override
+from equimini.utils.plot import curves
 from equimini.window_attention import window_attention
 
 PARAMETERS = {"small": "151", "base": "294", "large": "644", "huge": "1200"}  # in millions
@@ -94,5 +95,3 @@ def main(argv: list[str]) -> None:
         {"attention": {"all pairs": square, "causal": causal, "windowed": windowed,
                        "crops": crops}, "gflops": {"16": few, "256": many}}).write(
                            cfg, None, folder)
-
-

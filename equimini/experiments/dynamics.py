@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from equimini.cli import UserError, output_folder
+from equimini.config import flag
 from equimini.experiments.common import ExperimentConfig, Lab, parse
 from equimini.experiments.report import Report, per_column, spread, verdict
-from equimini.plot import curves
-from equimini.presets import flag
+from equimini.utils.command_line import output_folder
+from equimini.utils.errors import UserError
+from equimini.utils.plot import curves
 
 PAPER = ("trained on all subtasks both models gain about 10 % from epoch 10 to 100; trained on the "
          "4th or 11th subtask alone, columns gain on all others too, and the grid loses there. The "

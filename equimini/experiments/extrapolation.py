@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from equimini.cli import DataConfig, output_folder, pick_device
-from equimini.data import ImageFolder, fixed_loader, load_data
+from equimini.config import flag
 from equimini.experiments.common import ExperimentConfig, Lab, Run, parse
 from equimini.experiments.probe import Probe
 from equimini.experiments.report import Report, spread, verdict
-from equimini.images import grid, save_png
-from equimini.pipeline import load_generator
-from equimini.plot import curves
-from equimini.presets import flag
 from equimini.sampler import sample_tokens
+from equimini.sampling.image_generator import load_generator
+from equimini.training.data import ImageFolder, load_data
+from equimini.training.loaders import fixed_loader
+from equimini.training.options import DataConfig
+from equimini.utils.command_line import output_folder, pick_device
+from equimini.utils.images import grid, save_png
+from equimini.utils.plot import curves
 
 PAPER = ("without the augmentation pictures show artefacts and breaks beyond the training length, "
          "with it they do not (Fig. 7; pictures only).")

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from equimini import checkpoint, load_generator
-from equimini.cli import output_folder, pick_device
+from equimini import load_generator
 from equimini.experiments.common import Lab, Run, parse
 from equimini.experiments.report import Report, spread, verdict
 from equimini.experiments.samples import EULER_STEPS, Judge, SampledConfig
-from equimini.images import grid, save_png
 from equimini.presets import parameters
+from equimini.utils import checkpoint
+from equimini.utils.command_line import output_folder, pick_device
+from equimini.utils.images import grid, save_png
 
 PAPER = ("gFID of columns 5.57 (base) and 4.48 (large), of the grid with as many tokens 7.93 and "
          "7.49; of the grid with 256 tokens 3.99 (Table 3).")

@@ -21,16 +21,20 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from equimini.cli import DataConfig, UserError, output_folder, pick_device
-from equimini.data import load_data
+from equimini.config import flag
 from equimini.experiments.common import ExperimentConfig, Lab, parse
 from equimini.experiments.probe import Probe
 from equimini.experiments.report import Report, heat_map, spread, verdict
-from equimini.images import save_png
-from equimini.presets import flag
+from equimini.training.data import load_data
+from equimini.training.options import DataConfig
+from equimini.utils.command_line import output_folder, pick_device
+from equimini.utils.errors import UserError
+from equimini.utils.images import save_png
 
 PAPER = ("has no such number; its Fig. 3 shows two columns of the matrix (training on the 4th and "
          "on the 11th subtask).")
+
+
 END = 3  # columns at either end that are not like the others: W − 1
 
 

@@ -11,14 +11,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from equimini import checkpoint
-from equimini.cli import config_from_dict
-from equimini.data import fixed_loader, to_float
-from equimini.experiments.common import script
-from equimini.optimize import Stepper
-from equimini.pipeline import tokenizer_inside
-from equimini.presets import GeneratorConfig, GeneratorTraining
-from equimini.training import Setup
+from equimini.generator import GeneratorConfig
+from equimini.presets import GeneratorTraining
+from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
+from equimini.training.loaders import fixed_loader
+from equimini.training.setup import Setup
+from equimini.training.step import Stepper
+from equimini.utils import checkpoint
+from equimini.utils.checkpoint import tokenizer_inside
+from equimini.utils.command_line import config_from_dict
+from equimini.utils.images import to_float
 
 CLIP = 1e-4  # gradients are clipped to this norm, which is below that of any that still matters
 Batch = tuple[Tensor, Tensor, Tensor]  # means or images, labels, indices
@@ -38,16 +40,15 @@ class Probe:
         self.model = config_from_dict(GeneratorConfig, self.content["config"]["model"])
 
     def trainer(self, seed: int = 0, **training: Any):
-        """train_generator.py's Trainer at the start; training: fields of GeneratorTraining.
+        """A trainer at the start; training: fields of GeneratorTraining.
 
         `validate` measures the weights that are trained, not their moving average.
         """
-        module = script("train_generator")
         before = config_from_dict(GeneratorTraining, self.content["config"]["training"])
         setup = Setup("", self.model, dataclasses.replace(before, ema_decay=0.0, **training),
-                      module.GeneratorRun(seed=seed, precision=self.precision), self.device,
+                      GeneratorRun(seed=seed, precision=self.precision), self.device,
                       Path(), None)
-        trainer = module.Trainer(setup, self.tokenizer, self.classes)
+        trainer = GeneratorTrainer(setup, self.tokenizer, self.classes)
         for model in (trainer.model, trainer.ema.model):
             checkpoint.load_weights(model, self.content["ema"], self.path)
         return trainer

@@ -12,11 +12,11 @@ from typing import Any, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from equimini.bench.timing import machine
-from equimini.cli import pick_device
+from equimini.config import Checked
 from equimini.experiments.common import Lab, settings
-from equimini.files import replacing
-from equimini.presets import Checked
+from equimini.utils.command_line import pick_device
+from equimini.utils.files import replacing
+from equimini.utils.machine import machine
 
 
 @dataclass
@@ -132,4 +132,3 @@ def heat_map(matrix: np.ndarray, title: str, xlabel: str, ylabel: str) -> Image.
     draw.text((margin, top + n * cell + 8), f"columns of the table: {xlabel}; rows: {ylabel}; "
               f"100 = {largest:.3g}", "black", small)
     return sheet
-

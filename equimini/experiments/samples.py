@@ -13,14 +13,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from equimini import checkpoint, load_generator
-from equimini.cli import DataConfig, UserError, pick_device
-from equimini.data import fixed_loader, load_data, to_float
+from equimini import load_generator
+from equimini.config import flag
+from equimini.evaluate.feature_networks import load_network
+from equimini.evaluate.metrics import Gaussian, frechet_distance
 from equimini.experiments.common import ExperimentConfig, Lab, Run
-from equimini.feature_nets import load_network
-from equimini.images import to_uint8
-from equimini.metrics import Gaussian, frechet_distance
-from equimini.presets import flag
+from equimini.training.data import load_data
+from equimini.training.loaders import fixed_loader
+from equimini.training.options import DataConfig
+from equimini.utils import checkpoint
+from equimini.utils.command_line import pick_device
+from equimini.utils.errors import UserError
+from equimini.utils.images import to_float, to_uint8
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)  # scales that are tried for every model
 EULER_STEPS, BATCH = 25, 64

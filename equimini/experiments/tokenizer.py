@@ -27,16 +27,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from equimini import checkpoint
-from equimini.cli import DataConfig, UserError, add_flags, output_folder, override, pick_device
-from equimini.data import fixed_loader, load_data, to_float
+from equimini.config import flag
+from equimini.evaluate.feature_networks import FeatureNetwork, load_network
+from equimini.evaluate.metrics import Gaussian, Statistics, frechet_distance, ssim
 from equimini.experiments.training_runs import TrainingRun, claim
-from equimini.feature_nets import FeatureNetwork, load_network
-from equimini.files import replacing
-from equimini.images import grid, save_png, to_uint8
-from equimini.losses import FeatureDistance, psnr
-from equimini.metrics import Gaussian, Statistics, frechet_distance, ssim
-from equimini.presets import flag
+from equimini.losses import psnr
+from equimini.pretrained.torchscript import FeatureDistance
+from equimini.training.data import load_data
+from equimini.training.loaders import fixed_loader
+from equimini.training.options import DataConfig
+from equimini.utils import checkpoint
+from equimini.utils.command_line import add_flags, output_folder, override, pick_device
+from equimini.utils.errors import UserError
+from equimini.utils.files import replacing
+from equimini.utils.images import grid, save_png, to_float, to_uint8
 
 Variant = tuple[str, TrainingRun]  # the label of its row, its training
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from equimini import checkpoint
-from equimini.cli import UserError
-from equimini.files import replacing
+from equimini.utils import checkpoint
+from equimini.utils.errors import UserError
+from equimini.utils.files import replacing
 
 ROOT = Path(__file__).parents[2]  # where the training scripts lie
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from equimini.cli import UserError, output_folder
+from equimini.config import flag
 from equimini.experiments.common import ExperimentConfig, Lab, Run, parse
 from equimini.experiments.report import Report, per_column, spread, verdict
-from equimini.plot import curves
-from equimini.presets import flag
+from equimini.utils.command_line import output_folder
+from equimini.utils.errors import UserError
+from equimini.utils.plot import curves
 
 PAPER = ("gFID of columns 5.57 trained on 16 subtasks, 8.99 on 8; of the 2-D grid 7.93 and 92.46 "
          "(Table 1). Which 8 is not said.")

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from equimini.cli import output_folder
+from equimini.config import flag
 from equimini.experiments.common import ExperimentConfig, Lab, parse
 from equimini.experiments.report import Report, per_column, spread, verdict
-from equimini.plot import curves
-from equimini.presets import flag
+from equimini.utils.command_line import output_folder
+from equimini.utils.plot import curves
 
 PAPER = ("on ImageNet, whose objects are in the middle, the loss is higher for the middle columns; "
          "on LHQ landscapes it is not (Fig. 4).")

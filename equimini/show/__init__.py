@@ -1,1 +1,1 @@
-"""Pictures of what a model does.  `python -m equimini.show` lists them."""
+"""Pictures of what a model does."""

@@ -35,15 +35,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from equimini import load_generator
-from equimini.cli import DataConfig, UserError, add_flags, output_folder, override, pick_device
-from equimini.data import fixed_loader, load_data, to_float
-from equimini.edit import load_tokens
-from equimini.images import grid, save_png
-from equimini.pipeline import POSITIONS, SCHEDULES, ImageGenerator
-from equimini.plot import curves
-from equimini.presets import Checked, flag
+from equimini.config import Checked, flag
+from equimini.sampler import SOLVERS
+from equimini.sampling.edit import load_tokens
+from equimini.sampling.image_generator import POSITIONS, SCHEDULES, ImageGenerator
 from equimini.show.seams import brightness
-from equimini.solvers import SOLVERS
+from equimini.training.data import load_data
+from equimini.training.loaders import fixed_loader
+from equimini.training.options import DataConfig
+from equimini.utils.command_line import add_flags, output_folder, override, pick_device
+from equimini.utils.errors import UserError
+from equimini.utils.images import grid, save_png, to_float
+from equimini.utils.plot import curves
 
 SHOWN = 8  # pictures of each choice on the sheet
 WINDOW, APART = 8, 16  # columns, see `repetition`

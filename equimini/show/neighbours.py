@@ -22,11 +22,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from equimini import load_generator
-from equimini.cli import (DataConfig, UserError, add_flags, first_line, output_folder, override,
-                          pick_device)
-from equimini.data import fixed_loader, load_data, to_float
-from equimini.images import clean_label, grid, save_png, to_uint8
-from equimini.presets import flag
+from equimini.config import flag
+from equimini.training.data import load_data
+from equimini.training.loaders import fixed_loader
+from equimini.training.options import DataConfig
+from equimini.utils.command_line import add_flags, output_folder, override, pick_device
+from equimini.utils.errors import UserError, first_line
+from equimini.utils.images import clean_label, grid, save_png, to_float, to_uint8
 
 Features = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) to (B, F) vectors
 

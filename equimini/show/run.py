@@ -27,10 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
-from equimini.cli import UserError, add_flags, output_folder, override
-from equimini.files import replacing
-from equimini.plot import COLOURS
-from equimini.presets import Checked, flag
+from equimini.config import Checked, flag
+from equimini.utils.command_line import add_flags, output_folder, override
+from equimini.utils.errors import UserError
+from equimini.utils.files import replacing
+from equimini.utils.plot import COLOURS
 
 STAGES = {"early": (0.0, ":"), "halfway": (0.5, "--"), "late": (1.0, "-")}  # place, line style
 MEASURED = 1e-9  # images per second are logged as 0 until they are known

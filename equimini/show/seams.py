@@ -3,7 +3,7 @@
     python -m equimini.show seams --checkpoint runs/generator/last.pt
     python -m equimini.show seams --tokens panoramas.pt --windows "32 8 2, 64 8 2"
 
-For every choice of windows (length, overlap and discarded columns; see equimini/wide.py):
+For every choice of windows (length, overlap and discarded columns; see equimini/sampling/tiled_decoder.py):
 
     seam     mean absolute horizontal gradient of the brightness, across the pixel borders where
              windows meet (all those of a fade, or the cut), over that across pixel borders
@@ -27,11 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from equimini import load_generator
-from equimini.cli import UserError, add_flags, override, pick_device
-from equimini.edit import load_tokens
-from equimini.pipeline import ImageGenerator
-from equimini.presets import Checked, flag
-from equimini.wide import Windows
+from equimini.config import Checked, flag
+from equimini.sampling.edit import load_tokens
+from equimini.sampling.image_generator import ImageGenerator
+from equimini.sampling.tiled_decoder import Windows
+from equimini.utils.command_line import add_flags, override, pick_device
+from equimini.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from equimini import checkpoint, keyed
 from equimini.autoencoder import Tokenizer, noise_variance
-from equimini.cli import UserError, add_flags, first_line, output_folder, override, pick_device
-from equimini.data import load_image, to_float
-from equimini.files import replacing
-from equimini.images import grid, save_png, to_uint8
-from equimini.pipeline import load_generator
-from equimini.presets import Checked, flag
+from equimini.config import Checked, flag
+from equimini.noise import normal, rng
+from equimini.sampling.image_generator import load_generator
+from equimini.utils import checkpoint
+from equimini.utils.command_line import add_flags, output_folder, override, pick_device
+from equimini.utils.errors import UserError, first_line
+from equimini.utils.files import replacing
+from equimini.utils.images import grid, load_image, save_png, to_float, to_uint8
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def reveal(tokenizer: Tokenizer, tokens: Tensor, seed: int, batch: int = 16) -> 
     tokens: (1, N, D).  Random ones have the mean and the spread of the training set's tokens.
     """
     n, width = tokens.shape[1:]
-    drawn = keyed.normal((n, width), [keyed.rng("reveal", seed)]).to(tokens.device)
+    drawn = normal((n, width), [rng("reveal", seed)]).to(tokens.device)
     sequences = torch.stack([torch.cat((tokens[0, :i], tokenizer.denormalize(drawn)[0, i:]))
                              for i in range(n + 1)])
     return torch.cat([tokenizer.decode(part).cpu() for part in sequences.split(batch)])

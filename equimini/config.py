@@ -1,0 +1,28 @@
+"""A dataclass field that becomes a command-line flag, and the check of its limits."""
+
+from __future__ import annotations
+
+from dataclasses import field, fields
+from typing import Any
+
+
+def flag(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field with its help text; limits: min, max (inclusive), choices."""
+    return field(default=default, metadata={"help": help, **limits})
+
+
+class Checked:
+    """Base of the configurations: checks every field against its declared limits."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, limits = getattr(self, f.name), f.metadata
+            flat = value if isinstance(value, tuple) else (value,)
+            name = f.name.replace("_", "-")
+            if "choices" in limits and value not in limits["choices"]:
+                raise ValueError(f"{name} must be one of {', '.join(limits['choices'])}, "
+                                 f"got {value!r}")
+            if "min" in limits and any(not v >= limits["min"] for v in flat):  # catches NaN too
+                raise ValueError(f"{name} must be at least {limits['min']}, got {value}")
+            if "max" in limits and any(not v <= limits["max"] for v in flat):
+                raise ValueError(f"{name} must be at most {limits['max']}, got {value}")

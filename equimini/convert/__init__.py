@@ -1,0 +1,1 @@
+"""The authors' checkpoints turned into equimini's, and checkpoints made small."""

@@ -1,0 +1,1 @@
+"""Frozen networks that others trained, and where their weights come from."""

@@ -1,0 +1,1 @@
+"""How pictures are drawn: Python interface, sample.py's modes, and what makes it fast."""

@@ -1,0 +1,352 @@
+"""What sample.py is asked for: its options, scrolls, edited and continued pictures."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from equimini.config import Checked, flag
+from equimini.sampler import SOLVERS, column_noise, evaluation_times, guidance_scale, time_grid
+from equimini.sampling.class_schedule import Plan, parse_plan, plan_labels
+from equimini.sampling.edit import (Tokens, extend, next_seed, open_picture, parse_columns, paste,
+                                    resample, save_tokens)
+from equimini.sampling.image_generator import POSITIONS, SCHEDULES, ImageGenerator
+from equimini.sampling.packed_weights import PRECISIONS
+from equimini.sampling.scroll import check_new, load_state, scroll
+from equimini.utils.command_line import config_from_dict, output_folder, override
+from equimini.utils.errors import UserError
+from equimini.utils.images import grid, save_png, to_uint8
+from equimini.utils.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class SampleConfig(Checked):
+    """What to draw, and how."""
+
+    checkpoint: str = flag("scenes", "checkpoint of a trained generator, or the name of a model in "
+                           "the box: scenes")
+    tokenizer: str = flag("", "checkpoint of the generator's tokenizer with a fine-tuned decoder; "
+                          "empty: the tokenizer inside the generator's checkpoint")
+    classes: str = flag("all", "names or numbers of classes, with commas; all: every class once. "
+                        "With lengths in columns (forest:32,sea:64) one picture turns from class "
+                        "to class, again and again if it is longer than their sum")
+    count: int = flag(0, "pictures per class, or versions of an edited picture; 0: 8, or 1 for "
+                      "--edit and --continue-from", min=0)
+    columns: int = flag(0, "length of the pictures, in columns of f pixels; 0: square, or the sum "
+                        "of the lengths in --classes. With --continue-from: columns added", min=0)
+    width: int = flag(0, "the same in pixels, a multiple of f", min=0)
+    lead_in: int = flag(0, "columns drawn before the picture and cut off: its first column then "
+                        "follows others, and does not stand out", min=0)
+    scroll: int = flag(0, "draw one picture of so many columns, in constant memory, into the "
+                       "folder --out: tiles, an overview, a page to scroll along", min=0)
+    tile_columns: int = flag(256, "columns per tile of a scroll", min=1)
+    edit: str = flag("", "picture or token file of which --resample draws columns again")
+    resample: str = flag("", "columns to draw again, counted from 0, such as 5,6 or 9-12. The "
+                         "columns after them are kept as they are and not drawn to fit, unless "
+                         "--redraw-later is given")
+    continue_from: str = flag("", "picture or token file to continue on its right")
+    pick: int = flag(-1, "which picture of a token file that holds several, from 0", min=-1)
+    kept_pixels: str = flag("original", "where columns are kept: the given picture's own pixels, "
+                            "mixed in next to drawn columns, or the tokenizer's version of them",
+                            choices=("original", "decoded"))
+    cfg: float = flag(2.0, "guidance scale; 1: none", min=0)
+    cfg_schedule: str = flag("auto", "guidance from 1 up to --cfg (linear, the paper's), or --cfg "
+                             "throughout; auto: linear for pictures up to the length of the "
+                             "training pictures, constant for longer ones", choices=SCHEDULES)
+    guidance_columns: int = flag(0, "columns over which linear guidance rises; 0: the picture's, "
+                                 "at most the training pictures'", min=0)
+    positions: str = flag("hold", "positions that cross-attention sees: none beyond the training "
+                          "pictures' last, or the true ones", choices=POSITIONS)
+    steps: int = flag(100, "steps of the solver per column", min=1)
+    solver: str = flag("euler", "how a column follows the head's flow: euler asks the head once "
+                       "a step, midpoint and heun (second order) twice", choices=tuple(SOLVERS))
+    time_shift: float = flag(1.0, "above 1: smaller steps near the noise, below 1: near the "
+                             "token; 1: equal steps", min=1e-3)
+    temperature: float = flag(1.0, "factor on the noise that columns start from; above 1: more "
+                              "detail and variety, below 1: smoother", min=0)
+    precision: str = flag("float32", "arithmetic of the generator's matrix products; bf16 is "
+                          "faster and deviates slightly", choices=tuple(PRECISIONS))
+    cuda_graphs: str = flag("off", "on: replay recorded kernels, which is faster for few "
+                            "pictures at a time; needs CUDA", choices=("off", "on"))
+    seed: int = flag(0, "seed of the first picture; it counts up over all pictures of all classes. "
+                     "For --edit and --continue-from, if not given: one that the picture was not "
+                     "drawn with",
+                     min=0, max=2**62)
+    weights: str = flag("ema", "moving average of the weights, or the raw ones",
+                        choices=("ema", "raw"))
+    batch_size: int = flag(64, "pictures drawn at a time", min=1)
+    device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")
+    out: str = flag("", "what to write: a PNG (samples.png), or a scroll's folder (scroll)")
+    singles: str = flag("", "folder for every picture as a file of its own, too")
+    save_tokens: str = flag("", "file for the pictures' tokens, too: for --edit, --continue-from")
+    show_steps: str = flag("", "PNG that shows the pictures grow column by column (the paper's "
+                           "Fig. 9), from noise, too")
+
+    @property
+    def mode(self) -> str:
+        """scroll, edit, continue-from, or sheet; raises UserError for two at once."""
+        asked = [name for name, value in (("scroll", self.scroll), ("edit", self.edit),
+                                          ("continue-from", self.continue_from)) if value]
+        if len(asked) > 1:
+            raise UserError(f"give --{asked[0]} or --{asked[1]}, not both")
+        return asked[0] if asked else "sheet"
+
+
+DRAWING = ("cfg", "cfg_schedule", "guidance_columns", "positions", "steps", "solver", "time_shift",
+           "temperature", "precision")
+
+
+FIRST_LOOK = {  # what is drawn without arguments, chosen by looking and by `show drift`
+    "samples.png": {"count": 8, "cfg": 3.0, "cfg_schedule": "constant", "solver": "midpoint",
+                    "steps": 10},
+    "panorama.png": {"count": 1, "cfg": 2.5, "solver": "midpoint", "steps": 10, "lead_in": 16}}
+
+
+PANORAMA = 8  # lengths of a training picture
+EDITING = {"resample", "redraw_later", "pick", "kept_pixels"}
+SCROLLING = {"tile_columns", "resume"}
+WITHOUT = {  # options that have no effect
+    "sheet": EDITING | SCROLLING,
+    "scroll": EDITING | {"count", "columns", "width", "lead_in", "batch_size", "singles",
+                         "save_tokens", "show_steps"},
+    "edit": SCROLLING | {"columns", "width", "lead_in", "batch_size"},
+    "continue-from": SCROLLING | {"resample", "redraw_later", "lead_in", "batch_size"}}
+
+
+def check_options(cfg: SampleConfig, args: Namespace) -> None:
+    """Raise UserError for an option that the rest of the command line leaves without effect."""
+    given = {name for name, value in vars(args).items() if value is not False}
+    idle = sorted(given & WITHOUT[cfg.mode])
+    if idle:
+        goes = [mode for mode in WITHOUT if mode != "sheet" and idle[0] not in WITHOUT[mode]]
+        beside = f"goes with --{' or --'.join(goes)}" if cfg.mode == "sheet" else \
+            f"does not go with --{cfg.mode}"
+        raise UserError(f"--{idle[0].replace('_', '-')} {beside}")
+    for name in () if cfg.mode == "scroll" else ("out", "show_steps"):
+        value = getattr(cfg, name)
+        if value and Path(value).suffix.lower() != ".png":
+            raise UserError(f"--{name.replace('_', '-')} must end in .png, got {value}")
+    if cfg.mode == "edit" and not cfg.resample:
+        raise UserError("--edit needs --resample: which columns to draw again, such as 5,6")
+    for path in (cfg.out, cfg.save_tokens, cfg.show_steps):
+        if path and cfg.mode != "scroll":
+            output_folder(str(Path(path).parent))
+
+
+def asks_nothing(args: Namespace) -> bool:
+    """Whether the command line names no model, picture or file, but at most how to draw."""
+    how = {*DRAWING, "seed", "cuda_graphs", "batch_size", "device"}
+    return {name for name, value in vars(args).items() if value is not False} <= how
+
+
+def first_look(cfg: SampleConfig, args: Namespace, model: ImageGenerator) -> list[SampleConfig]:
+    """Two sheets, of squares and of panoramas, for a command line that asks for none."""
+    squares, panoramas = (override(replace(cfg, **options, out=out), args)
+                          for out, options in FIRST_LOOK.items())
+    return [squares, replace(panoramas, columns=PANORAMA * model.columns)]
+
+
+def command_line(cfg: SampleConfig) -> str:
+    """The command that draws a sheet of these settings."""
+    default = SampleConfig()
+    words = ["python sample.py"]
+    for name, value in asdict(cfg).items():
+        if value != getattr(default, name):
+            shown = f"{value:g}" if isinstance(value, float) else value
+            words.append(f"--{name.replace('_', '-')} {shown}")
+    return " ".join(words)
+
+
+def drawing_options(cfg: SampleConfig) -> dict[str, Any]:
+    """The options of `ImageGenerator.draw`."""
+    options = {name: getattr(cfg, name) for name in DRAWING}
+    schedule = options.pop("cfg_schedule")
+    return {**options, "schedule": schedule, "cuda_graphs": cfg.cuda_graphs == "on"}
+
+
+def class_plan(cfg: SampleConfig, model: ImageGenerator) -> Plan:
+    """--classes, read."""
+    if cfg.classes == "all":
+        return [(i, 0) for i in range(len(model.classes))]
+    return parse_plan(cfg.classes, model.class_numbers, model.classes)
+
+
+def length_in_columns(cfg: SampleConfig, f: int, default: int, least: int = 2) -> int:
+    """The pictures' length; raises UserError where --columns and --width do not make sense."""
+    if cfg.columns and cfg.width:
+        raise UserError("give --columns or --width, not both")
+    if cfg.width % f:
+        raise UserError(f"--width must be a multiple of f = {f} pixels, got {cfg.width}; nearest: "
+                        f"{max(least, round(cfg.width / f)) * f}")
+    columns = cfg.columns or cfg.width // f or default
+    if columns < least:
+        raise UserError(f"a picture has at least {least} columns ({least * f} pixels), got "
+                        f"{columns}")
+    return columns
+
+
+def guidance_text(cfg: SampleConfig, model: ImageGenerator, columns: int) -> str:
+    """The guidance scales of a picture, in words."""
+    schedule, rise = model.guidance(columns, cfg.cfg_schedule, cfg.guidance_columns)
+    if cfg.cfg == 1 or schedule == "constant":
+        return "guidance: none" if cfg.cfg == 1 else f"guidance: {cfg.cfg:g} throughout"
+    last = min(rise, columns) - 1
+    first, end = (guidance_scale(i, rise, cfg.cfg, schedule) for i in (0, last))
+    return f"guidance: {first:.3g} at column 0 to {end:.3g} at column {last}" + (
+        ", then the same" if last + 1 < columns else "")
+
+
+def check_device(cuda_graphs: str, device: torch.device) -> None:
+    """Raise UserError for an option that this device does not have."""
+    if cuda_graphs == "on" and device.type != "cuda":
+        raise UserError(f"--cuda-graphs on needs a CUDA device, got {device}")
+
+
+def evaluations(cfg: SampleConfig) -> str:
+    """How often the head is asked per column, in words."""
+    times = evaluation_times(cfg.solver, time_grid(cfg.steps, cfg.time_shift))
+    return f"{len(times)} evaluations of the head per column"
+
+
+def bar(label: str, total: int, done: int = 0) -> Callable[[Iterable], Iterable]:
+    """A progress bar around a loop over columns."""
+    return lambda drawn: tqdm(drawn, desc=label, total=total, initial=done, dynamic_ncols=True)
+
+
+def growth(model: ImageGenerator, tokens: Tensor, seeds: Sequence[int], order: Sequence[int],
+           frames: int = 17, lead_in: int = 0) -> list[Tensor]:
+    """How each picture came about: (frames, 3, H, W) of every one of the B (the paper's Fig. 9).
+
+    Columns that are not drawn yet are the noise that they start from.  order: the columns that
+    were drawn, in order, behind `lead_in` that are cut off; at most `frames` moments are shown, the
+    first and the last among them.
+    """
+    n = min(frames, len(order) + 1)
+    moments = [round(k * len(order) / (n - 1)) for k in range(n)]
+    noise = torch.stack([column_noise(seeds, lead_in + i, tokens.shape[2]) for i in order], 1)
+    noise = noise.to(tokens)
+    pictures = []
+    for b in range(len(tokens)):
+        stages = tokens[b].repeat(n, 1, 1)
+        for stage, k in zip(stages, moments):
+            stage[list(order[k:])] = noise[b, k:]
+        pictures.append(model.decode(stages).cpu())
+    return pictures
+
+
+def save_growth(path: str, grown: list[Tensor], labels: list[str]) -> None:
+    """Squares: one row of moments per picture; longer ones: one above the other."""
+    if grown[0].shape[3] > 2 * grown[0].shape[2]:
+        labels = [label for label, g in zip(labels, grown) for _ in g]
+        grown = [moment[None] for g in grown for moment in g]
+    save_png(grid(grown, labels), path)
+    print(f"column by column: {path}")
+
+
+def draw_scroll(cfg: SampleConfig, args: Namespace,
+                load: Callable[[SampleConfig], ImageGenerator]) -> None:
+    """--scroll: into a folder, from its beginning or from where it was interrupted."""
+    folder = output_folder(cfg.out or "scroll")
+    resumed = None
+    if args.resume:
+        resumed = load_state(folder)
+        begun = config_from_dict(SampleConfig, resumed["settings"])
+        cfg = override(begun, args)
+        other = [name for name in asdict(cfg) if getattr(cfg, name) != getattr(begun, name)
+                 and name not in ("scroll", "checkpoint", "device", "out")]
+        if other:
+            name = other[0]
+            raise UserError(f"the scroll in {folder} was begun with --{name.replace('_', '-')} "
+                            f"{getattr(begun, name)}, not {getattr(cfg, name)}; leave it out, or "
+                            "start another scroll with --out")
+    else:
+        check_new(folder)
+    if cfg.scroll < 2:
+        raise UserError(f"--scroll must be at least 2 columns, got {cfg.scroll}")
+    model = load(cfg)
+    labels = plan_labels(class_plan(cfg, model), cfg.scroll)
+    options = drawing_options(cfg)  # of an endless picture: nothing may depend on its length
+    options["schedule"], options["guidance_columns"] = model.guidance(
+        max(cfg.scroll, model.columns + 1), cfg.cfg_schedule, cfg.guidance_columns)
+    print(guidance_text(replace(cfg, cfg_schedule=options["schedule"],
+                                guidance_columns=options["guidance_columns"]), model, cfg.scroll))
+    done = resumed["sampler"]["column"] if resumed else 0
+    what = f"{cfg.scroll} columns, {cfg.classes}, seed {cfg.seed}, {Path(cfg.checkpoint).name}"
+    with StopRequest("stopping after this column") as stop:
+        drawn = scroll(model, labels, cfg.seed, folder, tile=cfg.tile_columns, caption=what,
+                       settings=asdict(cfg), resumed=resumed, stop=lambda: bool(stop.asked),
+                       progress=bar("columns", cfg.scroll, done), **options)
+    print(f"{drawn} columns ({drawn * model.tokenizer.config.f} pixels), {evaluations(cfg)}: "
+          f"{folder}/index.html")
+    if stop.asked:
+        print(f"stopped; go on with --scroll {cfg.scroll} --out {folder} --resume")
+        sys.exit(128 + stop.asked)
+
+
+def edit_picture(cfg: SampleConfig, args: Namespace, model: ImageGenerator) -> None:
+    """--edit and --continue-from: versions of one picture, some of its columns kept."""
+    f, path = model.tokenizer.config.f, cfg.edit or cfg.continue_from
+    source, before = open_picture(path, model, None if cfg.pick < 0 else cfg.pick,
+                                  keep="left" if cfg.edit else "right")
+    recorded = {k: v for k, v in source.options.items() if k in DRAWING}
+    # a token file's own options are the defaults
+    cfg = override(config_from_dict(SampleConfig, {**asdict(cfg), **recorded}), args)
+    first = cfg.seed if "seed" in args else next_seed(source)
+    seeds = [first + i for i in range(cfg.count or 1)]
+    plan = class_plan(cfg, model) if "classes" in args else None
+    given = source.tokens.shape[1]
+    options = drawing_options(cfg)
+    if cfg.edit:
+        order = parse_columns(cfg.resample, given)
+        order = list(range(order[0], given)) if args.redraw_later else order
+        drawn = resample(model, source, order, seeds, plan, progress=bar("columns", len(order)),
+                         **options)
+    else:
+        added = length_in_columns(cfg, f, model.tokenizer.config.columns, least=1)
+        order = list(range(given, given + added))
+        drawn = extend(model, source, added, seeds, plan, progress=bar("columns", added),
+                       **options)
+    drawn.options = {name: getattr(cfg, name) for name in DRAWING}
+    columns = drawn.tokens.shape[1]
+    print(guidance_text(cfg, model, columns))
+    after = model.decode(drawn.tokens.to(model.device)).cpu()
+    if cfg.kept_pixels == "original":
+        changed = torch.zeros(columns, dtype=torch.bool)
+        changed[order] = True
+        kept = torch.cat((before, before.new_zeros(*before.shape[:3], (columns - given) * f)), -1)
+        after = paste(kept.expand(len(seeds), -1, -1, -1), after, changed, f)
+    out = Path(cfg.out or "samples.png")
+    if len(seeds) == 1:
+        save_png(to_uint8(after)[0], out)
+    else:
+        rows = after.split(max(1, 8 * model.tokenizer.config.columns // columns))
+        firsts = torch.tensor(seeds).split([len(row) for row in rows])
+        save_png(grid([before, *rows], ["before", *(f"from seed {s[0]}" for s in firsts)]), out)
+    print(f"{len(seeds)} version{'s' if len(seeds) > 1 else ''} of {columns} columns, "
+          f"{len(order)} of them drawn with {evaluations(cfg)}: {out}")
+    save_extras(cfg, model, drawn, after, seeds, order, [f"seed {seed}" for seed in seeds],
+                [f"seed{seed:06d}.png" for seed in seeds])
+
+
+def save_extras(cfg: SampleConfig, model: ImageGenerator, drawn: Tokens, images: Tensor,
+                seeds: Sequence[int], order: Sequence[int], labels: list[str],
+                names: list[str]) -> None:
+    """What --singles, --save-tokens and --show-steps ask for."""
+    if cfg.singles:
+        folder = output_folder(cfg.singles)
+        for name, picture in zip(names, to_uint8(images)):
+            save_png(picture, folder / name)
+        print(f"single pictures: {folder}")
+    if cfg.save_tokens:
+        save_tokens(cfg.save_tokens, model, drawn)
+        print(f"tokens: {cfg.save_tokens}")
+    if cfg.show_steps:
+        grown = growth(model, drawn.tokens.to(model.device), seeds, order, lead_in=cfg.lead_in)
+        save_growth(cfg.show_steps, grown, labels)

@@ -1,0 +1,215 @@
+"""Token files, and pictures that are changed or continued column by column (Fig. 6).
+
+A column is a place in the picture, so it can be drawn again by itself, or the picture can go on
+at its right end.  What the model keeps is fed to it exactly as if it had been drawn.  A given
+photograph is encoded by the tokenizer; since decoding does not give back the same pixels, the
+columns that stay take theirs from the photograph.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from equimini.sampling.class_schedule import Plan, plan_labels
+from equimini.sampling.image_generator import ImageGenerator
+from equimini.utils import checkpoint
+from equimini.utils.checkpoint import latents_hash
+from equimini.utils.errors import UserError, first_line
+from equimini.utils.images import load_image, to_float
+
+UNKNOWN = -1  # class or seed of a column that was encoded from a picture
+FADE = 2  # columns over which kept pixels go over into drawn ones
+
+
+@dataclass
+class Tokens:
+    """Columns of B pictures, and how they came about; the content of a token file."""
+
+    tokens: Tensor  # (B, N, C), normalised, float32
+    labels: Tensor  # (B, N) int64 class numbers, or UNKNOWN
+    seeds: Tensor  # (B, N) int64 seeds, or UNKNOWN
+    options: dict[str, Any] = field(default_factory=dict)  # with which they were drawn
+
+    def __getitem__(self, i: int) -> Tokens:
+        """Picture i alone."""
+        return Tokens(self.tokens[i:i + 1], self.labels[i:i + 1], self.seeds[i:i + 1],
+                      self.options)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def save_tokens(path: Path | str, model: ImageGenerator, drawn: Tokens) -> None:
+    """Write a token file; raises UserError if it cannot be written.
+
+    It holds plain tensors, numbers and strings: the normalised tokens, class numbers and seeds of
+    every column, class names, options, and the SHA-256 of the tokenizer but for its decoder.
+    """
+    checkpoint.save(path, "tokens", {
+        "tokens": drawn.tokens.cpu().float().clone(), "labels": drawn.labels.cpu().clone(),
+        "seeds": drawn.seeds.cpu().clone(), "classes": list(model.classes),
+        "tokenizer": latents_hash(model.tokenizer), "options": drawn.options})
+
+
+def load_tokens(path: Path | str, model: ImageGenerator) -> Tokens:
+    """Read a token file; its classes are found by name, others become UNKNOWN.
+
+    Raises UserError if it is missing, damaged, of another kind, or made by another tokenizer.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no token file {path}; sample.py --save-tokens writes one")
+    content = checkpoint.load(path, "tokens")
+    try:
+        tokens, labels, seeds = (content[k] for k in ("tokens", "labels", "seeds"))
+        names, made_by, options = (content[k] for k in ("classes", "tokenizer", "options"))
+        fits = (tokens.dim() == 3 and tokens.numel() > 0 and tokens.dtype == torch.float32
+                and labels.shape == seeds.shape == tokens.shape[:2]
+                and labels.dtype == seeds.dtype == torch.int64
+                and bool((labels < len(names)).all()) and bool(tokens.isfinite().all()))
+    except (KeyError, AttributeError, TypeError):
+        fits = False
+    if not fits:
+        raise UserError(f"{path} is damaged: its tokens, classes and seeds do not fit together")
+    if made_by != latents_hash(model.tokenizer):
+        raise UserError(f"the tokens in {path} belong to another tokenizer than that of the "
+                        "generator; give the --checkpoint they were drawn with")
+    known = torch.tensor([model.classes.index(name) if name in model.classes else UNKNOWN
+                          for name in names] + [UNKNOWN])  # UNKNOWN is the last index
+    return Tokens(tokens, known[labels.clamp(min=UNKNOWN)], seeds, options)
+
+
+def open_picture(path: str, model: ImageGenerator, pick: int | None = None,
+                 keep: str = "left") -> tuple[Tokens, Tensor]:
+    """A token file's picture, or a picture file encoded: its tokens, pixels (1, 3, H, N·f).
+
+    pick: which picture of a token file that holds several.  A picture file is scaled to the
+    tokenizer's height, and what is left over of a column is cut off on the other side than `keep`.
+    Raises UserError for a file that does not serve.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}")
+    if zipfile.is_zipfile(path) or Path(path).suffix == ".pt":
+        source = load_tokens(path, model)
+        if pick is None and len(source) > 1:
+            raise UserError(f"{path} holds {len(source)} pictures; choose one with --pick 0 to "
+                            f"--pick {len(source) - 1}")
+        if (pick or 0) >= len(source):
+            raise UserError(f"--pick must be 0 to {len(source) - 1} for {path}, got {pick}")
+        source = source[pick or 0]
+        return source, model.decode(source.tokens.to(model.device)).cpu()
+    if pick is not None:
+        raise UserError(f"--pick chooses a picture of a token file; {path} is none")
+    return _encode_file(path, model, keep)
+
+
+@torch.no_grad()
+def _encode_file(path: str, model: ImageGenerator, keep: str) -> tuple[Tokens, Tensor]:
+    shape = model.tokenizer.config
+    try:
+        pixels = torch.from_numpy(np.array(load_image(path, shape.image_size)))
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        raise UserError(f"{path} cannot be read as a picture: {first_line(error)}") from None
+    n = pixels.shape[1] // shape.f
+    if n < 2:
+        raise UserError(f"{path} is too narrow: scaled to a height of {shape.image_size} pixels it "
+                        f"must have at least 2 columns ({2 * shape.f} pixels), got "
+                        f"{pixels.shape[1]}")
+    width = n * shape.f
+    pixels = pixels[:, :width] if keep == "left" else pixels[:, -width:]
+    pixels = to_float(pixels.permute(2, 0, 1)[None])  # (1, 3, H, N·f)
+    tokens = model.tokenizer.normalize(model.tokenizer.encode(pixels.to(model.device))).cpu()
+    unknown = torch.full((1, n), UNKNOWN)
+    return Tokens(tokens, unknown, unknown), pixels
+
+
+def parse_columns(text: str, n: int) -> list[int]:
+    """'5,6,9-11' to [5, 6, 9, 10, 11]; raises UserError for what is not among columns 0 to n−1."""
+    columns: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (end.strip() for end in part.partition("-"))
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < n):
+            raise UserError(f"--resample takes columns 0 to {n - 1} of this picture, such as 5,6 "
+                            f"or 9-12, got {text!r}")
+        columns.update(range(int(first), int(last) + 1))
+    return sorted(columns)
+
+
+def resample(model: ImageGenerator, source: Tokens, columns: Sequence[int], seeds: Sequence[int],
+             plan: Plan | None = None, later: bool = False,
+             progress: Callable[[Iterable], Iterable] = iter, **options: Any) -> Tokens:
+    """Draw columns of one picture (B = 1) again, once per seed.
+
+    later: draw all columns after the first of them again, too; otherwise they stay as they are,
+    and do not answer to what now stands before them.  plan: classes of the drawn columns (their
+    own, where None).  options: as for `ImageGenerator.draw`.  Raises UserError where a class is
+    needed and not known.
+    """
+    n = source.tokens.shape[1]
+    redraw = range(min(columns), n) if later else columns
+    labels = source.labels[0].clone()
+    if plan is not None:
+        planned = plan_labels(plan, n)
+        labels[redraw] = planned[redraw]
+        labels = torch.where(labels == UNKNOWN, planned, labels)
+    return _draw(model, source, labels, seeds, list(redraw), progress, options)
+
+
+def extend(model: ImageGenerator, source: Tokens, columns: int, seeds: Sequence[int],
+           plan: Plan | None = None, progress: Callable[[Iterable], Iterable] = iter,
+           **options: Any) -> Tokens:
+    """Continue one picture (B = 1) by so many columns on the right, once per seed.
+
+    plan: classes of the new columns (the last one's, where None).  Raises UserError where a class
+    is needed and not known.
+    """
+    old = source.labels[0]
+    new = old[-1:].expand(columns) if plan is None else plan_labels(plan, columns)
+    labels = torch.cat((torch.where(old == UNKNOWN, new[0], old), new))
+    return _draw(model, source, labels, seeds, [], progress, options)
+
+
+def _draw(model: ImageGenerator, source: Tokens, labels: Tensor, seeds: Sequence[int],
+          redraw: list[int], progress: Callable[[Iterable], Iterable],
+          options: dict[str, Any]) -> Tokens:
+    """One version of the picture per seed, of as many columns as there are labels."""
+    if (labels == UNKNOWN).any():
+        raise UserError("the picture does not say which class it shows; name it with --classes")
+    b, n, given = len(seeds), len(labels), source.tokens.shape[1]
+    tokens = torch.zeros(b, n, source.tokens.shape[2])
+    tokens[:, :given] = source.tokens
+    all_labels, all_seeds = labels.expand(b, n).clone(), source.seeds.new_zeros(b, n)
+    all_seeds[:, :given] = source.seeds
+    drawn = model.draw(all_labels, n, seeds, prefix=source.tokens.expand(b, -1, -1),
+                       redraw=redraw, **options)
+    for x, i in zip(progress(drawn), [*redraw, *range(given, n)]):
+        tokens[:, i] = x.cpu()
+        all_seeds[:, i] = torch.tensor(seeds)
+    return Tokens(tokens, all_labels, all_seeds, source.options)
+
+
+def next_seed(source: Tokens) -> int:
+    """A seed that no column of the picture was drawn with."""
+    return int(source.seeds.max()) + 1
+
+
+def paste(kept: Tensor, drawn: Tensor, changed: Tensor, f: int, fade: int = FADE) -> Tensor:
+    """`kept`, with the columns that are `changed` (N,) replaced by those of `drawn`.
+
+    kept, drawn: pixels (B, 3, H, N·f).  In the `fade` columns on either side of changed ones the
+    two are mixed; all pixels further off are those of `kept`, to the last bit.
+    """
+    places = torch.arange(len(changed) * f, dtype=torch.float32) + 0.5  # pixel centres
+    weight = torch.zeros(len(places))
+    for i in changed.nonzero()[:, 0].tolist():
+        away = torch.maximum(i * f - places, places - (i + 1) * f).clamp(min=0)  # in pixels
+        weight = torch.maximum(weight, (1 - away / (fade * f + 1e-9)).clamp(0, 1))
+    weight = weight * weight * (3 - 2 * weight)  # no kinks at either end
+    return torch.where(weight > 0, torch.lerp(kept, drawn, weight.to(kept)), kept)

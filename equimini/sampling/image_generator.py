@@ -1,0 +1,159 @@
+"""The Python interface: a trained generator with its tokenizer, from class names to images.
+
+    from equimini import load_generator
+    model = load_generator("scenes")        # the model in the box; or "runs/generator/last.pt"
+    images = model.sample(["sea", "forest"], columns=128, seed=7)    # (2, 3, 64, 512), [-1, 1]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from equimini.autoencoder import Tokenizer
+from equimini.generator import Generator, GeneratorConfig
+from equimini.sampler import sample_columns
+from equimini.sampling.packed_weights import LastPrepared
+from equimini.sampling.tiled_decoder import Windows, decode_windows
+from equimini.utils import checkpoint
+from equimini.utils.checkpoint import tokenizer_inside
+from equimini.utils.command_line import config_from_dict
+from equimini.utils.errors import UserError
+
+POSITIONS = ("hold", "grow")
+SCHEDULES = ("auto", "linear", "constant")
+
+
+@dataclass
+class ImageGenerator:
+    """A generator, the tokenizer it was trained with, and its class names."""
+
+    generator: Generator
+    tokenizer: Tokenizer
+    classes: list[str]
+    columns: int = 0  # of its training pictures; 0: those of a square
+    prepared: LastPrepared = field(default_factory=LastPrepared, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.columns = self.columns or self.tokenizer.config.columns
+
+    @property
+    def device(self) -> torch.device:
+        """Where the generator computes."""
+        return self.generator.no_class.device
+
+    def class_numbers(self, classes: Sequence[str | int]) -> list[int]:
+        """Class numbers of names or numbers (a name wins over a number that reads the same).
+
+        Raises UserError for a class that does not exist.
+        """
+        numbers = []
+        for wanted in classes:
+            if wanted in self.classes:
+                numbers.append(self.classes.index(wanted))
+            elif str(wanted).isdecimal() and int(wanted) < len(self.classes):
+                numbers.append(int(wanted))
+            else:
+                shown = ", ".join(f"{i} {name}" for i, name in enumerate(self.classes[:30]))
+                more = ", …" if len(self.classes) > 30 else ""
+                raise UserError(f"unknown class {wanted!r}; this generator has {shown}{more}")
+        return numbers
+
+    def sample(self, classes: Sequence[str | int], columns: int | None = None, *, seed: int = 0,
+               cfg: float = 2.0, progress: Callable[[Iterable], Iterable] = iter,
+               **options: Any) -> Tensor:
+        """Draw one image per entry of `classes`; image i has the seed `seed` + i.
+
+        columns: the images' length (default: a square).  cfg: guidance scale, 1 is none;
+        progress: wraps the loop over columns (tqdm, say); options: see `draw`.  Returns
+        (B, 3, H, columns·f) in [−1, 1].
+        """
+        tokens = self.sample_tokens(classes, columns, [seed + i for i in range(len(classes))],
+                                    cfg=cfg, progress=progress, **options)
+        return self.decode(tokens)
+
+    def sample_tokens(self, classes: Sequence[str | int], columns: int | None,
+                      seeds: Sequence[int], progress: Callable[[Iterable], Iterable] = iter,
+                      **options: Any) -> Tensor:
+        """Normalised tokens (B, columns, C) of one image per class and seed; see `sample`."""
+        square = self.tokenizer.config.columns
+        columns = columns or square
+        if self.tokenizer.config.layout == "grid" and columns != square:
+            raise UserError(f"a generator over a grid draws square pictures only ({square} tokens), "
+                            f"got {columns}")
+        labels = torch.tensor(self.class_numbers(classes), dtype=torch.long)
+        return torch.stack(list(progress(self.draw(labels, columns, seeds, **options))), 1)
+
+    def draw(self, labels: Tensor, columns: int, seeds: Sequence[int], *,
+             schedule: str = "auto", guidance_columns: int = 0, positions: str = "hold",
+             precision: str = "float32", **options: Any) -> Iterator[Tensor]:
+        """`sample_columns` with the model made ready, and what long pictures need.
+
+        Yields columns (B, C).  schedule, guidance_columns: see `guidance`.  positions: 'hold'
+        shows cross-attention no position beyond the last one of the training pictures, 'grow' the
+        true ones.  precision: of the matrix products, 'float32' or 'bf16'.  options: cfg, prefix,
+        redraw, state, cuda_graphs; steps, solver, time_shift, temperature of the flow.
+        """
+        if positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+        schedule, guidance_columns = self.guidance(columns, schedule, guidance_columns)
+        return sample_columns(
+            self.prepared(self.generator, precision), labels, columns, seeds, schedule=schedule,
+            guidance_columns=guidance_columns,
+            hold=max(0, self.columns - 2) if positions == "hold" else None, **options)
+
+    def guidance(self, columns: int, schedule: str = "auto", rise: int = 0) -> tuple[str, int]:
+        """The schedule of the guidance scale, and over how many columns a linear one rises.
+
+        'auto': 'linear' for pictures up to the training pictures' length, 'constant' for longer
+        ones.  rise 0: over the picture's columns, or the training pictures' where it is longer.
+        """
+        if schedule == "auto":
+            schedule = "linear" if columns <= self.columns else "constant"
+        return schedule, rise or min(columns, self.columns)
+
+    @property
+    def windows(self) -> Windows:
+        """Windows of columns in which long pictures are decoded (docs/sampling.md)."""
+        return Windows(4 * self.columns, 2 * self.columns, self.columns // 4)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, windows: Windows | None = None) -> Tensor:
+        """Normalised tokens (B, N, C) to images (B, 3, H, N·f) in [−1, 1].
+
+        Pictures longer than one window (default: `self.windows`) are decoded piece by piece.
+        """
+        return decode_windows(self.decode_whole, tokens, self.tokenizer.config.f,
+                              windows or self.windows)
+
+    @torch.no_grad()
+    def decode_whole(self, tokens: Tensor) -> Tensor:
+        """The same in one piece, as the decoder was trained; memory grows with N."""
+        return self.tokenizer.decode(self.tokenizer.denormalize(tokens)).clamp(-1, 1)
+
+
+def load_generator(path: Path | str, device: str | torch.device = "cpu", ema: bool = True,
+                   tokenizer_path: Path | str = "") -> ImageGenerator:
+    """A trained generator (EMA or raw weights) and its tokenizer from one checkpoint file.
+
+    path: of the file, or the name of a model in the box ('scenes').
+    tokenizer_path: the same tokenizer with a fine-tuned decoder, to take the place of the one
+    inside.  Raises UserError if a file is missing, damaged, of another kind, or inconsistent.
+    """
+    content = checkpoint.load(path, "generator")
+    tokenizer = tokenizer_inside(content, path)
+    if tokenizer_path:
+        finetuned = checkpoint.load_tokenizer(tokenizer_path)
+        checkpoint.check_same_latents(tokenizer, finetuned, tokenizer_path)
+        tokenizer = finetuned
+    generator = Generator(config_from_dict(GeneratorConfig, content["config"]["model"]),
+                          len(content["classes"]), tokenizer.config.token_channels)
+    checkpoint.load_weights(generator, checkpoint.weights_of(content, ema, path), path)
+    generator.eval().requires_grad_(False)
+    width = content["config"].get("run", {}).get("width", 0)  # files that do not hold "columns"
+    columns = content.get("columns", 0) or width // tokenizer.config.f
+    return ImageGenerator(generator.to(device), tokenizer.to(device), content["classes"], columns)

@@ -1,0 +1,1 @@
+"""How tokenizer and generator are trained."""

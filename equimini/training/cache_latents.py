@@ -1,0 +1,231 @@
+"""Encode a data set once: the tokenizer's means of every image, for both mirrors, on disk.
+
+    python -m equimini.training.cache_latents --tokenizer runs/tokenizer/last.pt --data my/pictures \\
+        --out my/latents
+    python train_generator.py --tokenizer runs/tokenizer/last.pt --latents my/latents
+
+The generator then trains without running the encoder.  The posterior's noise is added afresh at
+every use, so with one possible crop (square pictures) the training distribution is that of the
+images; for others, --crops K stores K random crops of each instead of the centre one.  Under
+torchrun several processes share the work.
+
+Layout of the folder: train-00000.npy, … and val-00000.npy, … are float32 arrays (images, views,
+columns, channels), a view being one crop and mirror; labels.npz holds the class numbers; meta.json,
+written last, the tokenizer's hash and the class names.  An interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from equimini.autoencoder import Tokenizer
+from equimini.config import flag
+from equimini.noise import rng
+from equimini.training.data import load_data, report_pictures
+from equimini.training.options import DataConfig
+from equimini.utils import checkpoint, distributed
+from equimini.utils.checkpoint import latents_hash, tokenizer_hash
+from equimini.utils.command_line import add_flags, output_folder, override, pick_device, run
+from equimini.utils.errors import UserError
+from equimini.utils.files import replacing
+from equimini.utils.images import to_float
+
+SHARD = 1024  # images per file
+
+
+@dataclass(frozen=True)
+class CacheConfig(DataConfig):
+    """What to encode, and where to."""
+
+    tokenizer: str = flag("runs/tokenizer/last.pt", "checkpoint of the trained tokenizer")
+    crops: int = flag(1, "random crops kept of every training picture; 1: the centre one", min=1)
+    images: int = flag(0, "pictures kept of either split, chosen at random; 0: all", min=0)
+    batch_size: int = flag(64, "pictures encoded at a time", min=1)
+
+
+class Chosen(Dataset):
+    """At most `count` random pictures of a data set."""
+
+    def __init__(self, data: Dataset, count: int) -> None:
+        self.data, self.mirrors, self.seed = data, data.mirrors, data.seed
+        order = rng("chosen", data.seed).permutation(len(data))
+        self.indices = sorted(order[:count].tolist())
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def view(self, index: int, draw: np.random.Generator | None,
+             flip: bool) -> tuple[Tensor, int]:
+        """As that of the data set."""
+        return self.data.view(self.indices[index], draw, flip)
+
+
+class Views(Dataset):
+    """Every stored view of the images first … last−1 of a data set, as uint8 (V, 3, H, W)."""
+
+    def __init__(self, data: Dataset, first: int, last: int, crops: int, augment: bool) -> None:
+        self.data, self.first, self.last = data, first, last
+        self.crops, self.mirrors = (crops, data.mirrors) if augment else (1, 1)
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        views, index = [], self.first + i
+        for crop in range(self.crops):
+            for mirror in range(self.mirrors):
+                draw = rng("cache", self.data.seed, index, crop) if self.crops > 1 else None
+                image, label = self.data.view(index, draw, bool(mirror))
+                views.append(image)
+        return torch.stack(views), label
+
+
+class CachedLatents(Dataset):
+    """Means μ (columns, channels) read from a cache; a random view of each image and epoch.
+
+    Raises UserError for a folder that is no complete cache, or one of another tokenizer.
+    """
+
+    def __init__(self, folder: str, split: str, tokenizer: Tokenizer, seed: int) -> None:
+        meta = read_meta(folder)
+        if meta["tokenizer"] not in (latents_hash(tokenizer), tokenizer_hash(tokenizer)):
+            raise UserError(f"the latents in {folder} were made with another tokenizer; make them "
+                            "again with python -m equimini.training.cache_latents, or give the --tokenizer "
+                            "they belong to")
+        self.classes, self.split, self.seed = meta["classes"], split, seed
+        self.labels = np.load(Path(folder) / "labels.npz")[split]
+        files = sorted(Path(folder).glob(f"{split}-*.npy"))
+        self.shards = [np.load(path, mmap_mode="r") for path in files]
+        if sum(map(len, self.shards)) != len(self.labels):
+            raise UserError(f"{folder} lacks some of its {split} files; make it again with "
+                            "--overwrite")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
+        epoch, index = key
+        views = self.shards[index // SHARD][index % SHARD]  # (V, N, C)
+        draw = rng("view", self.seed, epoch, index) if self.split == "train" else None
+        mean = torch.from_numpy(np.array(views[int(draw.integers(len(views))) if draw else 0]))
+        if not mean.isfinite().all():
+            raise UserError(f"the cached latents of {self.split} picture {index} are not finite")
+        return mean, int(self.labels[index]), index
+
+
+def read_meta(folder: str) -> dict[str, Any]:
+    """The description of a finished cache; raises UserError if there is none."""
+    path = Path(folder) / "meta.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no finished cache of latents (it has no meta.json); make one "
+                        "with python -m equimini.training.cache_latents")
+    return json.loads(path.read_text())
+
+
+@torch.no_grad()
+def encode_split(tokenizer: Tokenizer, data: Dataset, split: str, cfg: CacheConfig, out: Path,
+                 device: torch.device) -> np.ndarray:
+    """Write the shards of one split that are not there yet; returns all labels.
+
+    Of several processes each takes every k-th shard.
+    """
+    shards = [(first, min(first + SHARD, len(data)), out / f"{split}-{s:05d}.npy",
+               out / f"{split}-{s:05d}.labels")
+              for s, first in enumerate(range(0, len(data), SHARD))]
+    mine = shards[distributed.rank()::distributed.world_size()]
+    bar = tqdm(total=sum(last - first for first, last, *_ in mine), desc=f"encoding {split}",
+               disable=not distributed.is_main())
+    for first, last, path, label_path in mine:
+        if not (path.exists() and label_path.exists()):
+            views = Views(data, first, last, cfg.crops, split == "train")
+            means, numbers = [], []
+            for images, label in DataLoader(views, cfg.batch_size, num_workers=cfg.workers):
+                flat = to_float(images.flatten(0, 1).to(device))
+                means.append(tokenizer.encode(flat).unflatten(0, images.shape[:2]).cpu().numpy())
+                numbers += label.tolist()
+                bar.update(len(images))
+            with replacing(path) as file:
+                np.save(file, np.concatenate(means))
+            with replacing(label_path) as file:
+                file.write(json.dumps(numbers).encode())
+        else:
+            bar.update(last - first)
+    bar.close()
+    distributed.barrier()
+    return np.array([n for *_, labels in shards for n in json.loads(labels.read_text())])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--overwrite", action="store_true", help="start anew")
+    add_flags(parser, CacheConfig(out="runs/latents"), "options")
+    args = parser.parse_args()
+    cfg = override(CacheConfig(out="runs/latents"), args)
+    device = distributed.local_device(cfg.device)
+    with distributed.processes(device):
+        encode(cfg, args.overwrite, device)
+
+
+def encode(cfg: CacheConfig, overwrite: bool = False,
+           device: torch.device | None = None) -> None:
+    """Make the cache, or go on with it; raises UserError for what does not serve."""
+    device, out = device or pick_device(cfg.device), output_folder(cfg.out)
+    tokenizer = checkpoint.load_tokenizer(cfg.tokenizer, device)
+    checkpoint.check_statistics(tokenizer, cfg.tokenizer)
+    if cfg.crops > 1 and cfg.data.startswith("synthetic"):
+        raise UserError("--crops is for pictures; the built-in data has nothing to crop")
+    train, val, classes = load_data(cfg, tokenizer.config)
+    whole = train, val
+    if cfg.images:
+        train, val = Chosen(train, cfg.images), Chosen(val, cfg.images)
+    plan = {"tokenizer": latents_hash(tokenizer), "classes": classes, "data": cfg.data,
+            "images": {"train": len(train), "val": len(val)}, "crops": cfg.crops,
+            "width": cfg.width, "seed": cfg.seed, "val_data": cfg.val_data,
+            "val_fraction": cfg.val_fraction}
+    with distributed.main_first():
+        if distributed.is_main():
+            begin(out, plan, overwrite)
+    labels = {split: encode_split(tokenizer, data, split, cfg, out, device)
+              for split, data in (("train", train), ("val", val))}
+    report_pictures(list(whole), out)
+    if not distributed.is_main():
+        return
+    with replacing(out / "labels.npz") as file:
+        np.savez(file, **labels)
+    with replacing(out / "meta.json") as file:
+        file.write(json.dumps(plan, indent=1).encode())
+    size = sum(p.stat().st_size for p in out.glob("*.npy")) / 1e6
+    print(f"done: {out}, {len(train)} + {len(val)} pictures, {size:.0f} MB")
+
+
+def begin(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
+    """Note what the folder is going to hold.
+
+    Raises UserError if it holds latents of other settings, unless they may be overwritten.
+    """
+    begun = out / "plan.json"
+    if overwrite:
+        own = ("train-[0-9]*.npy", "val-[0-9]*.npy", "train-[0-9]*.labels", "val-[0-9]*.labels",
+               "labels.npz", "meta.json", "plan.json")
+        for path in (path for pattern in own for path in out.glob(pattern)):
+            path.unlink()
+    elif begun.exists() and json.loads(begun.read_text()) != plan:
+        raise UserError(f"{out} holds latents of other settings; choose another --out, or add "
+                        "--overwrite")
+    with replacing(begun) as file:
+        file.write(json.dumps(plan).encode())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,277 @@
+"""Images for training: folders of pictures, or landscapes drawn by code.
+
+A dataset item is asked for by (epoch, index), so that its random crop and flip are a function of
+the seed and these two; `Batches` makes the order of the data a function of the step alone.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from equimini.autoencoder import TokenizerConfig
+from equimini.noise import rng
+from equimini.training import synthetic
+from equimini.training.options import DataConfig
+from equimini.utils import distributed
+from equimini.utils.errors import UserError, first_line
+from equimini.utils.files import replacing
+from equimini.utils.images import printable, read_rgb, scale_to_fit
+from equimini.utils.signals import leave_signals
+
+Item = tuple[Tensor, int, int]  # image (3, H, W) uint8, class number, index
+BUILT_IN = ("synthetic", "synthetic-object")
+SYNTHETIC_IMAGES = 20_000  # scrolls in the built-in training set
+SCALED_UP, UNREADABLE = 1, 2  # what ImageFolder.found says of a file; 0: nothing
+CHUNK = 2**26  # bytes of one shared piece of memory with decoded pictures
+
+
+class ImageFolder(Dataset[Item]):
+    """Pictures of class sub-folders (or of one flat folder, which is one class).
+
+    Each is scaled so that its shorter side (or its width, if a wider crop needs it) fits the
+    crop, cropped at random and mirrored with probability ½; with augment=False cropped at the
+    centre.  A file that cannot be read is reported once and replaced by the next one.
+    """
+
+    mirrors = 2  # views that a cache keeps of every crop
+
+    def __init__(self, files: list[tuple[Path, int]], classes: list[str], height: int,
+                 width: int, seed: int, augment: bool) -> None:
+        self.files, self.classes = files, classes
+        self.height, self.width = height, width
+        self.seed, self.augment = seed, augment
+        # what is known of every file, in memory that loader processes share
+        self.found = torch.zeros(len(files), dtype=torch.uint8).share_memory_()
+        self.kept: dict[int, Tensor] = {}  # decoded pictures, see `keep_in_memory`
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        epoch, index = key
+        draw = rng("crop", self.seed, epoch, index) if self.augment else None
+        return *self.view(index, draw, flip=bool(draw.integers(2)) if draw else False), index
+
+    def view(self, index: int, draw: np.random.Generator | None,
+             flip: bool) -> tuple[Tensor, int]:
+        """Picture `index`, cropped at random (draw None: at the centre), and its class."""
+        for step in range(len(self)):
+            i = (index + step) % len(self)
+            picture = self.kept[i] if i in self.kept else self.decode(i)
+            if picture is not None:
+                return self._crop(picture, draw, flip), self.files[i][1]
+        raise UserError(f"none of the {len(self)} pictures can be read, "
+                        f"{printable(self.files[index][0])} among them")
+
+    def decode(self, i: int) -> Tensor | None:
+        """Picture i, scaled, uint8 (3, h, w); None, after one warning, if it cannot be read."""
+        if self.found[i] == UNREADABLE:
+            return None
+        path = self.files[i][0]
+        try:
+            image = read_rgb(path, 4 * max(self.height, self.width))
+        except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+            self.found[i] = UNREADABLE
+            warnings.warn(f"cannot read {printable(path)}, using the next picture instead: "
+                          f"{first_line(error)}", stacklevel=4)
+            return None
+        if image.width < self.width or image.height < self.height:
+            if not (self.found == SCALED_UP).any():
+                warnings.warn(f"{printable(path)} is smaller ({image.width}x{image.height} pixels) "
+                              f"than the crops of {self.width}x{self.height}; such pictures are "
+                              "scaled up, and counted", stacklevel=4)
+            self.found[i] = SCALED_UP
+        scaled = np.array(scale_to_fit(image, self.height, self.width))
+        return torch.from_numpy(scaled).permute(2, 0, 1)
+
+    def keep_in_memory(self, gigabytes: float, workers: int) -> None:
+        """Decode pictures once, now, and keep them until so much memory is full.
+
+        Those that do not fit are read from their files each time, as without this.  The memory is
+        shared with loader processes.
+        """
+        chunk, used, free = torch.empty(0, dtype=torch.uint8), 0, 0
+        loader = DataLoader(_Decoded(self), batch_size=None, num_workers=workers,
+                            worker_init_fn=leave_signals)
+        for i, picture in enumerate(tqdm(loader, desc="reading pictures into memory",
+                                         disable=not distributed.is_main())):
+            if picture.numel() > free:
+                free = max(CHUNK, picture.numel())
+                if used + free > gigabytes * 1e9:
+                    break
+                chunk = torch.empty(free, dtype=torch.uint8).share_memory_()
+                used += free
+            if picture.numel():
+                place = chunk[len(chunk) - free:][:picture.numel()].view(picture.shape)
+                self.kept[i] = place.copy_(picture)
+                free -= picture.numel()
+        if len(self.kept) < len(self) - len(self.unreadable()):
+            print(f"{len(self.kept)} of {len(self)} pictures fit into --cache-gb {gigabytes:g}; "
+                  "the others are read from their files each time")
+
+    def unreadable(self) -> list[Path]:
+        """The files found so far that cannot be read."""
+        return [self.files[i][0] for i in (self.found == UNREADABLE).nonzero().flatten().tolist()]
+
+    def scaled_up(self) -> int:
+        """How many pictures found so far are smaller than the crops."""
+        return int((self.found == SCALED_UP).sum())
+
+    def _crop(self, x: Tensor, draw: np.random.Generator | None, flip: bool) -> Tensor:
+        room = x.shape[1] - self.height, x.shape[2] - self.width
+        top, left = (int(draw.integers(n + 1)) if draw else n // 2 for n in room)
+        x = x[:, top:top + self.height, left:left + self.width]
+        return (x.flip(2) if flip else x).contiguous()
+
+
+class _Decoded(Dataset[Tensor]):
+    """Every picture of an ImageFolder, scaled but not cropped; empty if it cannot be read."""
+
+    def __init__(self, folder: ImageFolder) -> None:
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, i: int) -> Tensor:
+        picture = self.folder.decode(i)
+        return torch.empty(0, dtype=torch.uint8) if picture is None else picture
+
+
+class Synthetic(Dataset[Item]):
+    """Landscapes drawn by `equimini.synthetic`; classes in turn, the same for the same index."""
+
+    mirrors = 1  # a scroll's mirror image is another scroll
+
+    def __init__(self, kind: str, indices: range, height: int, width: int, seed: int) -> None:
+        self.draw = synthetic.with_object if kind == "synthetic-object" else synthetic.landscape
+        names = synthetic.OBJECT_CLASSES if kind == "synthetic-object" else synthetic.CLASSES
+        self.classes = list(names)
+        self.indices, self.height, self.width, self.seed = indices, height, width, seed
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        return *self.view(key[1], None, False), key[1]
+
+    def view(self, index: int, draw: None, flip: bool) -> tuple[Tensor, int]:
+        """Picture `index` and its class; there is nothing to crop or mirror."""
+        number = self.indices[index]
+        label = number % len(self.classes)
+        image = self.draw(number, label=label, height=self.height, width=self.width,
+                          seed=self.seed)
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), label
+
+
+def report_pictures(sets: list[Dataset], out: Path, shown: int = 10) -> None:
+    """Print how many pictures could not be read, or were scaled up; the names go to a file.
+
+    Called by all processes, whose findings are put together.
+    """
+    folders = [data for data in sets if isinstance(data, ImageFolder)]
+    for data in folders:
+        data.found = distributed.largest(data.found)
+    if not distributed.is_main():
+        return
+    if count := sum(data.scaled_up() for data in folders):
+        print(f"{count} pictures are smaller than the crops and were scaled up; larger ones, or a "
+              "smaller --image-size or --width, would look sharper")
+    if unreadable := [printable(path) for data in folders for path in data.unreadable()]:
+        with replacing(out / "unreadable.txt") as file:
+            file.write("".join(f"{name}\n" for name in unreadable).encode())
+        more = f" and {len(unreadable) - shown} more" if len(unreadable) > shown else ""
+        print(f"{len(unreadable)} files could not be read and were left out (all named in "
+              f"{out / 'unreadable.txt'}): {', '.join(unreadable[:shown])}{more}")
+
+
+def find_images(folder: str) -> tuple[list[tuple[Path, int]], list[str]]:
+    """All image files of a folder, with class numbers, and the sorted class names.
+
+    Raises UserError for a folder that is missing or holds no image files.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"the data folder {folder} does not exist (or is no folder)")
+    endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
+                    for name in names if Path(name).suffix.lower() in endings)
+    if not images:
+        raise UserError(f"no image files in {folder}; expected {folder}/CLASS/picture.jpg, or "
+                        f"pictures directly in {folder}")
+    parts = [p.relative_to(root).parts for p in images]
+    flat = [len(p) == 1 for p in parts]
+    if any(flat) and not all(flat):
+        loose = images[flat.index(True)]
+        raise UserError(f"{folder} holds pictures both directly ({loose.name}) and in "
+                        "sub-folders; put each picture into a class sub-folder, or all in one")
+    names = [root.resolve().name if len(p) == 1 else p[0] for p in parts]
+    classes = sorted(set(names))
+    return [(p, classes.index(n)) for p, n in zip(images, names)], classes
+
+
+def load_data(run: DataConfig,
+              tokenizer: TokenizerConfig) -> tuple[Dataset, Dataset, list[str]]:
+    """Training set, validation set and class names for a run.
+
+    Crops are as high as the tokenizer's images and --width wide (0: square).  Raises
+    UserError for folders that do not serve, or a width that the tokenizer does not take.
+    """
+    height, width = tokenizer.image_size, run.width or tokenizer.image_size
+    if width % tokenizer.f or width < 2 * tokenizer.f:
+        raise UserError(f"--width must be a multiple of f = {tokenizer.f} and at least "
+                        f"{2 * tokenizer.f}, got {width}")
+    if tokenizer.layout == "grid" and width != height:
+        raise UserError(f"--width: a grid tokenizer takes square pictures only, {height} pixels, "
+                        f"got {width}")
+    if run.data in BUILT_IN:
+        if run.val_data:
+            raise UserError("--val-data goes with a folder as --data; the built-in data has its "
+                            "own held-out pictures")
+        n_val = round(SYNTHETIC_IMAGES * run.val_fraction)
+        train = Synthetic(run.data, range(SYNTHETIC_IMAGES), height, width, run.seed)
+        val = Synthetic(run.data, range(SYNTHETIC_IMAGES, SYNTHETIC_IMAGES + n_val), height,
+                        width, run.seed)
+        return train, val, train.classes
+    files, val_files, classes = split_files(run)
+    return (ImageFolder(files, classes, height, width, run.seed, augment=True),
+            ImageFolder(val_files, classes, height, width, run.seed, augment=False), classes)
+
+
+def split_files(run: DataConfig) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]],
+                                          list[str]]:
+    """The image files for training and for validation, with class numbers, and the class names.
+
+    Raises UserError for folders that do not serve.
+    """
+    files, classes = find_images(run.data)
+    if run.val_data:
+        val_files, val_classes = find_images(run.val_data)
+        flat = all(Path(p).parent == Path(run.val_data) for p, _ in val_files)
+        if not (flat and len(classes) == 1) and val_classes != classes:
+            raise UserError(f"--val-data has the classes {val_classes}, --data has {classes}")
+    else:
+        order = rng("split", run.seed).permutation(len(files))
+        n_val = max(1, round(len(files) * run.val_fraction))
+        if len(files) < 2:
+            raise UserError(f"{run.data} holds one picture; training needs at least two "
+                            "(one is held out for validation)")
+        val_files = [files[i] for i in sorted(order[:n_val])]
+        files = [files[i] for i in sorted(order[n_val:])]
+    return files, val_files, classes
+
+
+def count_images(run: DataConfig) -> int:
+    """How many pictures a run trains on, without reading them; raises as `load_data`."""
+    if run.data in BUILT_IN:
+        return SYNTHETIC_IMAGES
+    return len(split_files(run)[0])

@@ -1,0 +1,248 @@
+"""One step of the generator's training (Eq. 8), and what surrounds it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from equimini.autoencoder import Tokenizer, add_noise
+from equimini.config import flag
+from equimini.generator import Generator, flow_matching_errors, flow_matching_loss, random_crops
+from equimini.noise import normal, rng, seed_torch, uniform
+from equimini.sampling.image_generator import ImageGenerator
+from equimini.training.options import RunConfig
+from equimini.training.precision import PRECISIONS, adamw, compiled, load_optimizer, set_float32
+from equimini.training.prefetch import Ahead
+from equimini.training.setup import Setup
+from equimini.training.step import Ema, Stepper, add, pieces, warmup_decay_lr, weight_decay_groups
+from equimini.utils import checkpoint, distributed
+from equimini.utils.checkpoint import tokenizer_content
+from equimini.utils.errors import UserError
+from equimini.utils.images import clean_label, grid, save_png, to_float
+
+TOKENIZER = "runs/tokenizer/last.pt"  # where train_tokenizer.py leaves it
+T_BINS = 8  # parts of t whose losses are logged
+
+
+@dataclass(frozen=True)
+class GeneratorRun(RunConfig):
+    """The run's options, and those of the generator alone."""
+
+    tokenizer: str = flag("", "checkpoint of the trained tokenizer; empty: the one inside the "
+                          f"checkpoint of --resume or --init-from, else {TOKENIZER}")
+    latents: str = flag("", "folder made by python -m equimini.training.cache_latents, in place of --data")
+    precision: str = flag("float32", "arithmetic of the matrix products; tf32 (CUDA: 10 bits of "
+                          "mantissa) and bf16 (autocast: 7) are several times faster where the "
+                          "processor has them", choices=PRECISIONS)
+    compile: bool = flag(False, "compile the loss and its gradient in the first step, which takes "
+                         "minutes; worth it on GPUs")
+    fused_optimizer: bool = flag(True, "AdamW in one pass over the weights")
+    checkpoint_activations: bool = flag(False, "less memory, more time: activations inside the "
+                                        "blocks are computed again for the backward pass")
+    preview_cfg: float = flag(2.0, "guidance scale of the preview pictures; 1: none", min=0)
+    preview_steps: int = flag(25, "Euler steps per column of the preview pictures", min=1)
+
+
+class Draws(NamedTuple):
+    """All that is random in the loss of B images but for dropout, keyed per image; on the CPU."""
+
+    sigma: torch.Tensor  # (B,) normal
+    noise: torch.Tensor  # (B, N, C) normal: σ-noise on the tokens, with sigma
+    u: torch.Tensor  # (M, B, N) uniform: the flow's times
+    eps: torch.Tensor  # (M, B, N, C) normal: the flow's noise
+    drop: torch.Tensor  # (B,) uniform: below the label dropout, the class is left out
+    starts: torch.Tensor  # (B, k) uniform: places of crops, k = 0 without --real-equivariant
+
+
+class GeneratorTrainer:
+    """The generator, its frozen tokenizer and the optimizer; `step` is one training step."""
+
+    def __init__(self, setup: Setup, tokenizer: Tokenizer, classes: list[str]) -> None:
+        self.cfg, self.opts, self.classes = setup.training, setup.run, classes
+        self.device, self.seed = setup.device, setup.run.seed
+        set_float32(self.opts.precision, self.device)
+        self.tokenizer = tokenizer.to(self.device)
+        seed_torch(self.seed, 0)  # initial weights
+        channels = self.tokenizer.config.token_channels
+        self.model = Generator(setup.model, len(classes), channels).to(self.device)
+        self.ema = Ema(self.model, self.cfg.ema_decay, warmup=False)
+        if self.opts.checkpoint_activations:
+            self.model.checkpoint_activations()
+        self.flow_errors = compiled(flow_matching_errors) if self.opts.compile else \
+            flow_matching_errors
+        self.optimizer = adamw(weight_decay_groups(self.model, self.cfg.weight_decay), self.cfg.lr,
+                               self.opts.fused_optimizer)
+        self.stepper, self.draw_ahead = Stepper(self.optimizer), Ahead()
+        self.columns = 0  # of the training pictures, once one has been seen
+        if self.cfg.subtasks and setup.model.real_equivariant:
+            raise UserError("--subtasks are places in the picture, which --real-equivariant does "
+                            "not train on; give one of the two")
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in bfloat16 where asked for; weights and the loss stay in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.opts.precision == "bf16")
+
+    def shape(self, data: torch.Tensor) -> tuple[int, int]:
+        """(N, C) of the tokens of uint8 images (B, 3, H, W), or of cached means (B, N, C)."""
+        if data.dtype != torch.uint8:
+            return data.shape[1], data.shape[2]
+        return data.shape[3] // self.tokenizer.config.f, self.tokenizer.config.token_channels
+
+    def draws(self, rngs: list, n: int, c: int) -> Draws:
+        """What is random in the loss of len(rngs) images of n tokens of c channels."""
+        m, config = self.cfg.batch_multiplier, self.model.config
+        crops = n // config.window if config.real_equivariant else 0
+        return Draws(sigma=normal((), rngs), noise=normal((n, c), rngs),
+                     u=uniform((m, n), rngs).transpose(0, 1),
+                     eps=normal((m, n, c), rngs).transpose(0, 1),
+                     drop=uniform((), rngs), starts=uniform((crops,), rngs))
+
+    def step_draws(self, step: int, images: int, n: int, c: int) -> list[Draws]:
+        """Those of a step, for each piece of this process's share of `images` images."""
+        draws = [self.draws(piece.rngs("flow", self.seed, step), n, c)
+                 for piece in pieces(images, self.opts.accumulate)]
+        if self.device.type == "cuda":  # as the loader's batches are
+            return [Draws(*(x.pin_memory() for x in of_piece)) for of_piece in draws]
+        return draws
+
+    def on_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors on the device; from pinned memory to a GPU without waiting for the copies."""
+        cuda = self.device.type == "cuda"
+        return [x.to(self.device, non_blocking=cuda) for x in tensors]
+
+    @torch.no_grad()
+    def tokens(self, data: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """uint8 images (B, 3, H, W), or their cached means μ (B, N, C), to normalised noisy
+        tokens (B, N, C): the transformer's input and the flow's target."""
+        mean, sigma, noise = self.on_device(data, draws.sigma, draws.noise)
+        if data.dtype == torch.uint8:
+            with self.autocast():
+                mean = self.tokenizer.encode(to_float(mean)).float()
+        z = add_noise(mean, self.tokenizer.config.noise, sigma, noise)
+        return self.tokenizer.normalize(z)
+
+    def crops(self, x: torch.Tensor, labels: torch.Tensor, u: torch.Tensor, eps: torch.Tensor,
+              drop: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A batch of random crops of W columns (Eq. 6): as many of each image as it is long."""
+        w, n, k = self.model.config.window, x.shape[1], starts.shape[1]
+        if k == 0:
+            raise UserError(f"--window {w} is longer than the pictures of {n} columns, of which "
+                            "--real-equivariant takes crops")
+        starts = (starts * (n - w + 1)).long()
+        u, eps = (a[:, :, :k * w].unflatten(2, (k, w)).flatten(1, 2) for a in (u, eps))
+        return (random_crops(x, w, starts), labels.repeat_interleave(k), u, eps,
+                drop.repeat_interleave(k))
+
+    def step(self, step: int, data: torch.Tensor, labels: torch.Tensor) -> dict:
+        """One step of the generator (Eq. 8).
+
+        data, as in `tokens`, and labels (B,): this process's share.  Returns the scalars to log,
+        and the loss of every column and of T_BINS equal parts of t from 0 to 1.
+        """
+        cfg, sums = self.cfg, {}
+        lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps)
+        shift = int(rng("shift", self.seed, step).integers(cfg.position_shift))
+        ready = self.draw_ahead(self.step_draws, step, len(data), *self.shape(data))
+        for piece, draws in zip(pieces(len(data), self.opts.accumulate), ready):
+            seed_torch(self.seed, 1, step, piece.first)  # dropout
+            errors, u = self.errors(data[piece.rows], labels[piece.rows], shift, draws)
+            chosen = errors[:, :, list(cfg.subtasks)] if cfg.subtasks else errors
+            loss = piece.weight * chosen.mean()
+            self.stepper.backward(loss)
+            add(sums, {"loss": loss, "loss_per_column": piece.weight * errors.mean((0, 1)),
+                       **sums_by_time(errors, u)})
+        found = distributed.total(sums)
+        norm = self.stepper(lr, cfg.grad_clip)
+        self.ema.update(self.model)
+        return {"loss": found["loss"], "lr": lr, "grad_norm": norm,
+                "loss_per_column": [round(v, 5) for v in found["loss_per_column"]],
+                "loss_per_t": [round(s / n, 5) if n else None
+                               for s, n in zip(found["t_sums"], found["t_counts"])]}
+
+    def errors(self, data: torch.Tensor, labels: torch.Tensor, shift: int,
+               draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eq. 8's errors (M, B, N) on a piece of the batch, and their u."""
+        x = self.tokens(data, draws)  # (B, N, C)
+        self.columns = x.shape[1]
+        labels, u, eps, drop, starts = self.on_device(labels, draws.u, draws.eps, draws.drop,
+                                                      draws.starts)
+        drop = drop < self.cfg.label_dropout
+        if self.model.config.real_equivariant:
+            x, labels, u, eps, drop = self.crops(x, labels, u, eps, drop, starts)
+        with self.autocast():
+            return self.flow_errors(self.model, x, labels, u, eps, drop, shift), u
+
+    def state(self) -> dict:
+        """Everything a resumed run needs, and the tokenizer that sampling needs."""
+        return {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "skipped": self.stepper.skipped,
+                "columns": self.columns, "tokenizer": tokenizer_content(self.tokenizer)}
+
+    def load_state(self, state: dict) -> None:
+        """The inverse of `state`; raises UserError if the run had another tokenizer."""
+        mine = self.tokenizer.state_dict()
+        theirs = state["tokenizer"]["weights"]
+        if mine.keys() != theirs.keys() or any(
+                not torch.equal(mine[k].cpu(), theirs[k]) for k in mine):
+            raise UserError("the run to resume was trained with another tokenizer than --tokenizer")
+        checkpoint.load_weights(self.model, state["model"], "last.pt")
+        checkpoint.load_weights(self.ema.model, state["ema"], "last.pt")
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.stepper.skipped = state["skipped"]
+        self.columns = state.get("columns", 0)
+
+    def start_from(self, state: dict) -> None:
+        """Take the EMA weights of another generator's checkpoint as the initial ones.
+
+        Its classes keep their embeddings; other classes start as "no class".
+        """
+        weights, known = dict(state["ema"]), state["classes"]
+        old = weights["class_table.weight"]
+        rows = [old[known.index(name)] if name in known else weights["no_class"][0]
+                for name in self.classes]
+        weights["class_table.weight"] = torch.stack(rows)
+        for model in (self.model, self.ema.model):
+            checkpoint.load_weights(model, weights, "--init-from")
+        new = [name for name in self.classes if name not in known]
+        print(f"starting from the weights of {self.opts.init_from}; new classes: "
+              f"{', '.join(map(clean_label, new)) or 'none'}")
+
+    @torch.no_grad()
+    def validate(self, loader) -> dict:
+        """Loss of the EMA generator, always with the same noise, and the same per column."""
+        sums = {}
+        for data, labels, indices in loader:
+            draws = self.draws([rng("validation", int(i)) for i in indices],
+                               *self.shape(data))
+            x = self.tokens(data, draws)
+            loss = flow_matching_loss(self.ema.model, x,
+                                      *self.on_device(labels, draws.u, draws.eps))  # (B, N)
+            add(sums, {"columns": loss.cpu().double().sum(0), "count": torch.tensor(len(x))})
+        if not sums:  # more processes than pictures
+            sums = {"columns": torch.zeros(self.columns).double(), "count": torch.tensor(0)}
+        found = distributed.total(sums)
+        columns = [v / found["count"] for v in found["columns"]]
+        return {"val_loss": sum(columns) / len(columns),
+                "val_loss_per_column": [round(v, 6) for v in columns]}
+
+    def preview(self, path: Path) -> None:
+        """Samples of up to eight classes: raw weights on the left, EMA weights on the right."""
+        names, sides = self.classes[:8], []
+        for model in (self.model.eval(), self.ema.model):
+            images = ImageGenerator(model, self.tokenizer, self.classes).sample(
+                [n for n in names for _ in range(4)], seed=self.seed, cfg=self.opts.preview_cfg,
+                steps=self.opts.preview_steps)
+            sides.append(images.unflatten(0, (len(names), 4)))
+        self.model.train()
+        gap = torch.ones_like(sides[0][:, :1])
+        sheet = torch.cat((sides[0], gap, sides[1]), 1)
+        save_png(grid(list(sheet), [f"{name} (raw, EMA)" for name in names]), path)
+
+
+def sums_by_time(errors: torch.Tensor, u: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums and counts of errors in T_BINS equal parts of t; both (M, B, N), u ~ t in [0, 1)."""
+    bins = (u * T_BINS).long().flatten()
+    zeros = errors.new_zeros(T_BINS)
+    return {"t_sums": zeros.index_add(0, bins, errors.detach().flatten()),
+            "t_counts": zeros.index_add(0, bins, torch.ones_like(u).flatten())}

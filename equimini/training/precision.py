@@ -1,0 +1,74 @@
+"""Precision, compilation and optimizer of a training.
+
+None of it changes what is computed, but for rounding (and, with --compile, for which activations
+dropout draws).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+
+from equimini.utils.errors import UserError, first_line
+
+PRECISIONS = ("float32", "tf32", "bf16")
+
+
+def set_float32(precision: str, device: torch.device) -> None:
+    """What float32 products mean on CUDA: tf32 (10 bits of mantissa) or all their bits.
+
+    A setting of the whole process.  Raises UserError for tf32 on another device.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    elif precision == "tf32":
+        raise UserError(f"--precision tf32 is arithmetic of CUDA devices, got --device {device}; "
+                        "give float32 or bf16")
+
+
+# Compilation -------------------------------------------------------------------------------
+
+
+def compiled(loss: Callable[..., Tensor], backend: str = "inductor") -> Callable[..., Tensor]:
+    """`flow_matching_errors`, compiled at its first call, which takes minutes.
+
+    Whole numbers (the position shift) go in as tensors, so that another one is not another
+    program.  Raises UserError where it does not compile.
+    """
+    fast = torch.compile(loss, backend=backend, fullgraph=True)
+
+    def call(model: nn.Module, tokens: Tensor, *args: Any) -> Tensor:
+        args = [torch.tensor(a, device=tokens.device) if type(a) is int else a for a in args]
+        try:
+            return fast(model, tokens, *args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UserError(f"--compile does not work here ({first_line(error)}); on a CPU it "
+                            "needs a C++ compiler, on a GPU triton; leave it out") from error
+
+    return call
+
+
+# Optimizer ---------------------------------------------------------------------------------
+
+
+def adamw(groups: list[dict], lr: float, fused: bool) -> torch.optim.AdamW:
+    """The generator's optimizer; fused: each weight read and written once per step.
+
+    Raises UserError where this torch has no fused AdamW for the weights' device.
+    """
+    try:
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused or None)
+    except RuntimeError as error:
+        raise UserError(f"--fused-optimizer does not work here ({first_line(error)}); give "
+                        "--no-fused-optimizer") from None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state, but keep this one's own implementation (fused or not)."""
+    own = ("fused", "foreach")
+    groups = [{**theirs, **{k: mine[k] for k in own}}
+              for mine, theirs in zip(optimizer.param_groups, state["param_groups"])]
+    optimizer.load_state_dict({**state, "param_groups": groups})

@@ -1,0 +1,25 @@
+"""The next step's draws, made while this one is computed."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable
+
+
+class Ahead:
+    """Calls a pure function(step, …), always the same one, for step + 1, too, in another thread.
+
+    If that, and the same rest, is what is asked for next, its result is there.  An error is raised
+    when its step is asked for.  Results of two steps are in memory, and at the end one was
+    made for nothing.
+    """
+
+    def __init__(self) -> None:
+        self.pool, self.expected, self.coming = ThreadPoolExecutor(1), None, None
+
+    def __call__(self, function: Callable[..., Any], step: int, *more: Any) -> Any:
+        there = self.expected == (step, *more)
+        result = self.coming.result() if there else function(step, *more)
+        self.expected = step + 1, *more
+        self.coming = self.pool.submit(function, *self.expected)
+        return result

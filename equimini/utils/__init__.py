@@ -1,0 +1,1 @@
+"""Tools of every command: command line, errors, files, images, checkpoints, processes."""

@@ -1,0 +1,183 @@
+"""Command lines made from dataclasses, and errors a user can act on."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import importlib
+import sys
+import typing
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Sequence, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from equimini.config import Checked
+from equimini.utils.errors import UserError, first_line
+
+Config = TypeVar("Config", bound=Checked)
+
+
+def add_flags(parser: argparse.ArgumentParser, defaults: Checked, title: str) -> None:
+    """One flag per field of the dataclass instance `defaults`, in a group called `title`."""
+    group = parser.add_argument_group(title)
+    types = typing.get_type_hints(type(defaults))
+    for f in dataclasses.fields(defaults):
+        value = getattr(defaults, f.name)
+        if types[f.name] is bool:
+            group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                               action=argparse.BooleanOptionalAction,
+                               help=f"{f.metadata['help']} [{'yes' if value else 'no'}]")
+            continue
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        text = f.metadata["help"].replace("%", "%%")
+        group.add_argument(
+            "--" + f.name.replace("_", "-"), dest=f.name, default=argparse.SUPPRESS,
+            type=_int_tuple if isinstance(value, tuple) else types[f.name],
+            choices=f.metadata.get("choices"), metavar=None if "choices" in f.metadata else
+            {int: "N", float: "X", str: "TEXT"}.get(types[f.name], "N,N"),
+            help=f"{text} [{'none' if shown == '' else shown}]")
+
+
+def _int_tuple(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+_int_tuple.__name__ = "list of whole numbers such as 1,2,4"  # argparse names it in its errors
+
+
+def override(config: Config, args: argparse.Namespace) -> Config:
+    """`config` with every field replaced that was given on the command line.
+
+    Raises UserError for a value outside its declared range.
+    """
+    names = {f.name for f in dataclasses.fields(config)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    try:
+        return dataclasses.replace(config, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+    """A configuration from a checkpoint's plain dict.
+
+    A field that the dict lacks is younger than the checkpoint and gets its default, which must
+    therefore mean what was done before there was a choice.  Raises UserError if a field is
+    unknown or out of range.
+    """
+    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        raise UserError(f"the checkpoint's {cls.__name__} has settings that this version does not "
+                        f"know ({', '.join(unknown)}); it is from a newer version, or an old one "
+                        "whose settings have been renamed")
+    try:
+        return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v
+                      for k, v in values.items()})
+    except ValueError as error:
+        raise UserError(f"the checkpoint's {cls.__name__} is not valid: {error}") from None
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for --device; 'auto' takes CUDA, then MPS, then the CPU.
+
+    A GPU becomes CUDA's current one; its float32 keeps all its digits, in convolutions, too (until
+    `set_float32` says otherwise), and products of bfloat16 are summed in float32.
+    Raises UserError for a device that this machine or this torch does not have.
+    """
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used here ({first_line(error)}); try "
+                        "--device auto") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    return device
+
+
+def output_folder(path: str) -> Path:
+    """Create the folder `path`; raises UserError if it cannot be written."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink(missing_ok=True)  # another process may probe, too
+    except OSError as error:
+        raise UserError(f"cannot write to the output folder {path}: {error.strerror}") from None
+    return folder
+
+
+def subcommand(package: str, names: Sequence[str], argv: list[str] | None = None) -> None:
+    """`python -m package NAME …`: call main(argv) of the module package.NAME.
+
+    Each module's docstring begins with the line that the list of commands shows.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in names:
+        asked = [] if not argv or argv[0] in ("-h", "--help") else argv[:1]
+        lines = [f"usage: python -m {package} WHAT [options]", ""]
+        longest = max(map(len, names))
+        for name in names:
+            about = _module(package, name).__doc__.splitlines()[0]
+            lines.append(f"  {name:{longest}}  {about}")
+        print("\n".join([*lines, "", f"python -m {package} WHAT --help explains each."]),
+              file=sys.stderr if asked or not argv else sys.stdout)
+        if asked:
+            raise UserError(f"unknown command {asked[0]!r}; there are {', '.join(names)}")
+        sys.exit(0 if argv else 2)
+    _module(package, argv[0]).main(argv[1:])
+
+
+def _module(package: str, name: str) -> Any:
+    return importlib.import_module(f"{package}.{name.replace('-', '_')}")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main; a UserError becomes one line on stderr and exit code 2.
+
+    So do memory that runs out and a full disk.  Warnings are shown as one line each.
+    """
+    warnings.showwarning = _show_warning
+    try:
+        main()
+    except UserError as error:
+        text = str(error).rsplit("UserError: ", 1)[-1]  # a loader process wraps it in a traceback
+        _fail(text.strip())
+    except (torch.OutOfMemoryError, MemoryError):
+        _fail(OUT_OF_MEMORY)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # what torch says on a CPU
+            raise
+        _fail(OUT_OF_MEMORY)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail("the disk is full; make room and go on (what was written before is still there)")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+OUT_OF_MEMORY = ("the memory is used up; lower --batch-size (pictures at a time), --width or "
+                 "--columns (their length), or --cache-gb, or take a smaller --preset; for a "
+                 "training, --accumulate N makes a step of N smaller pieces, and the generator's "
+                 "--checkpoint-activations keeps less of each")
+
+
+def _fail(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)

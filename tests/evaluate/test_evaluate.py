@@ -1,0 +1,407 @@
+"""The evaluation command, on tiny models and a tiny feature network."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from equimini import load_generator, load_tokenizer
+from equimini.evaluate import commands as evaluate
+from equimini.evaluate import feature_networks as feature_nets
+from equimini.evaluate import feature_shards
+from equimini.evaluate.feature_networks import FeatureNetwork, file_hash, load_network
+from equimini.evaluate.feature_shards import pixels
+from equimini.evaluate.report import distance_name
+from equimini.pretrained.published_weights import load_lpips
+from equimini.sampling.image_generator import ImageGenerator
+from equimini.utils import checkpoint
+from equimini.utils.checkpoint import tokenizer_content
+from equimini.utils.errors import UserError
+from equimini.utils.images import to_float
+from tests.conftest import SMALL_GENERATOR
+from tests.method.test_losses import TwoMaps
+from tests.training.test_pretrained import lpips_layout, vgg_layout
+
+ROOT = Path(__file__).parents[2]
+
+
+class TinyNet(torch.nn.Module):
+    """Called as the Inception: 12 features (means of quarters), 5 classes."""
+
+    def forward(self, img: torch.Tensor, return_features: bool = False,
+                no_output_bias: bool = False) -> torch.Tensor:
+        x = torch.nn.functional.adaptive_avg_pool2d(img.float() / 255, [2, 2]).flatten(1)
+        return x if return_features else torch.softmax(20 * x[:, :5], 1)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, tokenizer, generator):
+    """A folder with a generator, a tokenizer, networks and pictures; shards of 8."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(feature_shards, "SHARD", 8)
+    torch.jit.script(TinyNet()).save("net.pt")
+    torch.jit.script(TwoMaps()).save("maps.pt")
+    checkpoint.save("generator.pt", "generator", {
+        "config": {"model": dataclasses.asdict(SMALL_GENERATOR)}, "classes": ["a", "b", "c"],
+        "ema": generator.state_dict(), "tokenizer": tokenizer_content(tokenizer)})
+    checkpoint.save("tokenizer.pt", "tokenizer", {
+        "config": {"model": dataclasses.asdict(tokenizer.config)}, "ema": tokenizer.state_dict()})
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 10)):
+        for name in "abc":
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = draw.normal(draw.uniform(60, 190, 3), 30, (34, 40, 3)).clip(0, 255)
+                Image.fromarray(image.astype(np.uint8)).save(split + f"/{name}/{i}.png")
+    return tmp_path
+
+
+DATA = "--data train --val-data val --network net.pt --workers 0".split()
+GENERATOR = ["generator", "--checkpoint", "generator.pt", *DATA, "--n", "20", "--steps", "2"]
+
+
+def call(*arguments):
+    evaluate.main([str(a) for a in arguments])
+
+
+def report(out):
+    return json.loads(Path(out, "report.json").read_text())
+
+
+def row(report_, name, **wanted):
+    return next(r for r in report_["results"] if r["set"].startswith(name)
+                and all(r[k] == v for k, v in wanted.items()))
+
+
+def test_a_sweep_reports_everything_and_draws_it(folder, capsys):
+    call(*GENERATOR, "--cfg", "1,3,1.0", "--out", "a", "--maps-network", "maps.pt", "--keep-images")
+    found = report("a")
+    assert [r.get("cfg") for r in found["results"]] == [1, 3, None, None]
+    assert all(r["n"] == 20 for r in found["results"])
+    assert found["checkpoint"] == {"file": "generator.pt", "sha256": file_hash("generator.pt"),
+                                   "weights": "ema"}
+    assert found["network"]["sha256"] == file_hash("net.pt")
+    assert found["reference"]["n"] == 30 and len(found["reference"]["sha256"]) == 64
+    assert found["settings"] | {"solver": "euler", "schedule": "linear", "steps": 2, "seed": 0,
+                                "columns": 8} == found["settings"]
+    assert found["distance"] == "Frechet distance (net, 20 pictures)"
+    text = capsys.readouterr().out
+    assert "FID-50k" not in text and "published Inception" in text
+    for name in ("samples", "tokenizer's limit", "floor"):
+        line = next(line for line in text.splitlines() if line.startswith(name))
+        assert f"{row(found, name)['frechet_distance']:.3f}" in line
+    assert row(found, "floor")["frechet_distance"] < row(found, "samples")["frechet_distance"]
+    assert {"psnr", "ssim", "feature_distance"} <= row(found, "tokenizer").keys()
+    # every picture is the one that the Python interface draws
+    model = load_generator("generator.pt")
+    kept = sorted(Path("a/images/cfg-3.0").iterdir())
+    assert len(kept) == 20 and kept[-1].name == "class0002_seed000017.png"
+    image = model.sample(["c"], seed=17, cfg=3.0, steps=2)[0]
+    drawn = ((image + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    assert abs(drawn - np.asarray(Image.open(kept[-1]))).max() <= 1
+    sheet = Image.open("a/samples.png")
+    assert sheet.height > 2 * 32 and sheet.width > 8 * 32  # a shard has 8
+    assert Image.open("a/curve.png").size == (720, 440)
+
+
+def test_numbers_are_those_of_the_pictures(folder):
+    """The kept files, the floor's and the reference's, through the formulas by hand."""
+    from equimini.evaluate.metrics import Gaussian, frechet_distance
+    from equimini.utils.images import load_image
+    call(*GENERATOR, "--out", "a", "--keep-images", "--cfg", "2")
+
+    def features(paths):
+        x = []
+        for path in paths:
+            image = np.asarray(load_image(path, 32, 32))
+            left = (image.shape[1] - 32) // 2
+            x.append(torch.from_numpy(image[:, left:left + 32].copy()).permute(2, 0, 1))
+        return TinyNet()(torch.stack(x), return_features=True)
+
+    reference = Gaussian.fit(features(sorted(Path("val").rglob("*.png"))))
+    samples = Gaussian.fit(features(sorted(Path("a/images/cfg-2.0").iterdir())))
+    assert row(report("a"), "samples")["frechet_distance"] == pytest.approx(
+        frechet_distance(samples, reference), rel=1e-4)  # features are float32
+    call(*GENERATOR, "--n", 36, "--out", "b")  # all training pictures
+    floor = Gaussian.fit(features(sorted(Path("train").rglob("*.png"))))
+    assert row(report("b"), "floor")["frechet_distance"] == pytest.approx(
+        frechet_distance(floor, reference), rel=1e-4)
+
+
+def same_numbers(a, b, rel=1e-5):
+    assert len(a["results"]) == len(b["results"])
+    for x, y in zip(a["results"], b["results"]):
+        assert x.keys() == y.keys()
+        for name, value in x.items():
+            near = pytest.approx(value, rel=rel, abs=1e-7) if isinstance(value, float) else value
+            assert y[name] == near, name
+
+
+def test_batch_size_does_not_matter(folder):
+    for size in (3, 64):
+        call(*GENERATOR, "--batch-size", size, "--out", size, "--cache", f"cache{size}",
+             "--maps-network", "maps.pt")
+    same_numbers(report("3"), report("64"))
+    assert abs(np.asarray(Image.open("3/samples.png")).astype(int)
+               - np.asarray(Image.open("64/samples.png"))).max() <= 1
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(folder, monkeypatch):
+    call(*GENERATOR, "--out", "whole", "--cache", "c1", "--cfg", "1,2")
+    decode, calls = ImageGenerator.decode, []
+
+    def interrupted(self, tokens):
+        calls.append(len(tokens))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return decode(self, tokens)
+
+    monkeypatch.setattr(ImageGenerator, "decode", interrupted)
+    again = [*GENERATOR, "--out", "again", "--cache", "c2", "--cfg", "1,2"]
+    with pytest.raises(KeyboardInterrupt):
+        call(*again)
+    assert not Path("again/report.json").exists()
+    call(*again)
+    assert calls == [8, 8, 4, 8, 8, 8, 4]  # only the shard that was cut off came again
+    assert report("again") == report("whole")
+    # more samples: only what is new is drawn
+    calls[:] = [0] * 9
+    call(*again, "--n", 24, "--cfg", "1")
+    assert calls[9:] == [8] and row(report("again"), "samples")["n"] == 24
+    for file in Path("again/samples").glob("*/00000016-00000020.npz"):
+        file.unlink()
+    call(*again, "--cfg", "1")  # and back: the longer file serves, its first 20 are taken
+    assert len(calls) == 10
+    assert row(report("again"), "samples") == row(report("whole"), "samples", cfg=1)
+    call(*again, "--keep-images", "--cfg", "1")  # pictures that were not kept are drawn again
+    assert len(calls) == 13 and len(list(Path("again/images/cfg-1.0").iterdir())) == 20
+
+
+def test_two_processes_give_the_numbers_of_one(folder, monkeypatch):
+    content = checkpoint.load("generator.pt", "generator")
+    names = ["balloon", "house", "ball"]
+    checkpoint.save("generator.pt", "generator", {**content, "classes": names})
+    # processes of their own have shards of 256 pictures: enough for both to get some
+    monkeypatch.setattr(feature_shards, "SHARD", 256)
+    more = [*GENERATOR[:-4], "--samples", "300", "--steps", "1", "--data", "synthetic-object",
+            "--val-data", "", "--val-fraction", "0.002"]
+    call(*more, "--out", "one", "--cache", "c1")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "-m", "equimini.evaluate", *more, "--out", "two", "--cache", "c2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\nsamples ") == 1  # one of them prints
+    same_numbers(report("one"), report("two"))
+
+
+def test_equal_folders_are_at_distance_zero(folder, capsys):
+    shutil.copytree("val", "twin")
+    call(*GENERATOR, "--data", "twin", "--n", 30, "--out", "a")
+    floor = row(report("a"), "floor")
+    assert floor["frechet_distance"] < 1e-9
+    assert any("30 of the floor's pictures are in the reference" in n for n in report("a")["notes"])
+    call(*GENERATOR, "--reference", "train", "--n", 36, "--out", "b")
+    assert row(report("b"), "floor")["frechet_distance"] < 1e-9
+    assert "in the reference, too" in capsys.readouterr().out
+
+
+def test_reference_features_are_kept_by_content(folder, monkeypatch):
+    seen = []
+    features = FeatureNetwork.features
+
+    def counted(self, pictures):
+        seen.append(len(pictures))
+        return features(self, pictures)
+
+    monkeypatch.setattr(FeatureNetwork, "features", counted)
+    call(*GENERATOR, "--out", "a")
+    first, _ = sum(seen), seen.clear()
+    shutil.move("val", "moved")
+    call(*GENERATOR, "--val-data", "moved", "--out", "b")
+    assert (first, sum(seen)) == (20 * 3 + 30 + 1, 20 + 1)  # only the samples, and one trial
+    assert report("a")["reference"]["sha256"] == report("b")["reference"]["sha256"]
+    seen.clear()
+    path = Path("moved/a/0.png")
+    Image.open(path).rotate(90).save(path)  # one picture changes: its shard, and no other
+    call(*GENERATOR, "--val-data", "moved", "--out", "b")
+    assert sum(seen) - 1 in (8, 6)
+    assert report("a")["reference"]["sha256"] != report("b")["reference"]["sha256"]
+
+
+def test_statistics_from_an_npz(folder, capsys):
+    call(*GENERATOR, "--out", "a")
+    x = []
+    for path in sorted(Path("val").rglob("*.png")):
+        image = np.asarray(Image.open(path).resize((38, 32), Image.Resampling.BICUBIC))[:, 3:35]
+        x.append(TinyNet()(torch.from_numpy(image.copy()).permute(2, 0, 1)[None], True)[0].double())
+    x = torch.stack(x)
+    np.savez("stats.npz", mu=x.mean(0), sigma=torch.cov(x.T))
+    call(*GENERATOR, "--reference", "stats.npz", "--out", "b")
+    for name in ("samples", "floor", "tokenizer"):
+        one, other = row(report("a"), name), row(report("b"), name)
+        assert one["frechet_distance"] == pytest.approx(other["frechet_distance"], rel=1e-3)
+        assert "kid" in one and "kid" not in other
+    assert "no KID" in capsys.readouterr().out
+    np.savez("wrong.npz", mu=x.mean(0))
+    np.savez("small.npz", mu=np.zeros(3), sigma=np.eye(3))
+    for name, text in (("wrong.npz", "mu and sigma"), ("small.npz", "3 features"),
+                       ("none.npz", "none.npz")):
+        with pytest.raises(UserError, match=text):
+            call(*GENERATOR, "--reference", name, "--out", "c")
+
+
+def test_the_tokenizer_against_its_originals(folder):
+    call("tokenizer", "--checkpoint", "tokenizer.pt", *DATA, "--maps-network", "maps.pt",
+         "--out", "a")
+    found = report("a")
+    decoded = row(found, "reconstructions")
+    assert decoded["n"] == 30 and found["reference"]["n"] == 30
+    assert {"psnr", "ssim", "feature_distance", "kid", "inception_score"} <= decoded.keys()
+    assert row(found, "floor")["n"] == 36
+    assert Image.open("a/reconstructions.png").height > 64
+    # the same tokenizer inside a generator
+    call("tokenizer", "--checkpoint", "generator.pt", *DATA, "--out", "b")
+    assert row(report("b"), "recon")["psnr"] == decoded["psnr"]
+
+
+def test_lpips_where_its_weights_are_given(folder):
+    torch.manual_seed(0)
+    torch.save(vgg_layout(), "vgg.pt")
+    torch.save(lpips_layout(), "lin.pt")
+    call("tokenizer", "--checkpoint", "tokenizer.pt", *DATA, "--n", 8, "--lpips-weights",
+         "vgg.pt,lin.pt", "--out", "a")
+    found = report("a")
+    assert len(found["distances"]["lpips"]) == 64
+    tokenizer, lpips = load_tokenizer("tokenizer.pt"), load_lpips("vgg.pt,lin.pt")
+    x = evaluate.Bench(dataclasses.replace(
+        evaluate.TOKENIZER, data="train", val_data="val", network="net.pt", workers=0),
+        tokenizer.config, torch.device("cpu"))
+    x = to_float(next(x.real(x.held_out, 8).batches(0, 8))[0])
+    expected = lpips(x, tokenizer.decode(tokenizer.encode(x)).clamp(-1, 1)).mean().item()
+    assert row(found, "recon")["lpips"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_solvers_are_passed_on_and_reported(folder):
+    call(*GENERATOR, "--solver", "heun", "--time-shift", "2", "--precision", "bf16",
+         "--temperature", "1.1", "--keep-images", "--cfg", "2", "--out", "a")
+    settings = report("a")["settings"]
+    assert settings["solver"] == "heun" and settings["time_shift"] == 2
+    assert settings["precision"] == "bf16" and settings["temperature"] == 1.1
+    image = load_generator("generator.pt").sample(["b"], seed=4, steps=2, solver="heun",
+                                                  time_shift=2.0, precision="bf16",
+                                                  temperature=1.1)
+    kept = np.asarray(Image.open("a/images/cfg-2.0/class0001_seed000004.png")).astype(int)
+    plain = load_generator("generator.pt").sample(["b"], seed=4, steps=2)
+    near, far = (abs(pixels(x)[0].permute(1, 2, 0).numpy() - kept).mean() for x in (image, plain))
+    assert near < 2 and far > 2 * near  # bf16 depends on the batch a little
+
+
+def test_a_perfect_tokenizer_is_at_distance_zero(folder, monkeypatch):
+    from equimini.autoencoder import Tokenizer
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, x: x)
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, x: x)
+    call("tokenizer", "--checkpoint", "tokenizer.pt", *DATA, "--maps-network", "maps.pt",
+         "--out", "a")
+    perfect = row(report("a"), "reconstructions")
+    assert perfect["frechet_distance"] < 1e-9 and abs(perfect["frechet_extrapolated"]) < 1e-9
+    assert perfect["ssim"] == pytest.approx(1) and abs(perfect["kid"]) < 1e-12
+    assert perfect["feature_distance"] < 1e-6 and perfect["psnr"] > 90
+
+
+def test_files_that_cannot_be_read_are_counted(folder):
+    Path("val/a/3.png").write_bytes(b"no picture")
+    Image.new("RGB", (20, 20)).save("train/b/2.png")
+    for _ in range(2):  # computed, and from the cache
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call(*GENERATOR, "--n", 36, "--out", "a")
+        found = "\n".join(report("a")["notes"])
+        assert "reference: 1 files cannot be read" in found
+        assert "floor (real pictures): 1 pictures are smaller" in found
+
+
+def test_built_in_pictures_as_data_and_reference(folder):
+    data = ["--network", "net.pt", "--workers", "0", "--data", "synthetic-object",
+            "--val-fraction", "0.001", "--checkpoint", "tokenizer.pt"]
+    call("tokenizer", *data, "--n", 16, "--out", "a")
+    assert row(report("a"), "recon")["n"] == 16
+    call("tokenizer", *data, "--reference", "synthetic", "--n", 8, "--out", "b")
+    assert row(report("b"), "floor")["frechet_distance"] > row(report("a"), "floor")[
+        "frechet_distance"]
+
+
+def test_the_name_fid_is_earned():
+    def net(sha256):
+        return FeatureNetwork(None, "inception-2015-12-05", sha256, torch.device("cpu"), True)
+
+    inception = net(feature_nets.INCEPTION_SHA256)
+    assert distance_name(inception, 50_000) == "FID-50k"
+    assert distance_name(inception, 50_000, "tokenizer") == "rFID-50k"
+    for other in (distance_name(inception, 49_999), distance_name(net("0" * 64), 50_000)):
+        assert other.startswith("Frechet distance (inception-2015-12-05, ")
+
+
+def test_downloads_are_checked(folder, monkeypatch, capsys):
+    url = (folder / "net.pt").as_uri()
+    monkeypatch.setattr(feature_nets, "INCEPTION_URL", url)
+    with pytest.raises(UserError, match=f"{file_hash('net.pt')}, expected"):
+        load_network("download", cache=folder / "nets")
+    assert not list((folder / "nets").iterdir())  # nothing unchecked is left behind
+    net = load_network("download", file_hash("net.pt").upper(), cache=folder / "nets")
+    assert net.verified and not net.is_inception and (folder / "nets/net.pt").is_file()
+    monkeypatch.setattr(feature_nets, "INCEPTION_URL", url + "x")
+    with pytest.raises(UserError, match="cannot download.*give its path to --network"):
+        load_network("download", cache=folder / "nets")
+    assert not load_network("net.pt").verified
+    assert load_network("net.pt", file_hash("net.pt")).verified
+
+
+@pytest.mark.parametrize("arguments, text", (
+    (["--network", ""], "--network is needed"),
+    (["--network", "none.pt"], "none.pt"),
+    (["--network", "train/a/0.png"], "as TorchScript"),
+    (["--network", "maps.pt"], "cannot be called"),
+    (["--network-sha256", "12ab"], "expected 12ab"),
+    (["--maps-network", "none.pt"], "none.pt"),
+    (["--cfg", "2,x"], "--cfg takes numbers"), (["--cfg", "nan"], "--cfg"),
+    (["--cfg", "-1"], "--cfg"),
+    (["--reference", "nowhere"], "nowhere"),
+    (["--data", "synthetic", "--val-data", ""], "give --data the pictures"),
+    (["--weights", "raw"], "only one set of weights"),
+    (["--checkpoint", "tokenizer.pt"], "holds a tokenizer"),
+    (["--n", "2"], "n must be at least 4"),
+    (["--steps", "3"], "samples of other settings \\(steps\\)")))
+def test_mistakes_are_one_clear_error(folder, arguments, text):
+    if "--steps" in arguments:
+        call(*GENERATOR)
+    with pytest.raises(UserError, match=text):
+        call(*GENERATOR, *arguments)
+    if "--steps" in arguments:
+        call(*GENERATOR, *arguments, "--overwrite")
+        assert report("runs/evaluate-generator")["settings"]["steps"] == 3
+
+
+def test_a_small_reference_and_a_damaged_shard(folder):
+    for i in range(2, 10):
+        for name in "abc":
+            Path(f"val/{name}/{i}.png").unlink()
+    call(*GENERATOR, "--out", "a")  # 6 pictures
+    for name in "bc":
+        shutil.rmtree(f"val/{name}"), shutil.rmtree(f"train/{name}")
+    with pytest.raises(UserError, match="2 pictures; it takes at least 4"):
+        call(*GENERATOR, "--out", "b")
+    path = next(Path("a/samples/cfg-2.0").glob("*.npz"))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="damaged.*delete it"):
+        call(*GENERATOR, "--out", "a", "--val-data", "train")

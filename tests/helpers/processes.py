@@ -1,0 +1,85 @@
+"""A few training steps as one of several processes, for tests/training/test_distributed.py.
+
+    torchrun --nproc-per-node=2 tests/helpers/processes.py OUT
+
+For both scripts, in one piece and in two, the main process saves OUT/SCRIPT-PIECES.pt: what each
+step logged, and the gradients as the optimizers got them.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from equimini.autoencoder import Tokenizer, TokenizerConfig
+from equimini.generator import GeneratorConfig
+from equimini.noise import rng
+from equimini.presets import GeneratorTraining, TokenizerTraining
+from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
+from equimini.training.loaders import Batches
+from equimini.training.setup import Setup
+from equimini.training.tokenizer_trainer import TokenizerRun, TokenizerTrainer
+from equimini.utils import distributed
+from equimini.utils.command_line import run
+
+STEPS, BATCH = 3, 8
+TOKENIZER = TokenizerConfig(image_size=32, base_channels=8, multipliers=(1, 2, 4), blocks=1,
+                            norm_groups=4, attention_rows=(8,), z_channels=8, token_channels=8,
+                            noise=0.5)
+
+
+def make_generator(accumulate):
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(TOKENIZER).eval()
+    tokenizer.set_statistics(0.0, 1.0)
+    setup = Setup("tiny", GeneratorConfig(layers=2, embed_dim=32, heads=2, head_width=32,
+                                          head_depth=2, dropout=0.0),
+                  GeneratorTraining(steps=STEPS, batch_size=BATCH, lr=1e-3, warmup_steps=0),
+                  GeneratorRun(accumulate=accumulate), torch.device("cpu"), Path(), None)
+    trainer = GeneratorTrainer(setup, tokenizer, ["a", "b", "c"])
+    torch.manual_seed(0)
+    for p in trainer.model.parameters():  # also the layers that begin at zero
+        nn.init.normal_(p, std=0.1)
+    return trainer
+
+
+def make_tokenizer(accumulate):
+    setup = Setup("tiny", TOKENIZER, TokenizerTraining(
+        steps=STEPS, batch_size=BATCH, lr=1e-3, warmup_steps=0, discriminator="patchgan",
+        disc_channels=8, disc_layers=2, adv_start=1), TokenizerRun(accumulate=accumulate),
+        torch.device("cpu"), Path(), None)
+    trainer = TokenizerTrainer(setup, torch.zeros(2, 3, 32, 32))
+    for name, layer in trainer.adversary.critic.named_children():  # its batches are what differs
+        if isinstance(layer, nn.BatchNorm2d):
+            setattr(trainer.adversary.critic, name, nn.Identity())
+    return trainer
+
+
+def steps(trainer, steppers):
+    """The steps' logs, and their gradients, clipped, of all that the optimizers have."""
+    images = torch.from_numpy(rng("images").integers(0, 256, (24, 3, 32, 32), "uint8"))
+    gradients, logged = [], []
+    for stepper in steppers:
+        stepper.optimizer.register_step_pre_hook(lambda optimizer, *_: gradients.append(torch.cat(
+            [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]
+             if p.grad is not None])))
+    for step, keys in enumerate(Batches(len(images), BATCH, 0, 0, STEPS)):
+        index = torch.tensor([i for _, i in keys])
+        logged.append(trainer.step(step, images[index], index % 3))
+    return {"logged": logged, "gradients": gradients}
+
+
+def main():
+    out = Path(sys.argv[1])
+    with distributed.processes(torch.device("cpu")):
+        for accumulate in (1, 2):
+            generator, tokenizer = make_generator(accumulate), make_tokenizer(accumulate)
+            found = {"generator": steps(generator, [generator.stepper]), "tokenizer": steps(
+                tokenizer, [tokenizer.stepper, tokenizer.adversary.stepper])}
+            for kind, content in found.items() if distributed.is_main() else ():
+                torch.save(content, out / f"{kind}-{accumulate}.pt")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,88 @@
+"""Compile csrc/cuda_kernels.cu with g++ (see cuda_on_cpu.h) and call it on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parents[1] / "csrc"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of enum Dtype
+PATHS = ("automatic", "narrow", "cuda cores", "tensor cores")  # in the order of enum Path
+
+
+class Heads(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((x, ctypes.c_int64) for x in ("b", "n", "h"))]
+
+
+class Attention(ctypes.Structure):  # csrc/common.h
+    _fields_ = [*((x, Heads) for x in ("q", "k", "v", "grad")),
+                *((x, ctypes.c_void_p) for x in ("out", "lse", "dq", "dk", "dv", "cos", "sin",
+                                                 "seed")),
+                *((x, ctypes.c_int64) for x in ("b", "n_q", "n_k", "h", "d", "window")),
+                ("scale", ctypes.c_double), ("keep_factor", ctypes.c_double),
+                ("drop_below", ctypes.c_uint32)]
+
+
+class EmulatedKernels:
+    """The operators' forward and backward, computed by the CUDA kernels on the CPU."""
+
+    def __init__(self, build: Path, path: str = "automatic", csrc: Path = CSRC,
+                 flags: tuple[str, ...] = ("-O1",)):
+        library = build / "libcuda_on_cpu.so"
+        subprocess.run(["g++", "-std=c++20", *flags, "-shared", "-fPIC", "-I", str(csrc),
+                        "-I", str(TESTS), str(TESTS / "cuda_on_cpu.cpp"), "-o", str(library)],
+                       check=True)
+        self.library = ctypes.CDLL(str(library))
+        self.library.error_string.restype = ctypes.c_char_p
+        self.path = path
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest):
+        b, n_q, h, _ = q.shape
+        out, lse = poisoned(q.shape, q.dtype), poisoned((b, h, n_q), torch.float32)
+        held, p = describe(q, k, v, *rest, out=out, lse=lse)
+        self._call(self.library.forward, p, q.dtype)
+        return out, lse
+
+    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                 *rest):
+        dq, dk, dv = (poisoned(x.shape, x.dtype) for x in (q, k, v))
+        held, p = describe(q, k, v, *rest, out=out, lse=lse, grad=grad, dq=dq, dk=dk, dv=dv)
+        delta = poisoned(lse.shape, torch.float32)
+        self._call(self.library.backward, p, q.dtype, ctypes.c_void_p(delta.data_ptr()))
+        return dq, dk, dv
+
+    def _call(self, function, p: Attention, dtype: torch.dtype, *more) -> None:
+        error = function(ctypes.byref(p), DTYPES.index(dtype), PATHS.index(self.path), *more)
+        if error:
+            raise RuntimeError(self.library.error_string(error).decode())
+
+
+def poisoned(shape, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def describe(q, k, v, cos, sin, seed, window, dropout_p, scale, **tensors):
+    """The struct for one call, and the tensors that it points to."""
+    held = [tensors]
+
+    def heads(x: Tensor) -> Heads:  # as binding.cpp: a copy where rows cannot be read in place
+        step = 16 // x.element_size()
+        if x.stride(3) != 1 or x.data_ptr() % 16 or any(s % step for s in x.stride()[:3]):
+            x = x.clone(memory_format=torch.contiguous_format)
+            held.append(x)
+        return Heads(x.data_ptr(), *x.stride()[:3])
+
+    b, n_q, h, d = q.shape
+    p = Attention(heads(q), heads(k), heads(v), b=b, n_q=n_q, n_k=k.shape[1], h=h, d=d,
+                  window=window, scale=scale, keep_factor=1 / (1 - dropout_p),
+                  drop_below=int(dropout_p * 2**32))
+    if "grad" in tensors:
+        p.grad = heads(tensors.pop("grad"))
+    for name, x in {**tensors, "cos": cos, "sin": sin, "seed": seed}.items():
+        setattr(p, name, None if x is None else x.data_ptr())
+    return held, p

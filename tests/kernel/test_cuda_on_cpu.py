@@ -1,0 +1,190 @@
+"""The CUDA kernels themselves, compiled by g++ and run on the CPU (see cuda_on_cpu.h).
+
+    python tests/kernel/test_cuda_on_cpu.py --cases 500 [--sanitize]   # many cases, by hand
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from attention_cases import Case, draw_case, draw_inputs, run_case  # noqa: E402
+from emulation import CSRC, DTYPES, PATHS, EmulatedKernels  # noqa: E402
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+# Several blocks of keys in shared memory, tiles that end in the middle, D of every bucket; for
+# narrow windows sequences of one, two and three stretches, groups beyond the last head.
+CHOSEN = {
+    "narrow": [Case(2, 16, 16, 3, 64, 4, torch.bfloat16, dropout_p=0.1),
+               Case(1, 130, 130, 2, 64, 4, torch.float32, dropout_p=0.1),
+               Case(1, 66, 70, 3, 80, 3, torch.float16),
+               Case(2, 1, 4, 3, 128, 4, torch.float32)],
+    "cuda cores": [Case(1, 16, 16, 3, 64, 4, torch.bfloat16, dropout_p=0.1),
+                   Case(1, 70, 70, 1, 64, 45, torch.float32),
+                   Case(1, 21, 45, 2, 80, 30, torch.float16),
+                   Case(2, 1, 9, 3, 128, 8, torch.float32)],
+    "tensor cores": [Case(1, 140, 140, 1, 64, 40, torch.bfloat16),
+                     Case(1, 30, 100, 1, 80, 20, torch.float16, dropout_p=0.2),
+                     Case(1, 66, 66, 2, 128, 100, torch.bfloat16)],
+}
+
+
+def small_case(seed: int, path: str) -> Case:
+    dtypes = DTYPES[1:] if path == "tensor cores" else DTYPES
+    case = draw_case(random.Random(seed), dtypes, 140 if path == "narrow" else 40)
+    case.b, case.h = min(case.b, 2), min(case.h, 2)
+    if path == "narrow":
+        case.window = min(case.window, 4)
+    return case
+
+
+def run(case: Case, kernels: EmulatedKernels) -> None:
+    run_case(case, kernels.forward, kernels.backward,
+             rounds_rotated=kernels.path == "tensor cores")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> Iterator[EmulatedKernels]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield EmulatedKernels(tmp_path_factory.mktemp("cuda_on_cpu"))
+    torch.set_num_threads(threads)  # later tests compare bits with processes of their own
+
+
+@pytest.mark.parametrize("path,case", [(path, case) for path in CHOSEN for case in CHOSEN[path]],
+                         ids=str)
+def test_chosen(kernels: EmulatedKernels, path: str, case: Case):
+    kernels.path = path
+    run(case, kernels)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_random(kernels: EmulatedKernels, path: str, seed: int):
+    kernels.path = path
+    kernels.library.set_schedule(seed)
+    run(small_case(seed, path), kernels)
+
+
+@pytest.mark.parametrize("window,dtype,paths", [
+    (4, torch.bfloat16, ["narrow"]), (4, torch.float32, ["narrow"]),
+    (5, torch.bfloat16, ["narrow", "cuda cores"]), (15, torch.float16, ["narrow", "cuda cores"]),
+    (16, torch.float16, ["tensor cores"]),
+    (16, torch.float32, ["narrow", "cuda cores", "tensor cores"])], ids=str)
+def test_which_kernels_run(kernels: EmulatedKernels, window: int, dtype: torch.dtype,
+                           paths: list[str]):
+    """What runs unasked has the bits of these paths: a kernel's, or of what they fall back to."""
+    q, k, v, *_ = draw_inputs(Case(1, 40, 40, 2, 64, window, dtype))
+    out = {}
+    for kernels.path in PATHS:
+        out[kernels.path] = kernels.forward(q, k, v, None, None, None, window, 0.0, 0.125)[0]
+    assert [path for path in PATHS[1:] if torch.equal(out[path], out["automatic"])] == paths
+
+
+# What is broken, where, and what the report must say: a wrong result, or the machine's own error.
+FAULTS = {
+    "no barrier after filling shared memory": (
+        "cuda_cores.cuh", "    __syncwarp();  // all rows are there\n", "", "is off by"),
+    "no barrier before refilling it": (
+        "cuda_cores.cuh", "    __syncwarp();  // nobody reads the old rows any more\n", "",
+        "is off by"),
+    "a window one too long": (
+        "cuda_cores.cuh", "behind >= unsigned", "behind > unsigned", "is off by"),
+    "a stretch that looks back too little": (
+        "cuda_narrow.cuh", "stretches > 1 ? window - 1 :", "stretches > 1 ? window - 2 :",
+        "is off by"),
+    "a stretch that ends too early": (
+        "cuda_narrow.cuh", "backward && stretches > 1 ? window - 1", "false ? window - 1",
+        "is off by"),
+    "a shuffle that one lane misses": (
+        "cuda_cores.cuh", "  tile.own(q, p.q, tile.offset, true, float(p.scale) * kLog2e);\n",
+        "  tile.own(q, p.q, tile.offset, true, float(p.scale) * kLog2e);\n"
+        "  if (threadIdx.x == 3) __shfl_xor_sync(kWarp, 0, 1);\n", "meets"),
+    "a barrier that one warp misses": (
+        "tensor_cores.cuh", "        __syncthreads();\n        also();",
+        "        if (threadIdx.x >= 32) __syncthreads();\n        also();", "__syncthreads"),
+    "statistics written beside their readers": (
+        "tensor_cores.cuh", "        __syncthreads();\n        also();",
+        "        also();\n        __syncthreads();", "is off by|differs"),
+}
+
+
+def test_faults_are_caught(tmp_path: Path):
+    """Break copies of the sources one by one: each fault must show."""
+    builds = {}
+    for number, (fault, (file, old, new, report)) in enumerate(FAULTS.items()):
+        copy = tmp_path / str(number)
+        shutil.copytree(CSRC, copy)
+        text = (copy / file).read_text()
+        assert old in text, f"{fault}: {file} no longer holds {old!r}"
+        (copy / file).write_text(text.replace(old, new, 1))
+        builds[fault] = copy
+    with ThreadPool() as pool:
+        built = pool.map(lambda copy: EmulatedKernels(copy, csrc=copy, flags=("-O0",)),
+                         builds.values())
+    for fault, kernels in zip(builds, built):
+        file, report = FAULTS[fault][0], FAULTS[fault][3]
+        path = file.removesuffix(".cuh").removeprefix("cuda_").replace("_", " ")
+        path = kernels.path = {"cores": "cuda cores"}.get(path, path)
+        with pytest.raises((AssertionError, RuntimeError), match=report):
+            for schedule in range(6):
+                kernels.library.set_schedule(schedule)
+                for case in CHOSEN[path]:
+                    run(case, kernels)
+            pytest.fail(f"nothing shows: {fault}")
+
+
+def test_sanitizers():
+    """A few cases under the address and undefined-behaviour sanitizers, in a process of its own."""
+    libraries = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True,
+                                text=True).stdout.strip()
+                 for name in ("libasan.so", "libstdc++.so")]  # Python itself has no C++ library
+    if not Path(libraries[0]).exists():
+        pytest.skip("g++ has no address sanitizer")
+    result = subprocess.run(
+        [sys.executable, __file__, "--cases", "6", "--sanitize"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(CSRC.parent), "LD_PRELOAD": " ".join(libraries),
+             "ASAN_OPTIONS": "detect_leaks=0"})
+    assert result.returncode == 0 and "all right" in result.stdout, result.stderr[-3000:]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_nvcc_compiles_without_spills(tmp_path: Path):
+    result = subprocess.run(
+        ["nvcc", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", "--threads", "2",
+         "-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90",
+         "-c", str(CSRC / "cuda_kernels.cu"), "-o", str(tmp_path / "kernels.o")],
+        capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    spills = re.findall(r"(\d+) bytes spill", result.stderr)
+    assert len(spills) >= 100 and set(spills) == {"0"}, result.stderr
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Many random cases of the emulated kernels.")
+    parser.add_argument("--cases", type=int, default=100, help="for each kernel family")
+    parser.add_argument("--sanitize", action="store_true", help="needs LD_PRELOAD=libasan.so")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as build:
+        emulated = EmulatedKernels(Path(build), flags=SANITIZE if options.sanitize else ("-O1",))
+        for emulated.path in PATHS[1:]:
+            for number in range(options.cases):
+                emulated.library.set_schedule(number)
+                run(small_case(number, emulated.path), emulated)
+    print("all right")

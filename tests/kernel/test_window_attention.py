@@ -1,0 +1,411 @@
+"""Windowed attention: every implementation against the truth, forward and backward.
+
+In pytest a few dozen cases; thousands, on any implementation, by one command:
+
+    python tests/kernel/test_window_attention.py --cases 3000 [--device cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent))
+from attention_cases import Case, draw_case, draw_inputs, run_case  # noqa: E402
+
+import equimini.window_attention as module  # noqa: E402
+from equimini.rope import rope_tables  # noqa: E402
+from equimini.window_attention import (implementation, keep_mask, reference_backward,  # noqa: E402
+                                       reference_forward, visible_pairs, window_attention,
+                                       window_mask)
+
+ROOT = Path(module.__file__).parent
+OPERATOR = (torch.ops.equimini.window_attention.default,
+            torch.ops.equimini.window_attention_backward.default)
+REFERENCE = (reference_forward, reference_backward)
+ALL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(implementation("cpu") == "reference",
+                                                 reason="no compiled kernels are installed")),
+    pytest.param("cuda", marks=[
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
+        pytest.mark.skipif(implementation("cuda") == "reference",
+                           reason="no compiled CUDA kernels are installed")]),
+]
+
+# The model's own shapes, then what random cases meet too seldom.
+CHOSEN = [
+    Case(4, 16, 16, 4, 64, 4, torch.float32),
+    Case(2, 16, 16, 4, 80, 4, torch.bfloat16, dropout_p=0.1),
+    Case(8, 1, 4, 4, 64, 4, torch.float32),  # cached sampling
+    Case(8, 1, 2, 4, 64, 4, torch.float32),
+    Case(1, 1023, 1023, 1, 64, 4, torch.float32),
+    Case(1, 1023, 1023, 1, 64, 300, torch.bfloat16),
+    Case(2, 200, 250, 3, 64, 12, torch.float32, dropout_p=0.2),  # the CPU's widest narrow window
+    Case(1, 150, 150, 5, 24, 13, torch.float32),
+    Case(2, 70, 70, 20, 16, 5, torch.float32, dropout_p=0.1),  # more heads than lanes
+    Case(1, 9, 130, 11, 40, 7, torch.float64, dropout_p=0.1),
+    Case(1, 400, 1000, 2, 32, 128, torch.float16, dropout_p=0.5),
+    Case(1, 700, 700, 2, 128, 2000, torch.float32, rope=False),
+    Case(2, 300, 300, 1, 8, 17, torch.float64, spread=100.0),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads only slow these small cases down; test_threads has its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def device_dtypes(device: str) -> tuple[torch.dtype, ...]:
+    return ALL if device == "cpu" else ALL[:3]
+
+
+def run(case: Case, device: str) -> None:
+    run_case(case, *OPERATOR, device, rounds_rotated=device == "cuda")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_chosen(case: Case, device: str):
+    if case.dtype in device_dtypes(device):
+        run(case, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(60))
+def test_random(seed: int, device: str):
+    run(draw_case(random.Random(seed), device_dtypes(device), 257), device)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_reference(seed: int):
+    run_case(draw_case(random.Random(seed), ALL, 130), *REFERENCE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_kernels_run(device: str, monkeypatch):
+    """With the reference broken, the operators still work: something else computes them."""
+    def fail(*args):
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setattr(module, "reference_forward", fail)
+    monkeypatch.setattr(module, "reference_backward", fail)
+    run(CHOSEN[0], device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_packed_slices_are_read_in_place(device: str):
+    qkv = torch.randn(2, 9, 3, 2, 32, device=device, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        window_attention(*qkv.unbind(2), 4)
+    assert not {"aten::clone", "aten::copy_", "aten::contiguous"} & {e.key for e in
+                                                                      profile.key_averages()}
+
+
+@pytest.mark.skipif(implementation("cpu") == "reference", reason="no compiled kernels")
+@pytest.mark.parametrize("window", [4, 70])
+def test_threads(window: int):
+    """The number of threads changes no bit."""
+    q, k, v, grad, rope, seed, scale = draw_inputs(
+        Case(2, 520, 520, 3, 64, window, torch.float32, dropout_p=0.2))
+    rest = (*rope, seed, window, 0.2, scale)
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        out, lse = OPERATOR[0](q, k, v, *rest)
+        results.append((out, lse, *OPERATOR[1](grad, q, k, v, out, lse, *rest)))
+    assert all(torch.equal(x, y) for x, y in zip(*results))
+
+
+def test_gradcheck():
+    q, k, v, _, rope, seed, _ = draw_inputs(Case(1, 3, 5, 2, 8, 3, torch.float64, dropout_p=0.3))
+    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(
+        lambda *x: window_attention(*x, 3, rope=rope, dropout_p=0.3, seed=seed), inputs)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("device", ["cpu", DEVICES[1]])
+def test_opcheck(device: str, rope: bool, dropout_p: float):
+    q, k, v, grad, tables, seed, scale = draw_inputs(
+        Case(2, 5, 7, 2, 16, 3, torch.float32, rope=rope, dropout_p=dropout_p), device)
+    rest = (*tables, seed, 3, dropout_p, scale)
+    out, lse = OPERATOR[0](q, k, v, *rest)
+    torch.library.opcheck(OPERATOR[0], (*(x.requires_grad_() for x in (q.detach(), k.detach(),
+                                                                        v.detach())), *rest))
+    torch.library.opcheck(OPERATOR[1], (grad, q.detach(), k.detach(), v.detach(), out, lse, *rest))
+
+
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compile(backend):
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("inductor needs g++")
+    q, k, v, _, rope, _, _ = draw_inputs(Case(2, 6, 6, 2, 16, 3, torch.float32))
+
+    def attend(q, k, v):
+        return window_attention(q, k, v, 3, rope=rope, dropout_p=0.2, seed=7)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    grads = [torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (attend, compiled)]
+    for x, y in zip(*grads):  # inductor may sum the squares' gradients in another order
+        torch.testing.assert_close(x, y, **({"atol": 0, "rtol": 0} if backend == "aot_eager" else {}))
+
+
+def test_autocast():
+    q, k, v = (torch.randn(1, 4, 2, 16) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = window_attention(q, k, v, 2)
+    assert torch.equal(out, window_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), 2))
+
+
+def test_the_reference_sums_in_float32_under_autocast():
+    q, k, v, grad = torch.randn(4, 1, 4, 2, 16).bfloat16()
+    rest = (None, None, None, 2, 0.0, 0.25)
+
+    def attend():
+        out, lse = reference_forward(q, k, v, *rest)
+        return out, lse, *reference_backward(grad, q, k, v, out, lse, *rest)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = attend()
+    assert all(map(torch.equal, inside, attend()))
+
+
+def test_window_one_returns_v():
+    q, k, v = (torch.randn(2, 5, 2, 16) for _ in range(3))
+    assert torch.equal(window_attention(q, k, v, 1), v)
+
+
+def test_long_window_is_full_causal_attention():
+    q, k, v = (torch.randn(2, 40, 2, 16, dtype=torch.float64) for _ in range(3))
+    full = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(window_attention(q, k, v, 40), full)
+
+
+def test_cached_queries_equal_the_whole():
+    """The last query over the last W keys gives what it gives among all, dropout included."""
+    q, k, v = (torch.randn(2, 9, 2, 16, dtype=torch.float64) for _ in range(3))
+    tables = rope_tables(torch.arange(9), 16)
+    whole = window_attention(q, k, v, 4, rope=tables, dropout_p=0.3, seed=1)
+    some = window_attention(q[:, -2:], k, v, 4, rope=tables, dropout_p=0.3, seed=1)
+    torch.testing.assert_close(some, whole[:, -2:])
+    whole = window_attention(q, k, v, 4, rope=tables)
+    last = window_attention(q[:, -1:], k[:, -4:], v[:, -4:], 4, rope=[t[-4:] for t in tables])
+    torch.testing.assert_close(last, whole[:, -1:])
+
+
+def test_nan_is_seen_where_it_is_visible():
+    q, k, v = (torch.randn(1, 40, 1, 16) for _ in range(3))
+    k[0, 3, 0, 5] = float("nan")
+    out = window_attention(q, k, v, 4)
+    assert out[0, 3:7].isnan().all() and out[0, 7:].isfinite().all()
+
+
+def test_keep_mask_is_murmur():
+    def mix(x):
+        x = (x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+        x = (x ^ x >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+        return x ^ x >> 16
+
+    seed, (b, h, i, j) = -(2**40) - 12345, (1, 2, 3, 4)
+    state = mix(seed & 0xFFFFFFFF ^ 0x9E3779B9)
+    for word in (seed >> 32 & 0xFFFFFFFF, b, h, i + 2, j):  # query i of 5 stands at i + 2 of 7
+        state = mix(state ^ word)
+    for p in (0.3, 0.9):
+        mask = keep_mask(torch.tensor(seed), (2, 3, 5, 7), p)
+        assert mask[b, h, i, j].item() == (state >= int(p * 2**32))
+
+
+def test_dropout_rate_and_seeds():
+    shape, p = (8, 8, 64, 64), 0.1
+    a, b = (keep_mask(torch.tensor(seed), shape, p).double() for seed in (0, 1))
+    deviation = (p * (1 - p) / a.numel()) ** 0.5
+    for x in (a, b):
+        assert abs(x.mean().item() - 0.9) < 5 * deviation
+    assert abs((a * b).mean().item() - 0.81) < 5 * (0.81 * 0.19 / a.numel()) ** 0.5
+    q, k, v = (torch.randn(2, 9, 2, 16) for _ in range(3))
+    torch.manual_seed(0)
+    first, second = (window_attention(q, k, v, 4, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(0)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, window_attention(q, k, v, 4, dropout_p=0.5))
+
+
+@pytest.mark.parametrize("n_q,n_k,window", [(4, 4, 2), (3, 9, 4), (16, 16, 4), (5, 5, 99)])
+def test_flops(n_q: int, n_k: int, window: int):
+    assert visible_pairs(n_q, n_k, window) == window_mask(n_q, n_k, window).sum()
+    for device in ("cpu", "meta"):
+        q, k, v = (torch.randn(2, n, 3, 16, device=device, requires_grad=True)
+                   for n in (n_q, n_k, n_k))
+        with FlopCounterMode(display=False) as counter:
+            window_attention(q, k, v, window).sum().backward()
+        pairs = 2 * 3 * visible_pairs(n_q, n_k, window)
+        assert counter.get_total_flops() == (2 + 5) * 2 * 16 * pairs
+
+
+@pytest.mark.parametrize("changes,error,names", [
+    ({"q": (2, 4, 16)}, ValueError, "q and k"),
+    ({"k": (2, 4, 2, 8)}, ValueError, "k and v"),
+    ({"v": (2, 5, 2, 16)}, ValueError, "k and v"),
+    ({"q": (2, 4, 2, 12), "k": (2, 4, 2, 12), "v": (2, 4, 2, 12)}, ValueError, "head size D"),
+    ({"q": (2, 5, 2, 16)}, ValueError, "k must hold"),
+    ({"window": 0}, ValueError, "window"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p"),
+    ({"dtype": torch.int32}, TypeError, "q, k and v"),
+    ({"dropout_p": 0.1, "seed": torch.zeros(1)}, ValueError, "seed"),
+    ({"rope": (torch.ones(4, 8), torch.ones(3, 8))}, ValueError, "sin"),
+    ({"rope": (torch.ones(4, 8).double(), torch.ones(4, 8))}, TypeError, "cos"),
+])
+def test_errors_name_the_argument(changes: dict, error: type, names: str):
+    shapes = {name: changes.pop(name, (2, 4, 2, 16)) for name in "qkv"}
+    dtype = changes.pop("dtype", torch.float32)
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+    with pytest.raises(error, match=names):
+        window_attention(**tensors, window=changes.pop("window", 2), **changes)
+
+
+@pytest.mark.skipif(implementation("cpu") == "reference", reason="no compiled kernels")
+def test_the_bare_operator_checks_its_window():
+    q = torch.zeros(1, 2, 1, 8)
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        OPERATOR[0](q, q, q, None, None, None, 0, 0.0, 1.0)
+
+
+def run_python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(cwd), **environment})
+
+
+def test_environment_forces_the_reference():
+    code = "import equimini.window_attention as m; print(m.implementation())"
+    result = run_python(code, ROOT.parent, EQUIMINI_ATTENTION="reference")
+    assert result.stdout.strip() == "reference"
+    result = run_python(code, ROOT.parent, EQUIMINI_ATTENTION="C++")
+    assert "EQUIMINI_ATTENTION must be" in result.stderr
+
+
+@pytest.mark.parametrize("binary", [None, b"not a library"])
+def test_missing_binary_falls_back_and_broken_one_is_an_error(tmp_path: Path, binary):
+    package = tmp_path / "equimini"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name in ("rope.py", "window_attention.py"):
+        shutil.copy(ROOT / name, package)
+    if binary:
+        (package / "_kernels.abi3.so").write_bytes(binary)
+    result = run_python(
+        "import sys\n"  # an editable installation's finder would still offer the real binary
+        "sys.meta_path = [x for x in sys.meta_path if 'editable' not in str(x).lower()]\n"
+        "import equimini.window_attention as m; print(m.implementation())", tmp_path)
+    if binary:
+        assert "present but do not load" in result.stderr and "file too short" in result.stderr
+    else:
+        assert result.stdout.strip() == "reference", result.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("c++"),
+                    reason="needs an x86-64 processor and a C++ compiler")
+@pytest.mark.parametrize("march", ["x86-64", "haswell"])
+def test_other_processors(march: str, tmp_path: Path):
+    """Kernels built for vectors of 16 (SSE) and 32 bytes (AVX2) are right, too."""
+    pytest.importorskip("setuptools")
+    if march == "haswell" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("needs AVX2")
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT.parent / name, tmp_path)
+    shutil.copytree(ROOT.parent / "csrc", tmp_path / "csrc")
+    shutil.copytree(ROOT, tmp_path / "equimini",
+                    ignore=shutil.ignore_patterns("_kernels*", "assets", "__pycache__"))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "EQUIMINI_BUILD": "cpu",
+                   "EQUIMINI_MARCH": march, "OMP_NUM_THREADS": "1"}
+    for command in (["setup.py", "-q", "build_ext", "--inplace"],
+                    [str(Path(__file__).resolve()), "--cases", "120", "--longest", "140"]):
+        result = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment,
+                                capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("120 cases on cpu: C++"), result.stdout
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_cuda_graph_draws_anew(device: str):
+    """A captured call reads its inputs and its seed when it is replayed."""
+    q, k, v = torch.randn(3, 4, 16, 4, 64, device=device, dtype=torch.bfloat16)
+    seed = torch.tensor([1], device=device)
+    window_attention(q, k, v, 4, dropout_p=0.5, seed=seed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = window_attention(q, k, v, 4, dropout_p=0.5, seed=seed)
+    for number in (1, 2):
+        seed.fill_(number)
+        graph.replay()
+        assert torch.equal(out, window_attention(q, k, v, 4, dropout_p=0.5, seed=number))
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("window", [4, 12, 32])  # each family; 12 asks for more shared memory
+def test_cuda_graph_trains(device: str, window: int):
+    """Forward and backward can be captured, and read their inputs when they are replayed."""
+    packed = torch.randn(2, 40, 3, 3, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        out = window_attention(*packed.unbind(2), window)
+        return torch.autograd.grad(out.square().sum(), packed)[0]
+
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradient()  # libraries allocate at their first calls: not in a graph
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        captured = gradient()
+    with torch.no_grad():
+        packed.normal_()
+    graph.replay()
+    assert torch.equal(captured, gradient())
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_cuda_stream(device: str):
+    """Work goes to the current stream: it waits for what that stream does before."""
+    stream = torch.cuda.Stream()
+    q, k, v = (torch.zeros(64, 256, 8, 64, device=device) for _ in range(3))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        v.fill_(1)
+        out = window_attention(q, k, v, 4)
+    stream.synchronize()
+    assert (out == 1).all()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Many random cases of windowed attention.")
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--longest", type=int, default=257, help="most tokens in a case")
+    options = parser.parse_args()
+    print(f"{options.cases} cases on {options.device}: {implementation(options.device)}")
+    for case in CHOSEN:
+        if case.dtype in device_dtypes(options.device):
+            run(case, options.device)
+    for number in range(options.cases):
+        run(draw_case(random.Random(number), device_dtypes(options.device), options.longest),
+            options.device)
+    print("all right")

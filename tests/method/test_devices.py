@@ -1,0 +1,130 @@
+"""Do tensors of training steps, of sampling, of decoding stay on the model's device?
+
+A CPU cannot tell by running: there, everything is on one device.  So models are put on the device
+"meta", whose tensors have no data, under torch's fake tensors, which refuse most of what mixes
+devices as CUDA would (not: an index from another device, and copies).  Numbers that the code reads
+back from its tensors are made up.  What the code does for CUDA alone does not run here.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from equimini import sampler
+from equimini.discriminator import FeatureCritic
+from equimini.presets import GeneratorTraining, TokenizerTraining
+from equimini.pretrained.lpips import Lpips
+from equimini.pretrained.vision_transformer import (DinoTaps, DinoV2Teacher, VisionTransformer,
+                                                    resize_matrix)
+from equimini.training import tokenizer_trainer
+from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
+from equimini.training.setup import Setup
+from equimini.training.tokenizer_trainer import TokenizerRun, TokenizerTrainer
+from tests.conftest import SMALL_GENERATOR, SMALL_TOKENIZER
+
+META = torch.device("meta")
+
+
+lookup = F.embedding
+
+
+def embedding(indices, weight, *rest, **more):
+    """`F.embedding`, which the fake one takes from any device."""
+    assert indices.device == weight.device
+    return lookup(indices, weight, *rest, **more)
+
+
+def no_autocast(*_, **__):
+    """`torch.autocast`, which does not know the device meta."""
+    return contextlib.nullcontext()
+
+
+def equal(a, b):
+    """`torch.equal` of numbers that are all 1."""
+    assert a.device == b.device
+    return True
+
+
+NUMBERS = {"item": lambda x: 1.0, "tolist": lambda x: [1.0] * x.numel(), "__float__": lambda x: 1.0,
+           "__int__": lambda x: 1, "__bool__": lambda x: True}
+
+
+@pytest.fixture
+def strict():
+    """Fake tensors, whose numbers are all 1 when they are read."""
+    with contextlib.ExitStack() as stack:
+        for name, stand_in in NUMBERS.items():
+            stack.enter_context(patch.object(torch.Tensor, name, stand_in))
+        stack.enter_context(patch.object(F, "embedding", embedding))
+        stack.enter_context(patch.object(torch, "equal", equal))
+        stack.enter_context(patch.object(torch, "autocast", no_autocast))
+        yield FakeTensorMode(allow_non_fake_inputs=True)
+    resize_matrix.cache_clear()  # of fake ones
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True}, {"accumulate": 2},
+                                     {"real_equivariant": True}], ids=str)
+def test_generator_training(strict, tokenizer, options):
+    options = dict(options)
+    crops = options.pop("real_equivariant", False)
+    setup = Setup("tiny", dataclasses.replace(SMALL_GENERATOR, real_equivariant=crops),
+                  GeneratorTraining(batch_size=4, warmup_steps=0),
+                  GeneratorRun(fused_optimizer=False, **options), META, None, None)
+    trainer = GeneratorTrainer(setup, tokenizer, ["a", "b", "c"])
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    latents, labels = torch.zeros(4, 8, 6), torch.tensor([0, 1, 2, 0])
+    with strict:
+        trainer.step(0, latents, labels)
+        trainer.step(1, images, labels)
+        trainer.validate([(images, labels, range(4))])
+
+
+@pytest.mark.parametrize("losses", ["plain", "all"])
+def test_tokenizer_training(strict, losses):
+    """With PatchGAN; or with the published networks, in their sizes, and pieces."""
+    everything = losses == "all"
+    with META:  # no data, so no time either
+        dino = DinoTaps(VisionTransformer(16, 384, 12, 6, 14))
+        teacher = DinoV2Teacher(VisionTransformer(14, 768, 2, 12, 37, layer_scale=True))
+        distance = Lpips()
+    training = TokenizerTraining(batch_size=4, warmup_steps=0, adv_start=0, align_start=0,
+                                 discriminator="patchgan", disc_channels=8, disc_layers=2)
+    setup = Setup("tiny", dataclasses.replace(SMALL_TOKENIZER, semantic_channels=0), training,
+                  TokenizerRun(accumulate=1 + everything), META, None, None)
+    made = {"make_distance": distance, "make_teacher": teacher,
+            "make_critic": FeatureCritic(dino, 16).to(META)}
+    with contextlib.ExitStack() as stack:
+        for name, network in made.items() if everything else ():
+            stack.enter_context(patch.object(tokenizer_trainer, name, lambda *_, n=network: n))
+        trainer = TokenizerTrainer(setup, torch.zeros(2, 3, 32, 32))
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    with strict:
+        scalars = trainer.step(0, images, None)
+        trainer.validate([(images, None, None)])
+    assert "adaptive_weight" in scalars and ("align" in scalars) == everything
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"positions": "grow", "cfg": 1.0}, {"solver": "heun"},
+                                     {"prefix": 5, "redraw": (2,)}, {"cuda_graphs": True}],
+                         ids=str)
+def test_sampling(strict, model, precision, options, monkeypatch):
+    monkeypatch.setattr(sampler, "_check", lambda *_: None)
+    for name in ("GraphedStep", "GraphedColumn"):  # the recording without CUDA
+        graphed = functools.partial(getattr(sampler, name), record=lambda f, x: (bool, f(*x)))
+        monkeypatch.setattr(sampler, name, graphed)
+    if "prefix" in options:
+        options = options | {"prefix": torch.zeros(2, options["prefix"], 6)}
+    model.generator.to(META), model.tokenizer.to(META)
+    labels = torch.tensor([0, 1])
+    with strict:
+        columns = list(model.draw(labels, 12, [0, 1], **{"cfg": 2.0, "steps": 2, **options},
+                                  precision=precision))
+        assert all(x.device == META for x in columns)
+        model.decode(torch.stack(columns * 4, 1))

@@ -1,0 +1,131 @@
+"""Generators made ready for sampling: layouts of weights, bf16, static buffers."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from equimini.generator import Generator
+from equimini.sampler import ColumnSampler, sample_tokens
+from equimini.sampling import packed_weights as inference
+from equimini.sampling.cuda_graphs import GraphedColumn, GraphedStep, StaticCall, kept
+from equimini.sampling.packed_weights import LastPrepared, ReadyLinear, prepared
+
+LABELS = torch.tensor([0, 2, 1])
+SEEDS = [3, 4, 5]
+
+
+@pytest.mark.parametrize("rows", (1, 2, 7, 300))
+@pytest.mark.parametrize("packed", (True, False))  # False: as on a GPU, or without oneDNN
+@torch.no_grad()
+def test_ready_linear(rows, packed, monkeypatch):
+    if not packed:
+        monkeypatch.setattr(inference, "packs", lambda weight: False)
+    linear, x = nn.Linear(37, 53), torch.randn(2, rows, 37)
+    truth = (x.double() @ linear.weight.double().T + linear.bias.double())
+    size = x.abs() @ linear.weight.abs().T + linear.bias.abs()  # of the terms that are summed
+    for dtype, roundings in ((torch.float32, 39), (torch.bfloat16, 5)):
+        y = ReadyLinear(linear, dtype)(x)
+        assert y.dtype == torch.float32
+        # float32: 38 sums at worst, and the bias; bf16: x, w, bias, the result, and float32's sums
+        unit = torch.finfo(dtype).eps / 2
+        assert ((y - truth).abs() <= roundings * unit * size).all()
+
+
+@torch.no_grad()
+def test_a_prepared_copy_leaves_the_original_alone(generator):
+    before, names = copy.deepcopy(generator.state_dict()), str(generator)
+    generator.train()
+    ready = prepared(generator)
+    assert not ready.training and all(m.training for m in generator.modules())
+    assert str(generator) == names and not any(type(m) is nn.Linear for m in ready.modules())
+    assert isinstance(ready, Generator) and ready.no_class is generator.no_class
+    for name, value in generator.state_dict().items():
+        assert torch.equal(value, before[name])
+    with pytest.raises(ValueError, match="precision must be one of float32, bf16"):
+        prepared(generator, "fp8")
+
+
+@torch.no_grad()
+def test_a_prepared_copy_is_kept_until_a_weight_changes(generator):
+    keep = LastPrepared()
+    first = keep(generator, "float32")
+    assert keep(generator, "float32") is first
+    assert keep(generator, "bf16") is not first
+    before = sample_tokens(keep(generator, "float32"), LABELS, 1, SEEDS, steps=1)
+    generator.head.x_out.weight.mul_(2.0)
+    after, plain = (sample_tokens(g, LABELS, 1, SEEDS, steps=1)
+                    for g in (keep(generator, "float32"), generator))
+    torch.testing.assert_close(after, plain)
+    assert not torch.allclose(before, after, atol=0.1)
+
+
+@pytest.mark.parametrize("packed", (True, False))
+def test_bf16_deviates_as_bf16_should(generator, packed, monkeypatch):
+    """Unit roundoff 2⁻⁹ per product, carried through some 30 layers and 5 columns."""
+    if not packed:
+        monkeypatch.setattr(inference, "packs", lambda weight: False)
+    exact = sample_tokens(generator, LABELS, 5, SEEDS, cfg=2.0, steps=8)
+    drawn = sample_tokens(prepared(generator, "bf16"), LABELS, 5, SEEDS, cfg=2.0, steps=8)
+    assert drawn.dtype == torch.float32
+    deviation = (drawn - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert 2**-12 < deviation < 30 * 2**-9
+
+
+def rerun(function, buffers):
+    """Stands in for a CUDA graph: replaying fills the same outputs from the same buffers."""
+    outputs = function(*buffers)
+
+    def replay():
+        for kept, new in zip(outputs, function(*buffers)):
+            kept.copy_(new)
+
+    return replay, outputs
+
+
+def test_static_calls_copy_in_and_out():
+    call = StaticCall(lambda a, b: [a + b, a * b], rerun)
+    x, y = torch.ones(3), torch.arange(3.0)
+    total, product = call(x, y)
+    kept = total.clone(), [b.data_ptr() for b in call.buffers]
+    call(2 * x, y)
+    assert torch.equal(total, kept[0]) and torch.equal(product, y)  # earlier results stay
+    assert [b.data_ptr() for b in call.buffers] == kept[1]
+    assert torch.equal(call(torch.ones(2), torch.ones(2))[0], torch.full((2,), 2.0))
+
+
+def test_graphs_are_kept_for_the_same_options_and_weights(generator):
+    made = []
+
+    def make():
+        made.append(len(made))
+        return made[-1], None
+
+    calls = [(0, 1), (0, 1), (0, 2), (0, 2)]
+    assert [kept(generator, options, make)[0] for options in calls] == [0, 0, 1, 1]
+    with torch.no_grad():
+        generator.no_class.add_(1)
+    assert kept(generator, (0, 2), make)[0] == 2
+    assert kept(copy.deepcopy(generator), (0, 2), make)[0] == 3  # a copy records its own
+
+
+@torch.no_grad()
+def test_static_buffers_draw_the_same_columns(generator):
+    """What a CUDA graph replays, called over the same buffers without a graph."""
+    plain_draw = ColumnSampler(generator.head, 4)
+    steps = (functools.partial(generator, hold=4), GraphedStep(generator, 4, rerun))
+    draws = (plain_draw, GraphedColumn(plain_draw, rerun))
+    labels = torch.tensor([0, 1, 0, 1])
+    context = generator.encode_classes(labels, torch.tensor([False, False, True, True]))
+    noise = torch.randn(7, 2, 6)
+    drawn = []
+    for step, draw in zip(steps, draws):
+        z, cache, columns = context.z0, [], []
+        for i in range(7):
+            columns.append(draw(z[:, -1], noise[i], 1 + i / 5))
+            z = step(columns[-1][:, None].repeat(2, 1, 1), context, i, cache)
+        drawn.append(torch.stack(columns))
+    assert steps[1].call.buffers  # they were in use
+    torch.testing.assert_close(*drawn)

@@ -1,0 +1,111 @@
+"""sample.py and equimini.show, run as a user runs them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers.scripts import ROOT, TRAINED, call, command, mistake
+
+
+def test_a_scroll_is_interrupted_resumed_and_prolonged(runs, monkeypatch, capsys):
+    """SIGTERM leaves a scroll that opens; resumed and prolonged it is the one drawn at once."""
+    options = [*TRAINED, "--classes", "sea:30,forest:20", "--steps", 2, "--seed", 5,
+               "--tile-columns", 16]
+    call("sample.py", *options, "--scroll", 120, "--out", "once", cwd=runs)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command("sample.py", *options, "--scroll", 100_000, "--out", "cut"),
+                               cwd=runs, env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 120
+    while not (runs / "cut/state.pt").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "--resume" in output
+    assert "Traceback" not in output
+    shutil.copy(runs / "runs/generator/last.pt", runs / "mine.pt")
+    call("sample.py", *options, "--scroll", 70, "--out", "short", "--checkpoint", "mine.pt",
+         cwd=runs)
+    assert "begun with --seed 5, not 6" in mistake(
+        "sample.py", "--scroll", 120, "--out", "short", "--resume", "--seed", 6, cwd=runs,
+        monkeypatch=monkeypatch, capsys=capsys)
+    call("sample.py", "--scroll", 120, "--out", "short", "--resume", cwd=runs)
+    for path in sorted((runs / "once").iterdir()):
+        if path.suffix == ".png":  # the page names the checkpoint
+            assert path.read_bytes() == (runs / "short" / path.name).read_bytes(), path.name
+    final = torch.load(runs / "cut/state.pt", weights_only=True)["done"]
+    for tile in sorted((runs / "cut").glob("tile-*.png"))[:7]:  # the full ones of "once"
+        picture = np.asarray(Image.open(tile))  # the end of the scroll is there and opens, too
+        if int(tile.stem[-6:]) < final:
+            assert np.array_equal(picture, np.asarray(Image.open(runs / "once" / tile.name)))
+
+
+def test_pictures_are_edited_and_continued(runs):
+    call("sample.py", *TRAINED, "--classes", "sea", "--count", 2, "--steps", 2, "--save-tokens",
+         "two.pt", "--show-steps", "steps.png", "--out", "two.png", "--singles", "two", cwd=runs)
+    assert Image.open(runs / "steps.png").width > 9 * 32  # nine moments, side by side
+    said = call("sample.py", *TRAINED, "--edit", "two.pt", "--pick", 1, "--resample", "5-6",
+                "--out", "edited.png", "--save-tokens", "edited.pt", cwd=runs)
+    assert "2 of them drawn with 2 evaluations" in said  # --steps 2 comes from the token file
+    before = np.asarray(Image.open(runs / "two" / "class0002_seed000001.png")).astype(int)
+    after = np.asarray(Image.open(runs / "edited.png")).astype(int)
+    assert abs(after[:, :3 * 4] - before[:, :3 * 4]).max() <= 1
+    assert (after[:, 5 * 4:7 * 4] != before[:, 5 * 4:7 * 4]).mean() > 0.1
+    assert torch.load(runs / "edited.pt", weights_only=True)["seeds"].tolist() == [
+        [1] * 5 + [2] * 2 + [1]]
+    call("sample.py", *TRAINED, "--continue-from", "edited.png", "--classes", "forest:4,sea:8",
+         "--columns", 12, "--steps", 2, "--count", 3, "--out", "wider.png", "--singles", "wider",
+         "--show-steps", "grown.png", cwd=runs)
+    names = sorted(p.name for p in (runs / "wider").iterdir())
+    assert names == ["seed000000.png", "seed000001.png", "seed000002.png"]
+    wider = np.asarray(Image.open(runs / "wider" / names[0]))
+    assert wider.shape == (32, 20 * 4, 3)
+    assert np.array_equal(wider[:, :6 * 4], np.asarray(Image.open(runs / "edited.png"))[:, :6 * 4])
+    call("sample.py", *TRAINED, "--edit", "edited.pt", "--resample", 2, "--redraw-later", "--out",
+         "x.png", cwd=runs)
+
+
+def test_pictures_of_what_a_model_does(runs):
+    show = ROOT / "equimini" / "show"
+    said = call(show, "seams", "--columns", 40, "--count", 2, "--steps", 1, cwd=runs)
+    assert "(default)" in said
+    call(show, "drift", "--columns", 20, "--count", 2, "--steps", 1,
+         "--positions", "hold,grow", "--temperature", 1.1, "--lead-in", 2, "--out",
+         "drift", cwd=runs)
+    assert {"token.png", "pictures.png"} <= {p.name for p in (runs / "drift").iterdir()}
+
+
+@pytest.mark.parametrize("arguments, text", (
+    (["--scroll", "9", "--edit", "x.png"], "not both"),
+    (["--scroll", "9", "--columns", "9"], "--columns does not go with --scroll"),
+    (["--resume"], "--resume goes with --scroll"),
+    (["--scroll", "9", "--resume", "--out", "y"], "no scroll to resume"),
+    (["--scroll", "9", "--out", "y"], "lengths in columns"),  # all classes
+    (["--scroll", "9", "--classes", "sea:8,forest:8", "--out", "y"], "add up to 16"),
+    (["--scroll", "1", "--classes", "sea", "--out", "y"], "at least 2"),
+    (["--classes", "sea:9", "--columns", "8"], "add up to 9"),
+    (["--classes", "sea:x"], "from 1 up"),
+    (["--resample", "5"], "--resample goes with --edit"),
+    (["--edit", "x.png"], "--edit needs --resample"),
+    (["--edit", "none.png", "--resample", "5"], "no file none.png"),
+    (["--edit", "samples.txt", "--resample", "5"], "no file samples.txt"),
+    (["--edit", "runs/generator/last.pt", "--resample", "5"], "holds a generator"),
+    (["--edit", "runs/generator/log.jsonl", "--resample", "5"], "cannot be read"),
+    (["--edit", "runs/generator/previews/0000006.png", "--resample", "5000"],
+     "--resample takes columns 0 to"),
+    (["--edit", "runs/generator/previews/0000006.png", "--resample", "5"],
+     "--classes"),
+    (["--continue-from", "runs/generator/previews/0000006.png", "--columns", "3",
+      "--classes", "sea,forest"], "lengths in columns"),
+    (["--save-tokens", "/proc/x/y.pt"], "/proc/x"),
+    (["--show-steps", "x.gif"], ".png")))
+def test_mistakes_end_in_one_clear_error(runs, arguments, text, monkeypatch, capsys):
+    assert text in mistake("sample.py", *TRAINED, *arguments, cwd=runs, monkeypatch=monkeypatch,
+                           capsys=capsys)

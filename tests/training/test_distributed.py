@@ -1,0 +1,145 @@
+"""Several processes (gloo) and gradient accumulation against one process that does it all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from equimini.utils import distributed
+from equimini.utils.errors import UserError
+from tests.helpers.scripts import GENERATOR, ROOT, TOKENIZER, call, command
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+               "CUDA_VISIBLE_DEVICES": ""}  # two processes need two GPUs
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def together(script, *arguments, cwd):
+    """A script in two processes, as torchrun starts it; returns what was printed."""
+    done = subprocess.run([*TORCHRUN, *command(script, *arguments)[1:]], cwd=cwd,
+                          env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What tests/helpers/processes.py saved, by script, processes and pieces."""
+    folder = {n: tmp_path_factory.mktemp(f"processes{n}") for n in (1, 2)}
+    call("tests/helpers/processes.py", folder[1], cwd=folder[1])
+    together("tests/helpers/processes.py", folder[2], cwd=folder[2])
+    return {(kind, n, k): torch.load(folder[n] / f"{kind}-{k}.pt")
+            for kind in ("generator", "tokenizer") for n in (1, 2) for k in (1, 2)}
+
+
+@pytest.mark.parametrize("processes, accumulate", ((1, 2), (2, 1), (2, 2)))
+@pytest.mark.parametrize("kind", ("generator", "tokenizer"))
+def test_processes_and_pieces_give_the_losses_and_gradients_of_one(found, kind, processes,
+                                                                   accumulate):
+    """1 × 8 images against 1 × (2 × 4), 2 × 4 and 2 × (2 × 2).
+
+    Sums in another order differ by float32's rounding, 6e-8 of the largest term; over the few
+    thousand terms of a gradient that grows like a random walk, to some 1e-5 of its norm.  Losses
+    of later steps are those of weights that Adam moved by ±lr, whatever the gradient's size, so
+    that a sign that flips at a gradient near zero shows: they are compared to 1e-3.
+    """
+    one, other = found[kind, 1, 1], found[kind, processes, accumulate]
+    expected = {k: pytest.approx(v, rel=1e-5, abs=1e-5) for k, v in one["logged"][0].items()}
+    assert other["logged"][0] == expected
+    assert [r["loss"] for r in other["logged"]] == pytest.approx(
+        [r["loss"] for r in one["logged"]], rel=1e-3)
+    assert len(other["gradients"]) == len(one["gradients"])
+    mine, theirs = one["gradients"][0], other["gradients"][0]
+    assert (mine - theirs).norm() < 1e-5 * mine.norm()
+    if kind == "tokenizer":  # the critic's first step; the adaptive weight is of all images
+        weights = [run["logged"][1]["adaptive_weight"] for run in (one, other)]
+        assert weights[1] == pytest.approx(weights[0], rel=1e-3) and weights[0] > 0
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_both_scripts_in_two_processes_and_resumed_in_one(tmp_path):
+    """Only one writes; all held-out pictures count once; the number of processes may change."""
+    flags = ["--dropout", 0, "--val-images", 7]
+    for kind, start in (("tokenizer", TOKENIZER), ("generator", GENERATOR)):
+        script, folders = f"train_{kind}.py", {n: tmp_path / f"{kind}-{n}" for n in (1, 2)}
+        start = [*start, *flags, *(["--discriminator", "none"] if kind == "tokenizer" else
+                                   ["--tokenizer", tmp_path / "tokenizer-1/last.pt"])]
+        printed = together(script, *start, "--steps", 3, "--out", folders[2], cwd=tmp_path)
+        assert printed.count("held out)") == 1 and printed.count("done: ") == 1
+        call(script, "--resume", "--steps", 6, "--out", folders[2], cwd=tmp_path)
+        call(script, *start, "--steps", 6, "--out", folders[1], cwd=tmp_path)
+        mine, theirs = (records(folders[n]) for n in (1, 2))
+        assert [r["step"] for r in mine] == [r["step"] for r in theirs]
+        for a, b in zip(mine, theirs):
+            for name in {"loss", "val_loss", "val_psnr"} & a.keys():
+                assert b[name] == pytest.approx(a[name], rel=1e-3), (kind, a["step"], name)
+        weights = [torch.load(folders[n] / "last.pt")["ema"] for n in (1, 2)]
+        for name in ("latent_mean", "latent_std"):
+            if name in weights[0]:
+                torch.testing.assert_close(*(w[name] for w in weights), rtol=1e-2, atol=1e-3)
+
+
+def test_two_processes_cache_the_latents_of_one(runs, tmp_path):
+    program = ["-m", "equimini.training.cache_latents", "--tokenizer", runs / "runs/tokenizer/last.pt",
+               "--images", 1030, "--workers", 0]  # two shards
+    subprocess.run([sys.executable, *map(str, program), "--out", tmp_path / "one"],
+                   env=ENVIRONMENT, check=True, capture_output=True)
+    subprocess.run([*TORCHRUN, *map(str, program), "--out", tmp_path / "two"], env=ENVIRONMENT,
+                   check=True, capture_output=True)
+    names = sorted(p.name for p in (tmp_path / "one").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "two").iterdir())
+    assert sum(n.startswith("train-") and n.endswith(".npy") for n in names) == 2
+    for name in names:
+        if name.endswith(".npy"):
+            assert np.array_equal(*(np.load(tmp_path / n / name) for n in ("one", "two")))
+        elif name.endswith((".json", ".labels")):
+            assert len({(tmp_path / n / name).read_bytes() for n in ("one", "two")}) == 1
+
+
+def start_endless(tmp_path):
+    process = subprocess.Popen(
+        [*TORCHRUN, *command("train_tokenizer.py", *TOKENIZER, "--steps", 100000, "--val-every",
+                             100000, "--save-every", 100000)[1:]], cwd=tmp_path, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    log, deadline = tmp_path / "runs/tokenizer/log.jsonl", time.time() + 120
+    while not (log.exists() and log.stat().st_size) and time.time() < deadline:
+        time.sleep(0.1)
+    return process
+
+
+def children(process):
+    out = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True,
+                         text=True).stdout
+    return sorted(map(int, out.split()))
+
+
+def test_a_dead_process_ends_the_training_with_an_error(tmp_path):
+    process = start_endless(tmp_path)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in output
+
+
+def test_a_stopped_training_leaves_one_checkpoint_of_one_step(tmp_path):
+    process = start_endless(tmp_path)
+    os.killpg(process.pid, signal.SIGTERM)  # all get it, and torchrun hands it on once more
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and output.count("a checkpoint is written") == 1
+    step = torch.load(tmp_path / "runs/tokenizer/last.pt")["step"]
+    assert step == records(tmp_path / "runs/tokenizer")[-1]["step"] > 0
+
+
+def test_a_batch_that_cannot_be_shared_is_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert distributed.share(9) == 3
+    with pytest.raises(UserError, match="multiple of 3"):
+        distributed.share(8)
