@@ -198,13 +198,15 @@ class Generator(nn.Module):
         return ClassContext(keys_values, self.norm_out(c[:, -1:]))
 
     def forward(self, tokens: Tensor, context: ClassContext, position: int | Tensor = 0,
-                cache: list[KeyValue] | None = None, hold: int | None = None) -> Tensor:
+                cache: list[KeyValue] | None = None, hold: int | None = None,
+                shift: Tensor | None = None) -> Tensor:
         """Tokens x_p … x_{p+n−1} (B, n, C), p = position, to z_{p+1} … z_{p+n} (B, n, d).
 
         position: a number, or a tensor of one on the device (which a CUDA graph reads anew).
         cache: one (keys, values) per layer of the tokens before, extended and trimmed to the
         last W−1 in place; start with an empty list.  hold: the largest position that
         cross-attention is shown, for columns beyond any length seen in training; None: no limit.
+        shift: (B,), what cross-attention is shown is moved by, one number per image.
         Self-attention sees differences of positions only, and always the true ones.
         """
         if self.config.real_equivariant and (cache is not None
@@ -218,6 +220,8 @@ class Generator(nn.Module):
         cross_rope = rope[0][known:], rope[1][known:]
         if hold is not None:
             cross_rope = rope_tables(positions[known:].clamp(max=hold), head_dim)
+        if shift is not None:
+            cross_rope = rope_tables(positions[known:] + shift[:, None], head_dim)  # (B, n, D/2)
         pasts = list(cache) if cache else [None] * len(self.blocks)
         for i, block in enumerate(self.blocks):
             x, pasts[i] = maybe_recomputed(self.recompute, block, x, context.keys_values[i], rope,
@@ -253,15 +257,20 @@ class Generator(nn.Module):
         return torch.cat(parts, 1)
 
     def predict(self, tokens: Tensor, labels: Tensor, drop: Tensor | None = None,
-                shift: int = 0) -> Tensor:
+                shift: int | Tensor = 0) -> Tensor:
         """z_0 … z_{N−1} (B, N, d) for all columns of `tokens` (B, N, C) at once.
 
-        shift: added to every position (the training's position augmentation).
+        shift: the training's position augmentation, added to every position; or (B,), one for each
+        image, added where it shows, in cross-attention.
         """
         context = self.encode_classes(labels, drop)
         if tokens.shape[1] == 1:
             return context.z0
-        return torch.cat((context.z0, self(tokens[:, :-1], context, shift)), 1)
+        if isinstance(shift, Tensor) and shift.dim():
+            z = self(tokens[:, :-1], context, shift=shift)
+        else:
+            z = self(tokens[:, :-1], context, shift)
+        return torch.cat((context.z0, z), 1)
 
 
 def random_crops(tokens: Tensor, length: int, starts: Tensor) -> Tensor:
@@ -272,7 +281,8 @@ def random_crops(tokens: Tensor, length: int, starts: Tensor) -> Tensor:
 
 
 def flow_matching_errors(generator: Generator, tokens: Tensor, labels: Tensor, u: Tensor,
-                         eps: Tensor, drop: Tensor | None = None, shift: int = 0) -> Tensor:
+                         eps: Tensor, drop: Tensor | None = None,
+                         shift: int | Tensor = 0) -> Tensor:
     """Eq. 8 for every draw: the mean over channels of (v − (ε − x))², (M, B, N).
 
     tokens: (B, N, C), normalised; u: (M, B, N), uniform, gives t = u·(1−1e-5) + 1e-5; eps:
@@ -286,6 +296,7 @@ def flow_matching_errors(generator: Generator, tokens: Tensor, labels: Tensor, u
 
 
 def flow_matching_loss(generator: Generator, tokens: Tensor, labels: Tensor, u: Tensor,
-                       eps: Tensor, drop: Tensor | None = None, shift: int = 0) -> Tensor:
+                       eps: Tensor, drop: Tensor | None = None,
+                       shift: int | Tensor = 0) -> Tensor:
     """`flow_matching_errors` averaged over the repeats: the loss of every column, (B, N)."""
     return flow_matching_errors(generator, tokens, labels, u, eps, drop, shift).mean(0)

@@ -12,13 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Rope = tuple[Tensor, Tensor]  # (cos, sin), each (positions, D/2), float32
+Rope = tuple[Tensor, Tensor]  # (cos, sin), each (positions, D/2) or (B, positions, D/2), float32
 
 
 def rope_tables(positions: Tensor, head_dim: int, base: float = 10000.0) -> Rope:
     """Cosines and sines of every position's angles.
 
-    positions: (N,) integers, any sign.  Returns (cos, sin), each (N, head_dim/2), float32.
+    positions: integers, any sign, (N,), or (B, N) where images differ.  Returns (cos, sin), each
+    (…, N, head_dim/2), float32.
     The angle is formed in float64, so that columns far out in a long image stay exact.
     Raises ValueError for an odd head_dim.
     """
@@ -27,17 +28,17 @@ def rope_tables(positions: Tensor, head_dim: int, base: float = 10000.0) -> Rope
     device = positions.device
     positions = positions.cpu() if device.type == "mps" else positions  # MPS has no float64
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
-    angle = positions.double()[:, None] * base ** (-pair / head_dim)
+    angle = positions.double()[..., None] * base ** (-pair / head_dim)
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotate every pair (a, b) of x to (a·cos − b·sin, b·cos + a·sin).
 
-    x: (B, N, H, D) of any dtype; rope: tables of N positions.  Same shape and dtype as x;
+    x: (B, N, H, D) of any dtype; rope: tables of N (or B × N) positions.  Same shape and dtype as x;
     computed in float32 (float64 for float64).
     """
-    cos, sin = (table[None, :, None, :] for table in rope)  # (1, N, 1, D/2)
+    cos, sin = (table[..., None, :] for table in rope)  # (N, 1, D/2) or (B, N, 1, D/2)
     compute = torch.promote_types(x.dtype, torch.float32)
     a, b = x.to(compute).unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, H, D/2) each
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)

@@ -144,3 +144,15 @@ def test_dropout_acts_in_training_only(no_dropout, generator):
                                no_dropout.eval().predict(tokens, LABELS))
     assert not torch.equal(generator.train().predict(tokens, LABELS),
                            generator.predict(tokens, LABELS))
+
+
+@torch.no_grad()
+def test_each_image_may_have_a_shift_of_its_own(generator):
+    """Only cross-attention is shown it: self-attention sees differences, which no shift changes."""
+    tokens, labels = torch.randn(3, 7, 6), torch.tensor([0, 1, 2])
+    shifts = torch.tensor([0, 5, 11])
+    together = generator.predict(tokens, labels, shift=shifts)
+    for i, shift in enumerate(shifts.tolist()):
+        alone = generator.predict(tokens[i:i + 1], labels[i:i + 1], shift=shift)
+        torch.testing.assert_close(together[i:i + 1], alone)
+    assert not torch.allclose(together, generator.predict(tokens, labels), atol=1e-3)

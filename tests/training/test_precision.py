@@ -176,12 +176,12 @@ def test_options_a_device_does_not_have(monkeypatch):
         set_float32("tf32", torch.device("cpu"))
     flags = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [flag.allow_tf32 for flag in flags]
-    for precision in ("tf32", "bf16", "float32"):
-        set_float32(precision, torch.device("cuda"))
+    for name in ("tf32", "bf16", "float32"):
+        set_float32(name, torch.device("cuda"))
         now = [flag.allow_tf32 for flag in flags]
         for flag, value in zip(flags, before):
             flag.allow_tf32 = value
-        assert now == [precision == "tf32"] * 2
+        assert now == [name == "tf32"] * 2
 
     def no_fused(*_, **__):
         raise RuntimeError("no such kernel")
