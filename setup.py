@@ -108,13 +108,15 @@ def extension(choice: str) -> dict:
 
     flags = ["-O3", f"-march={os.environ.get('EQUIMINI_MARCH', 'native')}",
              "-fno-math-errno", "-fvisibility=hidden", "-fopenmp"]
-    sources, kind, macros = ["csrc/binding.cpp"], cpp_extension.CppExtension, []
+    sources, kind = ["csrc/binding.cpp", "csrc/cpu/attention.cpp"], cpp_extension.CppExtension
+    macros = []
     if choice == "cuda":
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures())
-        sources, kind = sources + ["csrc/cuda_kernels.cu"], cpp_extension.CUDAExtension
+        sources, kind = sources + ["csrc/cuda/attention.cu"], cpp_extension.CUDAExtension
         macros = [("WITH_CUDA", None)]
     module = kind("equimini._kernels", sources, define_macros=macros,
-                  depends=glob("csrc/*.h") + glob("csrc/*.cuh"),
+                  include_dirs=[os.path.abspath("csrc")],
+                  depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True),
                   extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
                   extra_link_args=["-fopenmp"] if is_clang() else [])  # GCC's is torch's own
     return {"ext_modules": [module],

@@ -7,13 +7,12 @@
 
 #include <deque>
 
-#include "cpu_narrow.h"
-#include "cpu_tiles.h"
+#include "cpu/attention.h"
 #ifdef WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "cuda_kernels.h"
+#include "cuda/kernels.h"
 #endif
 
 namespace equimini {
@@ -64,50 +63,44 @@ struct Call {
   }
 };
 
-template <bool Backward, class T, class C>
-void run_cpu(const Attention& p) {
-  const bool narrow_window = is_narrow(p);
-  const int64_t chunk = narrow_chunk<Backward>(p, at::get_num_threads());
-  const int64_t items = narrow_window ? narrow_items<Backward>(p, chunk)
-                        : Backward    ? backward_items<C>(p) : forward_items<C>(p);
-  const int64_t keys = std::min(p.window, p.n_k) + (narrow_window ? 0 : kLanes<C>);
-  const int64_t cost = p.b * p.h * (Backward ? p.n_k : p.n_q) * keys * p.d;
-  const int64_t grain = 1 + (items << 18) / std::max<int64_t>(cost, 1);  // some 10 µs
-  at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    if (narrow_window) narrow<Backward, T, C>(p, chunk, begin, end);
-    else if constexpr (Backward) backward<T, C>(p, begin, end);
-    else forward<T, C>(p, begin, end);
-  });
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Dtype::float32;
+    case at::kDouble: return Dtype::float64;
+    case at::kBFloat16: return Dtype::bfloat16;
+    default: return Dtype::float16;
+  }
 }
 
-template <bool Backward>
-void run(const Attention& p, const Tensor& q) {
+void run_cpu(bool backward, const Attention& p, Dtype dtype) {
+  const Parallel parallel{at::get_num_threads(), [](int64_t items, int64_t grain, const auto& body) {
+    at::parallel_for(0, items, grain, body);
+  }};
+  backward ? cpu_backward(p, dtype, parallel) : cpu_forward(p, dtype, parallel);
+}
+
+#ifdef WITH_CUDA
+void run_cuda(bool backward, const Attention& p, const Tensor& q) {
+  const c10::cuda::CUDAGuard guard(q.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const Tensor delta = backward ? at::empty({p.b, p.h, p.n_q}, q.options().dtype(at::kFloat))
+                                : Tensor();
+  const int error = backward
+                        ? cuda_backward(p, dtype_of(q), stream, delta.mutable_data_ptr<float>())
+                        : cuda_forward(p, dtype_of(q), stream);
+  TORCH_CHECK(error == 0, "window_attention: launching the CUDA kernel failed: ",
+              cuda_error_string(error), " (the kernels need compute capability 8.0 or newer, and "
+              "run on the GPUs that TORCH_CUDA_ARCH_LIST named when they were built; "
+              "EQUIMINI_ATTENTION=reference does without them)");
+}
+#endif
+
+void run(bool backward, const Attention& p, const Tensor& q) {
   if (q.numel() == 0) return;
 #ifdef WITH_CUDA
-  if (q.is_cuda()) {
-    const c10::cuda::CUDAGuard guard(q.device());
-    const auto stream = c10::cuda::getCurrentCUDAStream();
-    const auto dtype = q.scalar_type() == at::kFloat      ? Dtype::float32
-                       : q.scalar_type() == at::kBFloat16 ? Dtype::bfloat16
-                                                          : Dtype::float16;
-    const Tensor delta = Backward ? at::empty({p.b, p.h, p.n_q}, q.options().dtype(at::kFloat))
-                                  : Tensor();
-    const int error = Backward
-                          ? cuda_backward(p, dtype, stream, delta.mutable_data_ptr<float>())
-                          : cuda_forward(p, dtype, stream);
-    TORCH_CHECK(error == 0, "window_attention: launching the CUDA kernel failed: ",
-                cuda_error_string(error), " (the kernels need compute capability 8.0 or newer, and "
-                "run on the GPUs that TORCH_CUDA_ARCH_LIST named when they were built; "
-                "EQUIMINI_ATTENTION=reference does without them)");
-    return;
-  }
+  if (q.is_cuda()) return run_cuda(backward, p, q);
 #endif
-  switch (q.scalar_type()) {
-    case at::kFloat: return run_cpu<Backward, float, float>(p);
-    case at::kDouble: return run_cpu<Backward, double, double>(p);
-    case at::kBFloat16: return run_cpu<Backward, c10::BFloat16, float>(p);
-    default: return run_cpu<Backward, c10::Half, float>(p);
-  }
+  run_cpu(backward, p, dtype_of(q));
 }
 
 void check(const Tensor& q, const Tensor& k, int64_t window) {
@@ -127,7 +120,7 @@ std::tuple<Tensor, Tensor> window_attention(
   Tensor out = at::empty(q.sizes(), q.options());
   Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_dtype));
   call.p.out = out.mutable_data_ptr(), call.p.lse = lse.mutable_data_ptr();
-  run<false>(call.p, q);
+  run(false, call.p, q);
   return {out, lse};
 }
 
@@ -145,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(
   call.p.dq = dq.mutable_data_ptr();
   call.p.dk = dk.mutable_data_ptr(), call.p.dv = dv.mutable_data_ptr();
   if (q.numel() == 0) dk.zero_(), dv.zero_();
-  run<true>(call.p, q);
+  run(true, call.p, q);
   return {dq, dk, dv};
 }
 

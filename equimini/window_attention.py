@@ -82,7 +82,7 @@ def keep_mask(seed: Tensor, shape: tuple[int, int, int, int], dropout_p: float) 
     """(B, H, Nq, Nk) bool, True where dropout keeps the weight of a (query, key) pair.
 
     A chain of 32-bit hashes (MurmurHash3's finalizer) over seed, batch, head, position of the
-    query, key; a pair is dropped where the last one falls under dropout_p · 2³².  csrc/common.h
+    query, key; a pair is dropped where the last one falls under dropout_p · 2³².  csrc/attention.h
     holds the same function.
     """
     b, h, n_q, n_k = shape

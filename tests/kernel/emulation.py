@@ -1,4 +1,4 @@
-"""Compile csrc/cuda_kernels.cu with g++ (see cuda_on_cpu.h) and call it on CPU tensors."""
+"""Compile csrc/cuda with g++ (see cuda_on_cpu/cuda_runtime.h) and call it on CPU tensors."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-TESTS = Path(__file__).parent
-CSRC = TESTS.parents[1] / "csrc"
+STAND_IN = Path(__file__).parent / "cuda_on_cpu"  # headers that are found before CUDA's
+CSRC = Path(__file__).parents[2] / "csrc"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of enum Dtype
-PATHS = ("automatic", "narrow", "cuda cores", "tensor cores")  # in the order of enum Path
+PATHS = ("automatic", "registers", "shared memory", "tensor cores")  # in the order of enum Path
 
 
 class Heads(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), *((x, ctypes.c_int64) for x in ("b", "n", "h"))]
 
 
-class Attention(ctypes.Structure):  # csrc/common.h
+class Attention(ctypes.Structure):  # csrc/attention.h
     _fields_ = [*((x, Heads) for x in ("q", "k", "v", "grad")),
                 *((x, ctypes.c_void_p) for x in ("out", "lse", "dq", "dk", "dv", "cos", "sin",
                                                  "seed")),
@@ -34,8 +34,8 @@ class EmulatedKernels:
     def __init__(self, build: Path, path: str = "automatic", csrc: Path = CSRC,
                  flags: tuple[str, ...] = ("-O1",)):
         library = build / "libcuda_on_cpu.so"
-        subprocess.run(["g++", "-std=c++20", *flags, "-shared", "-fPIC", "-I", str(csrc),
-                        "-I", str(TESTS), str(TESTS / "cuda_on_cpu.cpp"), "-o", str(library)],
+        subprocess.run(["g++", "-std=c++20", *flags, "-shared", "-fPIC", "-I", str(STAND_IN),
+                        "-I", str(csrc), str(STAND_IN / "library.cpp"), "-o", str(library)],
                        check=True)
         self.library = ctypes.CDLL(str(library))
         self.library.error_string.restype = ctypes.c_char_p

@@ -1,4 +1,4 @@
-"""The CUDA kernels themselves, compiled by g++ and run on the CPU (see cuda_on_cpu.h).
+"""The CUDA kernels themselves, compiled by g++ and run on the CPU (see cuda_on_cpu/).
 
     python tests/kernel/test_cuda_on_cpu.py --cases 500 [--sanitize]   # many cases, by hand
 """
@@ -30,11 +30,11 @@ SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefin
 # Several blocks of keys in shared memory, tiles that end in the middle, D of every bucket; for
 # narrow windows sequences of one, two and three stretches, groups beyond the last head.
 CHOSEN = {
-    "narrow": [Case(2, 16, 16, 3, 64, 4, torch.bfloat16, dropout_p=0.1),
+    "registers": [Case(2, 16, 16, 3, 64, 4, torch.bfloat16, dropout_p=0.1),
                Case(1, 130, 130, 2, 64, 4, torch.float32, dropout_p=0.1),
                Case(1, 66, 70, 3, 80, 3, torch.float16),
                Case(2, 1, 4, 3, 128, 4, torch.float32)],
-    "cuda cores": [Case(1, 16, 16, 3, 64, 4, torch.bfloat16, dropout_p=0.1),
+    "shared memory": [Case(1, 16, 16, 3, 64, 4, torch.bfloat16, dropout_p=0.1),
                    Case(1, 70, 70, 1, 64, 45, torch.float32),
                    Case(1, 21, 45, 2, 80, 30, torch.float16),
                    Case(2, 1, 9, 3, 128, 8, torch.float32)],
@@ -46,9 +46,9 @@ CHOSEN = {
 
 def small_case(seed: int, path: str) -> Case:
     dtypes = DTYPES[1:] if path == "tensor cores" else DTYPES
-    case = draw_case(random.Random(seed), dtypes, 140 if path == "narrow" else 40)
+    case = draw_case(random.Random(seed), dtypes, 140 if path == "registers" else 40)
     case.b, case.h = min(case.b, 2), min(case.h, 2)
-    if path == "narrow":
+    if path == "registers":
         case.window = min(case.window, 4)
     return case
 
@@ -82,10 +82,10 @@ def test_random(kernels: EmulatedKernels, path: str, seed: int):
 
 
 @pytest.mark.parametrize("window,dtype,paths", [
-    (4, torch.bfloat16, ["narrow"]), (4, torch.float32, ["narrow"]),
-    (5, torch.bfloat16, ["narrow", "cuda cores"]), (15, torch.float16, ["narrow", "cuda cores"]),
+    (4, torch.bfloat16, ["registers"]), (4, torch.float32, ["registers"]),
+    (5, torch.bfloat16, ["registers", "shared memory"]), (15, torch.float16, ["registers", "shared memory"]),
     (16, torch.float16, ["tensor cores"]),
-    (16, torch.float32, ["narrow", "cuda cores", "tensor cores"])], ids=str)
+    (16, torch.float32, ["registers", "shared memory", "tensor cores"])], ids=str)
 def test_which_kernels_run(kernels: EmulatedKernels, window: int, dtype: torch.dtype,
                            paths: list[str]):
     """What runs unasked has the bits of these paths: a kernel's, or of what they fall back to."""
@@ -99,27 +99,27 @@ def test_which_kernels_run(kernels: EmulatedKernels, window: int, dtype: torch.d
 # What is broken, where, and what the report must say: a wrong result, or the machine's own error.
 FAULTS = {
     "no barrier after filling shared memory": (
-        "cuda_cores.cuh", "    __syncwarp();  // all rows are there\n", "", "is off by"),
+        "shared_memory.cuh", "    __syncwarp();  // all rows are there\n", "", "is off by"),
     "no barrier before refilling it": (
-        "cuda_cores.cuh", "    __syncwarp();  // nobody reads the old rows any more\n", "",
+        "shared_memory.cuh", "    __syncwarp();  // nobody reads the old rows any more\n", "",
         "is off by"),
     "a window one too long": (
-        "cuda_cores.cuh", "behind >= unsigned", "behind > unsigned", "is off by"),
+        "shared_memory.cuh", "behind >= unsigned", "behind > unsigned", "is off by"),
     "a stretch that looks back too little": (
-        "cuda_narrow.cuh", "stretches > 1 ? window - 1 :", "stretches > 1 ? window - 2 :",
+        "registers.cuh", "stretches > 1 ? window - 1 :", "stretches > 1 ? window - 2 :",
         "is off by"),
     "a stretch that ends too early": (
-        "cuda_narrow.cuh", "backward && stretches > 1 ? window - 1", "false ? window - 1",
+        "registers.cuh", "backward && stretches > 1 ? window - 1", "false ? window - 1",
         "is off by"),
     "a shuffle that one lane misses": (
-        "cuda_cores.cuh", "  tile.own(q, p.q, tile.offset, true, float(p.scale) * kLog2e);\n",
+        "shared_memory.cuh", "  tile.own(q, p.q, tile.offset, true, float(p.scale) * kLog2e);\n",
         "  tile.own(q, p.q, tile.offset, true, float(p.scale) * kLog2e);\n"
         "  if (threadIdx.x == 3) __shfl_xor_sync(kWarp, 0, 1);\n", "meets"),
     "a barrier that one warp misses": (
-        "tensor_cores.cuh", "        __syncthreads();\n        also();",
+        "tensor_tile.cuh", "        __syncthreads();\n        also();",
         "        if (threadIdx.x >= 32) __syncthreads();\n        also();", "__syncthreads"),
     "statistics written beside their readers": (
-        "tensor_cores.cuh", "        __syncthreads();\n        also();",
+        "tensor_tile.cuh", "        __syncthreads();\n        also();",
         "        also();\n        __syncthreads();", "is off by|differs"),
 }
 
@@ -130,9 +130,9 @@ def test_faults_are_caught(tmp_path: Path):
     for number, (fault, (file, old, new, report)) in enumerate(FAULTS.items()):
         copy = tmp_path / str(number)
         shutil.copytree(CSRC, copy)
-        text = (copy / file).read_text()
+        text = (copy / "cuda" / file).read_text()
         assert old in text, f"{fault}: {file} no longer holds {old!r}"
-        (copy / file).write_text(text.replace(old, new, 1))
+        (copy / "cuda" / file).write_text(text.replace(old, new, 1))
         builds[fault] = copy
     with ThreadPool() as pool:
         built = pool.map(lambda copy: EmulatedKernels(copy, csrc=copy, flags=("-O0",)),
@@ -140,7 +140,7 @@ def test_faults_are_caught(tmp_path: Path):
     for fault, kernels in zip(builds, built):
         file, report = FAULTS[fault][0], FAULTS[fault][3]
         path = file.removesuffix(".cuh").removeprefix("cuda_").replace("_", " ")
-        path = kernels.path = {"cores": "cuda cores"}.get(path, path)
+        path = kernels.path = {"cores": "shared memory"}.get(path, path)
         with pytest.raises((AssertionError, RuntimeError), match=report):
             for schedule in range(6):
                 kernels.library.set_schedule(schedule)
@@ -168,7 +168,7 @@ def test_nvcc_compiles_without_spills(tmp_path: Path):
     result = subprocess.run(
         ["nvcc", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", "--threads", "2",
          "-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90",
-         "-c", str(CSRC / "cuda_kernels.cu"), "-o", str(tmp_path / "kernels.o")],
+         "-c", "-I", str(CSRC), str(CSRC / "cuda" / "attention.cu"), "-o", str(tmp_path / "kernels.o")],
         capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     spills = re.findall(r"(\d+) bytes spill", result.stderr)

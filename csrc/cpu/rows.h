@@ -3,10 +3,12 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 
-#include "common.h"
+#include "../attention.h"
 
 namespace equimini {
 
@@ -35,6 +37,24 @@ struct Simd<double> {
 };
 template <class C>
 constexpr int kLanes = kVectorBytes / sizeof(C);
+
+// 16-bit values as they lie in memory.
+struct BFloat16 {
+  uint16_t bits;
+  BFloat16() = default;
+  explicit BFloat16(float x) {
+    uint32_t wide;
+    std::memcpy(&wide, &x, 4);
+    bits = x != x ? 0x7fc0 : (wide + 0x7fff + (wide >> 16 & 1)) >> 16;  // to nearest, ties to even
+  }
+  explicit operator float() const {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return x;
+  }
+};
+using Float16 = _Float16;
 
 // Aligned scratch of one thread, handed out piece by piece.
 template <class C>

@@ -1,4 +1,5 @@
-// CUDA on the CPU, for tests: compiles the .cu files of csrc/ with g++ and runs their kernels.
+// The CUDA runtime on the CPU, for tests: found before the real header of this name, it lets g++
+// compile the .cu files of csrc/ and runs their kernels.
 //
 // Every thread of a block is a fiber (ucontext).  A fiber runs until it reaches a barrier, a
 // shuffle or a tensor-core instruction, or returns; then the next one is drawn at random, with
@@ -9,7 +10,6 @@
 // that meet in different shuffles, a lane that returned while others wait for it, a barrier that
 // not all threads reach.
 #pragma once
-#define CUDA_ON_CPU
 #include <ucontext.h>
 
 #include <algorithm>
@@ -39,23 +39,6 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
-struct __nv_bfloat16 { uint16_t bits; };
-inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
-inline __nv_bfloat16 __float2bfloat16_rn(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (x != x) return {0x7fff};
-  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
-}
-struct __half { _Float16 value; };
-inline __half __ushort_as_half(uint16_t bits) {
-  __half x;
-  std::memcpy(&x, &bits, 2);
-  return x;
-}
-inline float __half2float(__half x) { return float(x.value); }
-inline __half __float2half_rn(float x) { return {_Float16(x)}; }
-
 namespace cuda_on_cpu {
 
 struct Index { unsigned x; };
@@ -219,77 +202,38 @@ T __shfl_xor_sync(uint32_t mask, T value, int lanes,
                                [&](auto given) { return given(lane ^ lanes); });
 }
 
-namespace equimini {
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorUnknown = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct dim3 { unsigned x; };
 
-constexpr int kTooLarge = 9;
+inline cudaError_t cudaGetLastError() {
+  return cuda_on_cpu::machine.error.empty() ? cudaSuccess : cudaErrorUnknown;
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorUnknown ? cuda_on_cpu::machine.error.c_str() : "a launch that is too large";
+}
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 
-inline void* shared_memory() { return cuda_on_cpu::machine.shared.get(); }
-
-inline float exp2_of(float x) { return x < -126 ? 0.0f : std::exp2(x); }
-
-template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, void*,
-           Arguments... arguments) {
+template <class... Parameters>
+cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 blocks, dim3 threads,
+                             void** arguments, size_t shared, cudaStream_t) {
   auto& machine = cuda_on_cpu::machine;
   machine.error.clear();
-  machine.kernel = [=] { kernel(arguments...); };
+  machine.kernel = [&]<size_t... i>(std::index_sequence<i...>) {
+    return std::function<void()>([=] { kernel(*static_cast<Parameters*>(arguments[i])...); });
+  }(std::index_sequence_for<Parameters...>());
   if (!machine.stacks) machine.stacks.reset(new unsigned char[1024 * machine.kStack]);
-  std::vector<unsigned> order(blocks);
+  std::vector<unsigned> order(blocks.x);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), machine.random);
   for (unsigned block : order) {
     machine.block = block;
-    cuda_on_cpu::run_block(threads, shared);
-    if (!machine.error.empty()) return 1;
+    cuda_on_cpu::run_block(threads.x, shared);
+    if (!machine.error.empty()) break;
   }
-  return 0;
+  return cudaGetLastError();
 }
-
-template <class T>
-float half_of(uint32_t pair, int which) {
-  const uint16_t bits = uint16_t(pair >> (16 * which));
-  T value;
-  std::memcpy(&value, &bits, 2);
-  if constexpr (std::is_same_v<T, __half>) return __half2float(value);
-  else return __bfloat162float(value);
-}
-
-// mma.sync.m16n8k16; the layout is described beside the real one in cuda_common.cuh.
-template <class T>
-void matrix_multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                         std::source_location at = std::source_location::current()) {
-  struct Fragments { uint32_t a[4], b[2]; } mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
-  const int lane = cuda_on_cpu::machine.current % 32;
-  cuda_on_cpu::exchange({"mma", at.line(), 0xffffffffu, 0}, mine, [&](auto given) {
-    for (int i = 0; i < 4; i++)
-      for (int k = 0; k < 16; k++) {
-        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        c[i] += half_of<T>(given(row % 8 * 4 + k % 8 / 2).a[k / 8 * 2 + row / 8], k % 2) *
-                half_of<T>(given(column * 4 + k % 8 / 2).b[k / 8], k % 2);
-      }
-    return 0;
-  });
-}
-
-// ldmatrix; this layout, too, is described beside the real one.
-inline void load_matrices(uint32_t (&x)[4], const void* row, bool transposed = false,
-                          std::source_location at = std::source_location::current()) {
-  const int lane = cuda_on_cpu::machine.current % 32;
-  cuda_on_cpu::exchange({"ldmatrix", at.line(), 0xffffffffu, transposed}, row, [&](auto given) {
-    for (int m = 0; m < 4; m++) {
-      const auto element = [&](int r, int c) {
-        return uint32_t(static_cast<const uint16_t*>(given(8 * m + r))[c]);
-      };
-      const int mine = lane / 4, pair = lane % 4 * 2;
-      x[m] = transposed ? element(pair, mine) | element(pair + 1, mine) << 16
-                        : element(mine, pair) | element(mine, pair + 1) << 16;
-    }
-    return 0;
-  });
-}
-inline void load_transposed(uint32_t (&x)[4], const void* row,
-                            std::source_location at = std::source_location::current()) {
-  load_matrices(x, row, true, at);
-}
-
-}  // namespace equimini

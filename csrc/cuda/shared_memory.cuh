@@ -1,5 +1,5 @@
 // Windowed attention on CUDA cores: any dtype, any window.  Of use between the windows that fit
-// into registers (cuda_narrow.cuh) and those that are worth a tensor core (tensor_cores.cuh), and
+// into registers (registers.cuh) and those that are worth a tensor core (tensor_cores.cuh), and
 // for float32, which tensor cores would round.
 //
 // Rows are read in 16-byte pieces, with many loads in flight:
@@ -25,10 +25,10 @@
 // atomics: every sum has one owner and one order.  The second sweep's rows are the first one's
 // again (and the W − 1 after them), so they come from the L1 and L2 caches.
 #pragma once
-#include "cuda_common.cuh"
+#include "rows.cuh"
 
 namespace equimini {
-namespace cuda_cores {
+namespace shared_memory {
 
 constexpr int kWarps = 4;  // in a block
 constexpr int kQuad = 4;   // rows that a group owns
@@ -72,9 +72,9 @@ struct Tile {
     mine = start + group * kQuad;
     exists = b < p.b, active = slot * 8 < p.d;
     dropout_head = dropout.head(p, b, h);
-    x = static_cast<float4*>(shared_memory()) + size_t(warp) * rows * 4 * G;
+    x = static_cast<float4*>(block_memory()) + size_t(warp) * rows * 4 * G;
     y = x + rows * 2 * G;
-    lse = reinterpret_cast<float*>(static_cast<float4*>(shared_memory()) +
+    lse = reinterpret_cast<float*>(static_cast<float4*>(block_memory()) +
                                    size_t(kWarps) * rows * 4 * G) + warp * rows * 2;
     delta = lse + rows;
   }
@@ -352,5 +352,5 @@ int run(bool backward, const Attention& p, void* stream) {
   return p.d <= 64 ? run<T, 8>(backward, p, stream) : run<T, 16>(backward, p, stream);
 }
 
-}  // namespace cuda_cores
+}  // namespace shared_memory
 }  // namespace equimini

@@ -1,8 +1,7 @@
 // Entry points of the CUDA kernels: which family, which dtype.
-#include "cuda_kernels.h"
-
-#include "cuda_cores.cuh"
-#include "cuda_narrow.cuh"
+#include "kernels.h"
+#include "registers.cuh"
+#include "shared_memory.cuh"
 #include "tensor_cores.cuh"
 
 namespace equimini {
@@ -10,13 +9,14 @@ namespace equimini {
 template <class T>
 int run(bool backward, const Attention& p, void* stream, float* delta, Path path) {
   if (path == Path::automatic)
-    path = p.window <= kNarrowWindow ? Path::narrow
-           : p.window < kTensorWindow || sizeof(T) == 4 ? Path::cuda_cores : Path::tensor_cores;
-  if (path == Path::narrow && p.window <= kNarrowWindow)
-    return cuda_narrow::run<T>(backward, p, stream);
+    path = p.window <= kRegisterWindow                  ? Path::registers
+           : p.window < kTensorWindow || sizeof(T) == 4 ? Path::shared_memory
+                                                        : Path::tensor_cores;
+  if (path == Path::registers && p.window <= kRegisterWindow)
+    return registers::run<T>(backward, p, stream);
   if constexpr (sizeof(T) == 2)
     if (path == Path::tensor_cores) return tensor_cores::run<T>(backward, p, stream, delta);
-  return cuda_cores::run<T>(backward, p, stream);
+  return shared_memory::run<T>(backward, p, stream);
 }
 
 static int run(bool backward, Attention p, Dtype dtype, void* stream, float* delta, Path path) {
@@ -36,12 +36,8 @@ int cuda_backward(const Attention& p, Dtype dtype, void* stream, float* delta, P
   return run(true, p, dtype, stream, delta, path);
 }
 
-const char* cuda_error_string([[maybe_unused]] int error) {
-#ifdef __CUDACC__
+const char* cuda_error_string(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
-#else
-  return cuda_on_cpu::machine.error.c_str();
-#endif
 }
 
 }  // namespace equimini

@@ -1,5 +1,5 @@
 // The CUDA kernels as a library for the CPU; emulation.py compiles and calls it.
-#include "cuda_kernels.cu"
+#include "cuda/attention.cu"
 
 extern "C" {
 

@@ -27,12 +27,12 @@
 // tokens on for the queries that still see its keys, rows that it shares with its neighbours.  So
 // all sums have one owner and one order: no atomics.
 #pragma once
-#include "cuda_common.cuh"
+#include "rows.cuh"
 
 namespace equimini {
-namespace cuda_narrow {
+namespace registers {
 
-constexpr int kRing = kNarrowWindow;
+constexpr int kRing = kRegisterWindow;
 constexpr int kStretch = 64;
 
 // A group's walk: who I am, which positions I own, and where the walk begins and ends.
@@ -242,5 +242,5 @@ int run(bool backward, const Attention& p, void* stream) {
   return p.d <= 64 ? run<T, 8>(backward, p, stream) : run<T, 16>(backward, p, stream);
 }
 
-}  // namespace cuda_narrow
+}  // namespace registers
 }  // namespace equimini

@@ -1,8 +1,8 @@
-// What the CPU and the CUDA kernels share: the description of one problem, and the dropout hash.
+// One problem of windowed attention, as the CPU and the CUDA kernels get it, and the dropout hash.
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__) || defined(CUDA_ON_CPU)
+#ifdef __CUDACC__
 #define HOST_DEVICE __host__ __device__ inline
 #else
 #define HOST_DEVICE inline

@@ -1,7 +1,7 @@
 // Windowed causal attention on the CPU for narrow windows, W ≤ kNarrow, forward and backward.
 //
 // At the model's shape (W = 4, D = 64) there is little to compute and much to move: a vector of
-// queries, as cpu_tiles.h has it, would meet W + lanes − 1 keys of which W are wanted, and would
+// queries, as tiles.h has it, would meet W + lanes − 1 keys of which W are wanted, and would
 // read one head after the other from rows that lie far apart.  Here a work item is one batch
 // entry and a chunk of positions, all heads; it walks along the tokens, reads each token's q, k
 // and v once and in the order of memory, and keeps the last W of them in rings (converted,
@@ -22,7 +22,7 @@
 #pragma once
 #include <utility>
 
-#include "cpu_common.h"
+#include "rows.h"
 
 namespace equimini {
 
