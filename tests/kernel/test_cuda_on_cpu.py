@@ -139,8 +139,7 @@ def test_faults_are_caught(tmp_path: Path):
                          builds.values())
     for fault, kernels in zip(builds, built):
         file, report = FAULTS[fault][0], FAULTS[fault][3]
-        path = file.removesuffix(".cuh").removeprefix("cuda_").replace("_", " ")
-        path = kernels.path = {"cores": "shared memory"}.get(path, path)
+        path = kernels.path = next(path for path in PATHS[1:] if path.split()[0] in file)
         with pytest.raises((AssertionError, RuntimeError), match=report):
             for schedule in range(6):
                 kernels.library.set_schedule(schedule)
