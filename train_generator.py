@@ -8,6 +8,7 @@ Writes last.pt, best.pt (lowest validation loss), log.jsonl and previews/ into -
 
 import torch
 
+from equimini.attention import implementation
 from equimini.autoencoder import Tokenizer
 from equimini.presets import PRESETS
 from equimini.training.cache_latents import CachedLatents, read_meta
@@ -20,7 +21,6 @@ from equimini.utils import checkpoint, distributed
 from equimini.utils.checkpoint import tokenizer_inside
 from equimini.utils.command_line import run
 from equimini.utils.errors import UserError
-from equimini.window_attention import implementation
 
 
 def find_tokenizer(setup: Setup) -> Tokenizer:

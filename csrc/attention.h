@@ -23,7 +23,7 @@ struct Heads {
   }
 };
 
-// One call of the operator; window_attention.py says what each argument means.
+// One call of the operator; equimini/attention.py says what each argument means.
 struct Attention {
   Heads q, k, v, grad;       // grad (of the output): backward only
   void *out, *lse;           // (B, Nq, H, D), (B, H, Nq): results, there for backward

@@ -1,4 +1,4 @@
-// The compiled kernels as implementations of the operators that window_attention.py defines:
+// The compiled kernels as implementations of the operators that equimini/attention.py defines:
 // describes the tensors to the kernels, and nothing more.  Shapes were checked in Python.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>

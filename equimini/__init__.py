@@ -4,7 +4,7 @@ from importlib import import_module
 
 __version__ = "0.2.0"
 _HOME = {"load_tokenizer": "utils.checkpoint", "load_generator": "sampling.image_generator",
-         "ImageGenerator": "sampling.image_generator", "window_attention": "window_attention"}
+         "ImageGenerator": "sampling.image_generator", "window_attention": "attention"}
 __all__ = list(_HOME)
 
 

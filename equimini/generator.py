@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equimini.attention import window_attention
 from equimini.config import Checked, flag
 from equimini.flow_head import FlowHead
 from equimini.layers import LayerNorm, maybe_recomputed
 from equimini.rope import Rope, rope_tables, rotate
-from equimini.window_attention import window_attention
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from equimini.attention import implementation, window_attention, window_mask
 from equimini.bench.timing import copy_bandwidth, median_seconds
 from equimini.rope import rope_tables, rotate
 from equimini.utils.errors import first_line
 from equimini.utils.machine import machine
-from equimini.window_attention import implementation, window_attention, window_mask
 
 # (B, N, H, D, W); a CPU gets fewer sequences of the same kind
 SHAPES = {

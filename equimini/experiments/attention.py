@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from equimini.attention import visible_pairs
 from equimini.experiments.common import Lab, Run, parse
 from equimini.experiments.report import Report, per_column, spread, verdict
 from equimini.experiments.samples import Judge, SampledConfig
 from equimini.utils.command_line import output_folder
 from equimini.utils.plot import curves
-from equimini.window_attention import visible_pairs
 
 PAPER = "gFID of full causal 7.35, real equivariant 8.87, windowed 7.21 (Table 4)."
 WINDOW = 4

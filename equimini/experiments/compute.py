@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from equimini.attention import window_attention
 from equimini.config import Checked, flag
 from equimini.experiments.report import Report
 from equimini.generator import Generator, GeneratorConfig
 from equimini.presets import PRESETS, measure
 from equimini.utils.command_line import add_flags, output_folder, override
 from equimini.utils.plot import curves
-from equimini.window_attention import window_attention
 
 PARAMETERS = {"small": "151", "base": "294", "large": "644", "huge": "1200"}  # in millions
 GFLOPS = {"small": 5.41, "base": 9.78, "large": 19.66, "huge": 34.91}

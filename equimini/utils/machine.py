@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from equimini.window_attention import implementation
+from equimini.attention import implementation
 
 
 def machine(device: str) -> str:

@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent))
 from attention_cases import Case, draw_case, draw_inputs, run_case  # noqa: E402
 
-import equimini.window_attention as module  # noqa: E402
+import equimini.attention as module  # noqa: E402
 from equimini.rope import rope_tables  # noqa: E402
-from equimini.window_attention import (implementation, keep_mask, reference_backward,  # noqa: E402
+from equimini.attention import (implementation, keep_mask, reference_backward,  # noqa: E402
                                        reference_forward, visible_pairs, window_attention,
                                        window_mask)
 
@@ -293,8 +293,17 @@ def run_python(code: str, cwd: Path, **environment: str) -> subprocess.Completed
                           env={**os.environ, "PYTHONPATH": str(cwd), **environment})
 
 
+def test_the_package_offers_the_function():
+    """Whatever was imported before: a module of its name would hide it."""
+    code = ("import equimini.attention\n"
+            "for _ in range(2):\n"
+            "    from equimini import window_attention as f\n"
+            "    assert f is equimini.attention.window_attention, f")
+    assert run_python(code, ROOT.parent).returncode == 0
+
+
 def test_environment_forces_the_reference():
-    code = "import equimini.window_attention as m; print(m.implementation())"
+    code = "import equimini.attention as m; print(m.implementation())"
     result = run_python(code, ROOT.parent, EQUIMINI_ATTENTION="reference")
     assert result.stdout.strip() == "reference"
     result = run_python(code, ROOT.parent, EQUIMINI_ATTENTION="C++")
@@ -306,14 +315,14 @@ def test_missing_binary_falls_back_and_broken_one_is_an_error(tmp_path: Path, bi
     package = tmp_path / "equimini"
     package.mkdir()
     (package / "__init__.py").touch()
-    for name in ("rope.py", "window_attention.py"):
+    for name in ("rope.py", "attention.py"):
         shutil.copy(ROOT / name, package)
     if binary:
         (package / "_kernels.abi3.so").write_bytes(binary)
     result = run_python(
         "import sys\n"  # an editable installation's finder would still offer the real binary
         "sys.meta_path = [x for x in sys.meta_path if 'editable' not in str(x).lower()]\n"
-        "import equimini.window_attention as m; print(m.implementation())", tmp_path)
+        "import equimini.attention as m; print(m.implementation())", tmp_path)
     if binary:
         assert "present but do not load" in result.stderr and "file too short" in result.stderr
     else:
