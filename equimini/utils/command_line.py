@@ -42,6 +42,20 @@ def add_flags(parser: argparse.ArgumentParser, defaults: Checked, title: str) ->
             help=f"{text} [{'none' if shown == '' else shown}]")
 
 
+def command(program: str, doc: str, defaults: Checked, **more: Any) -> argparse.ArgumentParser:
+    """The parser of `python -m program`: the first line of its module's docstring, and one flag
+    per field of `defaults`; more: of ArgumentParser."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=doc.split("\n")[0],
+                                     allow_abbrev=False, **more)
+    add_flags(parser, defaults, "options")
+    return parser
+
+
+def parse(program: str, doc: str, defaults: Config, argv: Sequence[str] | None = None) -> Config:
+    """The options that were given to `python -m program`; see `command`."""
+    return override(defaults, command(program, doc, defaults).parse_args(argv))
+
+
 def _int_tuple(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Iterator
+from typing import Any, BinaryIO, Iterator
 
 from equimini.utils.errors import UserError, first_line
 
@@ -48,3 +49,23 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
                         "still there") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file in UTF-8; see `replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def claim(folder: Path, plan: dict[str, Any], holds: str, instead: str) -> None:
+    """Note in plan.json what the files in `folder` are made with.
+
+    Raises UserError if it holds those of another plan.  holds, instead: words for that message,
+    such as 'latents' and 'choose another --out'.
+    """
+    path, plan = folder / "plan.json", json.loads(json.dumps(plan))  # tuples become lists
+    before = json.loads(path.read_text()) if path.exists() else plan
+    if changed := sorted(k for k in before.keys() | plan.keys() if before.get(k) != plan.get(k)):
+        raise UserError(f"{folder} holds {holds} of other settings ({', '.join(changed)}); "
+                        f"{instead}")
+    write_text(path, json.dumps(plan, indent=1))
