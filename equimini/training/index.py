@@ -1,0 +1,439 @@
+"""Any source of pictures, opened: their names, classes and bytes, by number.
+
+    source = open_source("ILSVRC2012_img_train.tar", folder="runs/tokenizer/index")
+    source.name(7), source.classes[source.labels[7]], source.read(7)
+
+Pictures are in the order of their names, whatever they lie in: a folder and an archive of the same
+files are the same data.  The index of a large source is kept in a folder, as arrays that all
+processes map into memory, and made again when the source's size or time has changed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import re
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from equimini.training.archives import (ENCODING, MAX_CLASSES, NO_LABEL, Damaged, Reader, Search,
+                                        dataset_labels, scan_folder, scan_parquet, scan_tar,
+                                        scan_zip)
+from equimini.utils.errors import UserError
+from equimini.utils.files import replacing
+
+FORMAT = 1
+SMALL = 10_000  # pictures; of fewer no index is kept: they are found again in no time
+PART = 50_000   # pictures after which a search can be taken up again
+ARRAYS = ("labels", "hashes", "volumes", "offsets", "sizes", "ends", "text")
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "dev"}
+
+
+class Source:
+    """Pictures in the order of their names, with class numbers."""
+
+    def __init__(self, about: dict[str, Any], arrays: dict[str, np.ndarray],
+                 kept: Path | None = None) -> None:
+        """about: what is kept as JSON; arrays: one value a picture; kept: where both lie."""
+        self.about, self.kept = about, kept
+        self.folders: list[str] = about["folders"]  # the classes, as the source calls them
+        self.classes: list[str] = about["classes"]  # and as people do
+        self.flat: bool = about["flat"]  # one class, without a folder of its own
+        self.left_out: dict[str, list] = about["left_out"]  # reason: [how many, an example]
+        self.reader = Reader(about["kind"], about["volumes"])
+        self._take(arrays)
+
+    def _take(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+        self.labels, self.hashes = arrays["labels"], arrays["hashes"]  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, i: int) -> str:
+        """CLASS/NAME of picture i; of a flat source, NAME."""
+        ends = self.arrays["ends"]
+        name = bytes(self.arrays["text"][ends[i - 1] if i else 0:ends[i]]).decode(*ENCODING)
+        return name if self.flat else f"{self.folders[self.labels[i]]}/{name}"
+
+    def where(self, i: int) -> str:
+        """Picture i's file, or its archive and its name there, for messages."""
+        volume = self.reader.volumes[int(self.arrays["volumes"][i])]
+        return os.path.join(volume, self.name(i)) if self.reader.kind == "folder" \
+            else f"{volume}: {self.name(i)}"
+
+    def read(self, i: int) -> bytes:
+        """The bytes of picture i's file.  Raises OSError or ValueError if they are not there."""
+        name = self.name(i) if self.reader.kind == "folder" else ""
+        place = (int(self.arrays[key][i]) for key in ("volumes", "offsets", "sizes"))
+        return self.reader.read(name, *place)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Arrays that lie in files are mapped anew by another process, not sent to it."""
+        dropped = ("arrays", "labels", "hashes") if self.kept else ()
+        return {k: v for k, v in self.__dict__.items() if k not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.kept:
+            self._take(map_arrays(self.kept))
+
+
+def open_source(path: str, folder: str | Path | None = None, truncated: bool = False) -> Source:
+    """The pictures of a folder, or of one or several archives.
+
+    path: a folder, a .tar, .zip or .parquet file, or a pattern of them, with {000..123}, {a,b}
+    or *.  folder: where the index of a large source is kept; None: nowhere.  truncated: of an
+    archive that is cut short, what can be read is used.  Raises UserError for all that cannot be
+    read so.
+    """
+    kind, volumes = find_volumes(path)
+    if folder is None:
+        return Source(*build(path, kind, volumes, None, truncated))
+    absolute = [os.path.abspath(volume) for volume in volumes]
+    key = hashlib.sha256("\n".join([*absolute, str(truncated)]).encode(*ENCODING)).hexdigest()[:16]
+    kept = Path(folder) / key
+    with locked(Path(folder), key):
+        about = read_about(kept)
+        if about is None:
+            about, arrays = build(path, kind, volumes, kept, truncated)
+            if len(arrays["labels"]) <= SMALL:
+                return Source(about, arrays)
+            save(kept, about, arrays)
+        return Source({**about, "volumes": volumes}, map_arrays(kept), kept)
+
+
+def find_volumes(path: str) -> tuple[str, list[str]]:
+    """folder, tar, zip or parquet, and the files (or the folder) of a --data.
+
+    Raises UserError for what does not exist, or is none of them.
+    """
+    names = [path] if os.path.exists(path) else \
+        [n for name in braces(path) for n in (sorted(glob.glob(name)) if "*" in name else [name])]
+    missing = [name for name in names if not os.path.exists(name)]
+    if missing or not names:
+        also = f" (nor do {len(missing) - 1} more of {path})" if len(missing) > 1 else ""
+        raise UserError(f"the data {'file' if len(names) > 1 else 'folder'} "
+                        f"{missing[0] if missing else path} does not exist{also}")
+    if len(names) == 1 and os.path.isdir(names[0]):
+        return "folder", names
+    kinds = {archive_kind(name) for name in names}
+    if len(kinds) > 1:
+        raise UserError(f"{path} names archives of several kinds ({', '.join(sorted(kinds))}); "
+                        "give those of one")
+    return kinds.pop(), names
+
+
+def braces(path: str) -> list[str]:
+    """`path` with {000..123} and {a,b} written out, as a shell does."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", path)
+    if not match:
+        return [path]
+    first, last, choices = match.groups()
+    parts = choices.split(",") if choices else \
+        [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+    return [name for part in parts for name in
+            braces(path[:match.start()] + part + path[match.end():])]
+
+
+def archive_kind(path: str) -> str:
+    """What a file is, by its first bytes.  Raises UserError for none that is read."""
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder; of several sources each must be an archive")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if head[:4] in (b"PK\3\4", b"PK\5\6") or path.endswith(".zip"):
+        return "zip"
+    if head[:4] == b"PAR1" or path.endswith(".parquet"):
+        return "parquet"
+    packed = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+    if head[:2] in packed:
+        raise UserError(f"{path} is packed with {packed[head[:2]]}, so that nothing in it can be "
+                        "read without all before; unpack it to a plain .tar")
+    if head[257:262] == b"ustar" or path.endswith(".tar"):
+        return "tar"
+    raise UserError(f"{path} is no folder, and no archive that is read here (.tar, .zip or "
+                    ".parquet)")
+
+
+def build(path: str, kind: str, volumes: list[str], kept: Path | None,
+          truncated: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Search a source and put its pictures into order; kept: where parts of the search go."""
+    stamps, found = signature(volumes), Search()
+    place = take_up(kept, stamps, found)
+    saved, before = len(found.names), np.cumsum([0] + [os.path.getsize(v) for v in volumes])
+    with tqdm(total=int(before[-1]) if kind != "folder" else None, unit="B", unit_scale=True,
+              desc=f"looking through {path}", delay=2) as bar:
+        for number, at in scan(kind, volumes, place, found, truncated):
+            bar.update(int(before[number]) + at - bar.n)
+            if kept and len(found.names) - saved >= PART:
+                put_down(kept, stamps, found, saved, (number, at))
+                saved = len(found.names)
+    about, arrays = arrange(path, kind, volumes, found)
+    about |= {"format": FORMAT, "built": time.time_ns(), "stamps": signature(found.watched
+                                                                             or volumes)}
+    return about, arrays
+
+
+def scan(kind: str, volumes: list[str], place: tuple[int, int], found: Search,
+         truncated: bool) -> Iterator[tuple[int, int]]:
+    """Fill `found` from a place on; yields places (volume, byte) to take the search up from."""
+    for number in range(place[0], len(volumes)):
+        volume, start = volumes[number], place[1] if number == place[0] else 0
+        try:
+            if kind == "tar":
+                with open(volume, "rb") as file:
+                    end = os.path.getsize(volume)
+                    for at in scan_tar(file.fileno(), number, start, end, found):
+                        yield number, at
+            elif kind == "folder":
+                scan_folder(volume, found)
+            else:
+                (scan_zip if kind == "zip" else scan_parquet)(volume, number, found)
+        except Damaged as error:
+            if not truncated:
+                raise UserError(f"{volume} is damaged: {error}; copy it again, or add "
+                                "--allow-truncated to use what can be read") from None
+            found.leave_out("archives that are damaged, from there on", f"{volume}: {error}")
+        except OSError as error:
+            raise UserError(f"cannot read {volume}: {error.strerror}") from None
+        yield number + 1, 0
+
+
+def put_down(kept: Path, stamps: list, found: Search, first: int, place: tuple[int, int]) -> None:
+    """Keep what was found since picture `first`, and where the search is."""
+    kept.mkdir(exist_ok=True)
+    with replacing(kept / f"part-{first:010d}.npz") as file:
+        np.savez(file, names=joined(found.names[first:]), labels=joined(found.labels[first:]),
+                 **{k: getattr(found, k)[first:] for k in ("volumes", "offsets", "sizes")})
+    state = {"format": FORMAT, "stamps": stamps, "place": place, "folders": sorted(found.folders),
+             "left_out": found.left_out, "class_names": found.class_names}
+    with replacing(kept / "search.json") as file:
+        file.write(json.dumps(state).encode())
+
+
+def take_up(kept: Path | None, stamps: list, found: Search) -> tuple[int, int]:
+    """The opposite: fill `found`, and give the place; (0, 0) where there is nothing to take up."""
+    try:
+        state = json.loads((kept / "search.json").read_text()) if kept else {}
+    except (OSError, ValueError):
+        state = {}
+    if state.get("format") != FORMAT or state["stamps"] != stamps:
+        return 0, 0
+    for part in sorted(kept.glob("part-*.npz")):
+        with np.load(part) as rows:
+            found.names += split(rows["names"])
+            found.labels += split(rows["labels"])
+            for key in ("volumes", "offsets", "sizes"):
+                getattr(found, key).extend(rows[key].tolist())
+    found.folders, found.left_out = set(state["folders"]), state["left_out"]
+    found.class_names = state["class_names"]
+    return tuple(state["place"])
+
+
+def joined(names: list[str]) -> np.ndarray:
+    """Names as bytes, each ended by a 0."""
+    return np.frombuffer("".join(f"{name}\0" for name in names).encode(*ENCODING), np.uint8)
+
+
+def split(text: np.ndarray) -> list[str]:
+    """The opposite."""
+    return text.tobytes().decode(*ENCODING).split("\0")[:-1]
+
+
+def arrange(path: str, kind: str, volumes: list[str],
+            found: Search) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Names, class numbers and places of what was found, in the order of the names.
+
+    Raises UserError where nothing was, or where folders are no classes.
+    """
+    if kind == "folder" and os.path.isfile(table := os.path.join(path, "dataset.json")):
+        labels = dataset_labels(Path(table).read_bytes(), path)
+        found.labels = [labels.get(name, "") for name in found.names]
+    if labelled := any(found.labels):
+        names, used, numbered = by_label(found)
+    else:
+        names, used, numbered = without_top(found, kind), range(len(found.names)), False
+    if not len(used):
+        raise UserError(nothing_found(path, found))
+    order = sorted(used, key=lambda i: names[i].replace("/", "\0"))
+    order = tell_apart(names, order, kind, volumes, found)
+    flat = "/" not in names[order[0]]
+    for i in order:
+        if ("/" not in names[i]) != flat:
+            raise UserError(f"{path} holds pictures both directly "
+                            f"({min(n for n in names if '/' not in n)}) and in sub-folders; put "
+                            "each picture into a class sub-folder, or all in one")
+    firsts = [names[i].partition("/")[0] for i in order]
+    if flat:
+        where = os.path.basename(os.path.realpath(path))
+        classes, firsts = [where if kind == "folder" else where.split(".")[0]], None
+    elif numbered:
+        count = len(found.class_names) or max(map(int, set(firsts))) + 1
+        classes = [str(k) for k in range(count)]
+    else:
+        empty = set() if labelled else {f for f in found.folders if "/" not in f}
+        classes = sorted({*firsts, *empty})
+        check_splits(path, classes)
+    number = {name: k for k, name in enumerate(classes)}
+    short = [names[i] if flat else names[i].partition("/")[2] for i in order]
+    coded = [name.encode(*ENCODING) for name in short]
+    arrays = {"labels": np.array([number[f] for f in firsts] if firsts else [0] * len(order)),
+              "hashes": np.array([name_hash(names[i]) for i in order], np.uint32),
+              "ends": np.cumsum([len(name) for name in coded]),
+              "text": np.frombuffer(b"".join(coded), np.uint8),
+              **{k: np.array(getattr(found, k))[order] for k in ("volumes", "offsets", "sizes")}}
+    arrays = {k: v.astype(np.min_scalar_type(v.max())) if v.dtype == np.int64 else v
+              for k, v in arrays.items()}
+    about = {"kind": kind, "volumes": volumes, "folders": classes, "flat": flat,
+             "numbered": numbered, "classes": found.class_names if numbered and found.class_names
+             else classes, "left_out": found.left_out}
+    return about, arrays
+
+
+def by_label(found: Search) -> tuple[list[str], list[int], bool]:
+    """LABEL/NAME of every picture, those that have a label, and whether labels are numbers."""
+    numbered = all(re.fullmatch(r"-?\d+", label) for label in set(found.labels) if label)
+    limit, used, names = len(found.class_names) or MAX_CLASSES, [], []
+    for i, (name, label) in enumerate(zip(found.names, found.labels)):
+        names.append(f"{int(label) if label and numbered else label}/{name}")
+        if not label:
+            found.leave_out(NO_LABEL, name)
+        elif numbered and not 0 <= int(label) < limit:
+            found.leave_out(f"labels that are not 0 to {limit - 1}", f"{name}: {label}")
+        else:
+            used.append(i)
+    return names, used, numbered
+
+
+def without_top(found: Search, kind: str) -> list[str]:
+    """Names without the folders that all pictures of an archive lie in, above their classes."""
+    names = found.names
+    while kind != "folder" and names and all(name.count("/") > 1 for name in names) and \
+            len({name.partition("/")[0] for name in names}) == 1:
+        top = names[0].partition("/")[0] + "/"
+        names = [name.removeprefix(top) for name in names]
+        found.folders = {f.removeprefix(top) for f in found.folders if f.startswith(top)}
+    return names
+
+
+def tell_apart(names: list[str], order: list[int], kind: str, volumes: list[str],
+               found: Search) -> list[int]:
+    """`order` without members that a later one of the same archive replaces.
+
+    Pictures of one name in several archives get that of their archive in front.
+    """
+    for attempt in range(2):
+        again, last = [], -1
+        for i in order:
+            if last < 0 or names[i] != names[last]:
+                again.append(i)
+                last = i
+            elif found.volumes[i] == found.volumes[last] and kind in ("tar", "zip"):
+                found.leave_out("members that a later one of the same name replaces", names[i])
+                again[-1] = last = i
+            else:
+                if not attempt:
+                    found.leave_out("names that stand in several archives (all pictures are "
+                                    "used)", names[i])
+                volume = found.volumes[i]
+                stem = os.path.basename(volumes[volume]).split(".")[0] + f"-{volume}" * attempt
+                folder, _, rest = names[i].partition("/")
+                again.append(i)
+                names[i] = f"{folder}/{stem}/{rest}" if rest else f"{stem}-{folder}"
+        order = sorted(again, key=lambda i: names[i].replace("/", "\0"))
+    return order
+
+
+def check_splits(path: str, classes: list[str]) -> None:
+    """Raise UserError for the folders train/ and val/, which are no classes."""
+    lower = {name.lower() for name in classes}
+    if len(classes) > 1 and lower <= SPLITS and lower & {"train", "training"}:
+        train = next(name for name in classes if name.lower() in ("train", "training"))
+        other = next(name for name in reversed(classes) if name != train)
+        raise UserError(f"{path} holds {train}/ and {other}/, which are no classes; give the "
+                        f"one as --data {os.path.join(path, train)} and the other as --val-data "
+                        f"{os.path.join(path, other)}")
+
+
+def nothing_found(path: str, found: Search) -> str:
+    """What to say of a source without pictures."""
+    archives = next((e for e in (".tar", ".zip", ".parquet") if any(r.startswith(e + " ") for r in
+                                                                    found.left_out)), "")
+    if archives:
+        return (f"no image files in {path}, but {archives} archives; give them as "
+                f"--data '{os.path.join(path, '*' + archives)}'")
+    left = "; ".join(f"{reason}: {n}, e.g. {name}" for reason, (n, name) in found.left_out.items())
+    return (f"no image files in {path}; expected {path}/CLASS/picture.jpg, or pictures directly "
+            f"in {path}{f' (left out: {left})' if left else ''}")
+
+
+def name_hash(name: str) -> int:
+    """32 bits of a name, evenly spread."""
+    digest = hashlib.blake2b(name.encode(*ENCODING), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
+def signature(paths: list[str]) -> list[list]:
+    """Size and time of files; time alone of folders, which changes when a file comes or goes."""
+    found = []
+    for path in paths:
+        status = os.stat(path)
+        size = 0 if os.path.isdir(path) else status.st_size
+        found.append([os.path.abspath(path), size, status.st_mtime_ns])
+    return found
+
+
+def read_about(kept: Path) -> dict[str, Any] | None:
+    """What is kept of an index; None if there is none, or its source has changed since."""
+    try:
+        about = json.loads((kept / "about.json").read_text())
+        stamps = signature([path for path, *_ in about["stamps"]])
+    except (OSError, ValueError, KeyError):
+        return None
+    # a time so shortly before the index was made may still be that of a later change
+    settled = all(time_ns < about["built"] - 2 * 10**9 for *_, time_ns in stamps)
+    there = all((kept / f"{name}.npy").exists() for name in ARRAYS)
+    return about if about["format"] == FORMAT and stamps == about["stamps"] and settled and there \
+        else None
+
+
+def save(kept: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Keep an index; what its search kept is deleted."""
+    kept.mkdir(exist_ok=True)
+    (kept / "about.json").unlink(missing_ok=True)
+    for name, values in arrays.items():
+        with replacing(kept / f"{name}.npy") as file:
+            np.save(file, values)
+    with replacing(kept / "about.json") as file:
+        file.write(json.dumps(about).encode())
+    for path in (*kept.glob("part-*.npz"), kept / "search.json"):
+        path.unlink(missing_ok=True)
+
+
+def map_arrays(kept: Path) -> dict[str, np.ndarray]:
+    """The arrays of an index, which stay in their files."""
+    return {name: np.asarray(np.load(kept / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}
+
+
+@contextmanager
+def locked(folder: Path, key: str) -> Iterator[None]:
+    """One process makes an index, the others wait for it; the system frees it with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f".{key}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: each makes the same index
+        yield
