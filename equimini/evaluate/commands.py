@@ -25,7 +25,7 @@ import torch
 from equimini import load_generator, load_tokenizer
 from equimini.autoencoder import Tokenizer, TokenizerConfig
 from equimini.config import flag
-from equimini.evaluate.feature_networks import FeatureNetwork, file_hash, load_network
+from equimini.evaluate.feature_networks import FeatureNetwork, load_network
 from equimini.evaluate.feature_shards import (SHOWN, RealPictures, Reconstructions, Samples,
                                               measure, read_all)
 from equimini.evaluate.report import (Reference, compare, distance_name, notes, print_report,
@@ -41,7 +41,7 @@ from equimini.utils import distributed
 from equimini.utils.checkpoint import find, tokenizer_hash, weights_hash
 from equimini.utils.command_line import add_flags, output_folder, override
 from equimini.utils.errors import UserError
-from equimini.utils.files import remove_leftovers, replacing
+from equimini.utils.files import file_hash, remove_leftovers, replacing
 from equimini.utils.images import grid, save_png, to_float
 from equimini.utils.plot import curves
 
@@ -125,17 +125,16 @@ class Bench:
     def try_network(self) -> None:
         """Find out on one picture, not after hours, that the network does not serve."""
         picture = torch.zeros(1, 3, self.train.height, self.train.width, dtype=torch.uint8)
-        self.net.probabilities(picture)
         found = self.net.features(picture).shape[1]
         if self.statistics and found != len(self.statistics.gaussian.mean):
             raise UserError(f"--reference {self.cfg.reference} has "
                             f"{len(self.statistics.gaussian.mean)} features, the network {found}; "
                             "give the --network that the statistics were made with")
 
-    def real(self, data: Any, n: int, probabilities: bool = True) -> RealPictures:
+    def real(self, data: Any, n: int) -> RealPictures:
         """The first n pictures of a data set (in its fixed random order)."""
         return RealPictures(data, n, self.net.sha256, self.cache, self.cfg.batch_size,
-                            self.cfg.workers, probabilities)
+                            self.cfg.workers)
 
     def reconstructed(self, pictures: RealPictures, tokenizer: Tokenizer) -> Reconstructions:
         """What the tokenizer makes of them."""
@@ -145,7 +144,7 @@ class Bench:
         """The published statistics, or those of n reference pictures."""
         if self.statistics:
             return self.statistics
-        pictures = self.real(self.held_out, n, probabilities=False)
+        pictures = self.real(self.held_out, n)
         measure(pictures, self.net, "reference")
         return score_reference(pictures, self.cfg.reference or self.cfg.val_data
                                or f"held out of {self.cfg.data}")

@@ -6,25 +6,18 @@ Called as the Inception network is that StyleGAN2-ADA publishes: on uint8 pictur
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from equimini.pretrained.published_weights import INCEPTION, fetch
 from equimini.utils.errors import UserError, first_line
-from equimini.utils.files import replacing
+from equimini.utils.files import file_hash
 
-INCEPTION_URL = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
-                 "inception-2015-12-05.pt")
-
-
-# as the package k-diffusion 0.1.1 records it for this address (k_diffusion/evaluation.py)
-INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+AT_A_TIME = 4  # pictures on a CPU: what a layer writes is then still in its cache for the next one
 
 
 @dataclass
@@ -36,38 +29,60 @@ class FeatureNetwork:
     sha256: str
     device: torch.device
     verified: bool  # the file's hash was compared with one that is known or was given
+    both: Callable | None = field(default=None, init=False)  # from pictures to both outputs
 
     @property
     def is_inception(self) -> bool:
         """Whether this is the published Inception, whose distance is called FID."""
-        return self.sha256 == INCEPTION_SHA256
+        return self.sha256 == INCEPTION.sha256
 
     @torch.no_grad()
-    def features(self, pictures: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) to float32 (B, d), on the CPU.
+    def __call__(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (B, 3, H, W) to features (B, d) and probabilities (B, classes), float32, CPU.
 
         Raises UserError if the network does not take the call.
         """
-        return self._call(pictures, return_features=True)
+        at_a_time = AT_A_TIME if self.device.type == "cpu" else len(pictures)
+        parts = []
+        for x in pictures.split(at_a_time):
+            x = x.to(self.device)
+            self.both = self.both or self.fastest(x)
+            parts.append(self.both(x))
+        features, probabilities = (torch.cat(part).float().cpu() for part in zip(*parts))
+        if not (features.isfinite().all() and probabilities.isfinite().all()):
+            raise UserError(f"the network {self.name} gave values that are not finite")
+        return features, probabilities
 
-    @torch.no_grad()
-    def probabilities(self, pictures: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) to class probabilities float32 (B, classes), on the CPU."""
-        return self._call(pictures, no_output_bias=True)
+    def features(self, pictures: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to float32 (B, d), on the CPU."""
+        return self(pictures)[0]
 
-    def _call(self, pictures: Tensor, **how: bool) -> Tensor:
+    def fastest(self, x: Tensor) -> Callable:
+        """One run that gives both outputs, if it gives what two do on the pictures x."""
+        expected = self.run_twice(x)
         try:
-            out = self.net(pictures.to(self.device), **how)
+            joined, d = both_in_one(self.net), expected[0].shape[1]
+            for got, want in zip(joined(x).tensor_split([d], 1), expected):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max())
+        except (RuntimeError, AssertionError, LookupError, TypeError, OSError, AttributeError):
+            return self.run_twice
+        return lambda pictures: joined(pictures).tensor_split([d], 1)
+
+    def run_twice(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and probabilities by the two calls that are known to be right."""
+        return self.call(x, return_features=True), self.call(x, no_output_bias=True)
+
+    def call(self, x: Tensor, **how: bool) -> Tensor:
+        try:
+            out = self.net(x, **how)
         except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = lines[-1] if lines else "RuntimeError"  # TorchScript says it at the end
             raise UserError(f"the network {self.name} cannot be called on uint8 pictures "
-                            f"{tuple(pictures.shape)} with {', '.join(how)}: "
-                            f"{_reason(error)}") from None
-        if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(pictures):
+                            f"{tuple(x.shape)} with {', '.join(how)}: {reason}") from None
+        if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(x):
             raise UserError(f"the network {self.name} must return one row for each picture with "
                             f"{', '.join(how)}, got {getattr(out, 'shape', type(out).__name__)}")
-        out = out.float().cpu()
-        if not out.isfinite().all():
-            raise UserError(f"the network {self.name} gave values that are not finite")
         return out
 
     def describe(self) -> dict[str, Any]:
@@ -76,22 +91,60 @@ class FeatureNetwork:
                 "published_inception": self.is_inception}
 
 
-def load_network(source: str, sha256: str = "", device: str | torch.device = "cpu",
-                 cache: Path | str = "") -> FeatureNetwork:
+class Features(nn.Module):
+    """The network's call for features alone."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x, return_features=True)
+
+
+class Probabilities(Features):
+    """That for probabilities, with a place beside them: (B, 2 * classes)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.net(x, no_output_bias=True)
+        return torch.cat((p, p), 1)
+
+
+def both_in_one(net: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """A module that runs the network once and returns (B, d + classes).
+
+    With its flags frozen the network's program for features is the beginning of that for
+    probabilities.  So the value that the former ends with is looked up at the same place in the
+    latter, and put beside what it returns.  Raises LookupError for a network that is not so built.
+    """
+    short, whole = (torch.jit.freeze(torch.jit.script(kind(net).eval()))
+                    for kind in (Features, Probabilities))
+    first, then = ([node for node in module.graph.nodes() if node.kind() != "prim::Constant"]
+                   for module in (short, whole))
+    name = next(short.graph.outputs()).debugName()
+    last = [name in [o.debugName() for o in node.outputs()] for node in first].index(True)
+    if [node.kind() for node in first[:last + 1]] != [node.kind() for node in then[:last + 1]]:
+        raise LookupError("the programs differ before the features")
+    pair = [node for node in then if node.kind() == "prim::ListConstruct"][-1]
+    pair.replaceInput(0, then[last].output())
+    return whole
+
+
+def load_network(source: str, sha256: str = "",
+                 device: str | torch.device = "cpu") -> FeatureNetwork:
     """A network from a TorchScript file, or, for 'download', the published Inception.
 
     sha256: the hash that the file must have; empty: that of the published Inception for a
-    download, none for a file.  cache: folder of downloads (default: torch.hub's).
-    Raises UserError for a file that is missing, of another hash, or no TorchScript.
+    download, none for a file.  Raises UserError for a file that is missing, of another hash, or
+    no TorchScript.
     """
     if not source:
         raise UserError("--network is needed: the path of a TorchScript feature network, or "
-                        f"'download' for the published Inception ({INCEPTION_URL})")
+                        f"'download' for the published Inception ({INCEPTION.url})")
     expected = sha256.lower()
     if source == "download":
-        expected = expected or INCEPTION_SHA256
-        folder = Path(cache or Path(torch.hub.get_dir()) / "checkpoints")
-        path = download(INCEPTION_URL, folder, expected)
+        expected = expected or INCEPTION.sha256
+        path = fetch(replace(INCEPTION, sha256=expected), "--network")
     else:
         path = Path(source)
     if not path.is_file():
@@ -105,44 +158,5 @@ def load_network(source: str, sha256: str = "", device: str | torch.device = "cp
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"cannot load the feature network {path} as TorchScript: "
                         f"{first_line(error)}") from None
-    verified = bool(expected) or found == INCEPTION_SHA256
-    return FeatureNetwork(net, path.stem, found, torch.device(device), verified)
-
-
-def download(url: str, folder: Path, sha256: str) -> Path:
-    """Fetch a file once into `folder`; it gets its name only if its hash is right.
-
-    Raises UserError if it cannot be fetched, or is not the expected file.
-    """
-    path = folder / url.rsplit("/", 1)[-1]
-    if path.is_file():
-        return path
-    by_hand = f"; or fetch it elsewhere and give its path to --network: {url}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {url} to {folder}", flush=True)
-        with urllib.request.urlopen(url, timeout=60) as source, replacing(path) as file:
-            shutil.copyfileobj(source, file)
-            file.flush()
-            found = file_hash(Path(file.name))
-            if found != sha256:
-                raise UserError(f"what {url} gave has the SHA-256 {found}, expected {sha256}; it "
-                                "was not kept" + by_hand)
-    except OSError as error:  # URLError and timeouts, too
-        raise UserError(f"cannot download {url}: {first_line(error)}{by_hand}") from None
-    return path
-
-
-def file_hash(path: Path | str) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _reason(error: RuntimeError) -> str:
-    """The last line of TorchScript's long messages, which says what went wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return FeatureNetwork(net, path.stem, found, torch.device(device),
+                          verified=bool(expected) or found == INCEPTION.sha256)

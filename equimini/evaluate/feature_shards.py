@@ -47,7 +47,6 @@ class PictureSet(Protocol):
     """Pictures 0 … n−1, which can be had in any order, and where their shards are kept."""
 
     n: int
-    probabilities: bool  # whether class probabilities are wanted, too
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Pictures first … last−1, in batches, with their scores."""
@@ -68,15 +67,15 @@ class RealPictures:
     """The first n pictures of a data set in a fixed random order, cropped at the centre."""
 
     def __init__(self, data: ImageFolder | Synthetic, n: int, network: str, cache: Path,
-                 batch_size: int, workers: int, probabilities: bool = True) -> None:
+                 batch_size: int, workers: int) -> None:
         """network: hash of the feature network."""
         if isinstance(data, ImageFolder):
             data = ImageFolder(data.files, data.classes, data.height, data.width, 0, augment=False)
         self.data, self.cache, self.batch_size = data, cache, batch_size
         self.order = rng("subset", 0).permutation(len(data))[:n].tolist()
-        self.n, self.workers, self.probabilities = len(self.order), workers, probabilities
-        # all that is done to a picture
-        self.process = f"{FORMAT} {network} {probabilities} {data.height}x{data.width}"
+        self.n, self.workers = len(self.order), workers
+        # all that is done to a picture (True: with probabilities, which once could be left out)
+        self.process = f"{FORMAT} {network} True {data.height}x{data.width}"
         self._hashes: dict[int, str] = {}
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
@@ -129,8 +128,6 @@ class Reconstructions(RealPictures):
 
 class Samples:
     """Picture k of a generator: of class k mod classes, with the seed `seed` + k."""
-
-    probabilities = True
 
     def __init__(self, model: ImageGenerator, n: int, columns: int, seed: int, options: dict,
                  folder: Path, batch_size: int, keep: Path | None = None) -> None:
@@ -209,9 +206,8 @@ def measure_shard(pictures: PictureSet, first: int, last: int, net: FeatureNetwo
     """Features and scores of one shard; of the first one also some pictures, `shown`."""
     rows: dict[str, list[Tensor]] = {}
     for x, scores in pictures.batches(first, last):
-        batch = {"features": net.features(x), **scores}
-        if pictures.probabilities:
-            batch["probabilities"] = net.probabilities(x)
+        features, probabilities = net(x)
+        batch = {"features": features, "probabilities": probabilities, **scores}
         if first == 0:
             batch["shown"] = x[:max(0, SHOWN - sum(map(len, rows.get("shown", []))))]
         for name, values in batch.items():

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equimini.evaluate.feature_networks import FeatureNetwork, file_hash
+from equimini.evaluate.feature_networks import FeatureNetwork
 from equimini.evaluate.feature_shards import RealPictures, read
 from equimini.evaluate.metrics import (Gaussian, Statistics, extrapolated_distance,
                                        frechet_distance, inception_score, kernel_distance)
 from equimini.training.data import SCALED_UP, UNREADABLE
 from equimini.utils.errors import UserError, first_line
+from equimini.utils.files import file_hash
 
 FEATURES_KEPT = 50_000  # rows of the reference for KID and the extrapolation, at most
 FAULTS = {"unreadable": "{} files cannot be read; the next picture stood in for each, so that it "

@@ -6,7 +6,6 @@ of another layout is an error that says what to do.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import sys
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from equimini.pretrained.lpips import Lpips
 from equimini.pretrained.vision_transformer import VisionTransformer, dino_vits16, dinov2_vitb14
 from equimini.utils.errors import UserError, first_line
+from equimini.utils.files import download, file_hash
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,17 @@ class Published:
 
 VGG16 = Published("https://download.pytorch.org/models/vgg16-397923af.pth", "vgg16-397923af.pth",
                   "397923af")
-
-
 LPIPS = Published("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/"
                   "weights/v0.1/vgg.pth", "lpips_v0.1_vgg.pth",  # the digest: pip's lpips 0.1.4
                   "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")
-
-
 DINO = Published("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/"
                  "dino_deitsmall16_pretrain.pth", "dino_deitsmall16_pretrain.pth")
-
-
 DINOV2 = Published("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/"
                    "dinov2_vitb14_pretrain.pth", "dinov2_vitb14_pretrain.pth")
+INCEPTION = Published(  # the digest: k_diffusion/evaluation.py of the package k-diffusion
+    "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
+    "inception-2015-12-05.pt", "inception-2015-12-05.pt",
+    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4")
 
 
 def fetch(published: Published, option: str) -> Path:
@@ -56,16 +54,9 @@ def fetch(published: Published, option: str) -> Path:
 
     Raises UserError if it cannot be downloaded or is damaged; option: the flag to name then.
     """
-    path = published.path
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(published.url, str(path), published.sha256 or None)
-        except (OSError, RuntimeError) as error:  # no network; a digest that differs
-            raise UserError(
-                f"cannot download {published.url} ({first_line(error)}); fetch it by other means "
-                f"and put it at {path}, or give its place with {option}") from None
-    return path
+    if not published.path.exists():
+        download(published.url, published.path, published.sha256, option)
+    return published.path
 
 
 def verify(path: Path, published: Published) -> None:
@@ -74,11 +65,7 @@ def verify(path: Path, published: Published) -> None:
     Raises UserError where a file under the publisher's name has another digest.  A file under
     another name may be the user's own; there, and where none is published, the digest is printed.
     """
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    sha = digest.hexdigest()
+    sha = file_hash(path)
     if published.sha256 and sha.startswith(published.sha256):
         return
     original = path.name in (published.name, published.url.rsplit("/", 1)[-1])

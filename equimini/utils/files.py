@@ -1,12 +1,18 @@
-"""Files that are written whole or not at all."""
+"""Files: written whole or not at all, named by their SHA-256, downloaded and checked."""
 
 from __future__ import annotations
 
+import hashlib
+import http.client
 import json
 import os
+import shutil
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Iterator
+
+from tqdm import tqdm
 
 from equimini.utils.errors import UserError, first_line
 
@@ -44,6 +50,8 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (ConnectionError, TimeoutError):  # of a download: nothing is wrong with the disk
+        raise
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise UserError(f"cannot write {path}: {first_line(error)}; what was there before is "
                         "still there") from None
@@ -69,3 +77,35 @@ def claim(folder: Path, plan: dict[str, Any], holds: str, instead: str) -> None:
         raise UserError(f"{folder} holds {holds} of other settings ({', '.join(changed)}); "
                         f"{instead}")
     write_text(path, json.dumps(plan, indent=1))
+
+
+def file_hash(path: Path | str) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def download(url: str, path: Path, sha256: str, option: str) -> None:
+    """Fetch a file; it gets its name only if it is whole and its SHA-256 begins with `sha256`.
+
+    option: the flag that takes the file's place, for the message.  Raises UserError.
+    """
+    by_hand = f"fetch it by other means and put it at {path}, or give its place with {option}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=60) as source, replacing(path) as file:
+            size = int(source.headers.get("Content-Length") or 0)
+            with tqdm.wrapattr(source, "read", total=size, desc=path.name) as read:
+                shutil.copyfileobj(read, file)
+            file.flush()
+            if size and file.tell() != size:
+                raise ConnectionError(f"it ended after {file.tell()} of {size} bytes")
+            found = file_hash(file.name)
+            if not found.startswith(sha256):
+                raise UserError(f"what {url} gave has the SHA-256 {found}, expected {sha256}; it "
+                                f"was not kept; {by_hand}")
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"cannot download {url} ({first_line(error)}); {by_hand}") from None

@@ -1,6 +1,7 @@
 """The evaluation command, on tiny models and a tiny feature network."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -16,16 +17,16 @@ from PIL import Image
 
 from equimini import load_generator, load_tokenizer
 from equimini.evaluate import commands as evaluate
-from equimini.evaluate import feature_networks as feature_nets
-from equimini.evaluate import feature_shards
-from equimini.evaluate.feature_networks import FeatureNetwork, file_hash, load_network
+from equimini.evaluate import feature_networks, feature_shards
+from equimini.evaluate.feature_networks import FeatureNetwork, both_in_one, load_network
 from equimini.evaluate.feature_shards import pixels
 from equimini.evaluate.report import distance_name
-from equimini.pretrained.published_weights import load_lpips
+from equimini.pretrained.published_weights import INCEPTION, load_lpips
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.utils import checkpoint
 from equimini.utils.checkpoint import tokenizer_content
 from equimini.utils.errors import UserError
+from equimini.utils.files import download, file_hash
 from equimini.utils.images import to_float
 from tests.conftest import SMALL_GENERATOR
 from tests.method.test_losses import TwoMaps
@@ -218,13 +219,13 @@ def test_equal_folders_are_at_distance_zero(folder, capsys):
 
 def test_reference_features_are_kept_by_content(folder, monkeypatch):
     seen = []
-    features = FeatureNetwork.features
+    compute = FeatureNetwork.__call__
 
     def counted(self, pictures):
         seen.append(len(pictures))
-        return features(self, pictures)
+        return compute(self, pictures)
 
-    monkeypatch.setattr(FeatureNetwork, "features", counted)
+    monkeypatch.setattr(FeatureNetwork, "__call__", counted)
     call(*GENERATOR, "--out", "a")
     first, _ = sum(seen), seen.clear()
     shutil.move("val", "moved")
@@ -345,26 +346,93 @@ def test_the_name_fid_is_earned():
     def net(sha256):
         return FeatureNetwork(None, "inception-2015-12-05", sha256, torch.device("cpu"), True)
 
-    inception = net(feature_nets.INCEPTION_SHA256)
+    inception = net(INCEPTION.sha256)
     assert distance_name(inception, 50_000) == "FID-50k"
     assert distance_name(inception, 50_000, "tokenizer") == "rFID-50k"
     for other in (distance_name(inception, 49_999), distance_name(net("0" * 64), 50_000)):
         assert other.startswith("Frechet distance (inception-2015-12-05, ")
 
 
-def test_downloads_are_checked(folder, monkeypatch, capsys):
-    url = (folder / "net.pt").as_uri()
-    monkeypatch.setattr(feature_nets, "INCEPTION_URL", url)
-    with pytest.raises(UserError, match=f"{file_hash('net.pt')}, expected"):
-        load_network("download", cache=folder / "nets")
-    assert not list((folder / "nets").iterdir())  # nothing unchecked is left behind
-    net = load_network("download", file_hash("net.pt").upper(), cache=folder / "nets")
-    assert net.verified and not net.is_inception and (folder / "nets/net.pt").is_file()
-    monkeypatch.setattr(feature_nets, "INCEPTION_URL", url + "x")
-    with pytest.raises(UserError, match="cannot download.*give its path to --network"):
-        load_network("download", cache=folder / "nets")
+def test_downloads_are_checked(folder, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder / "hub"))
+    kept, sha256 = folder / "hub/checkpoints/inception-2015-12-05.pt", file_hash("net.pt")
+    published = dataclasses.replace(INCEPTION, url=(folder / "net.pt").as_uri())
+    monkeypatch.setattr(feature_networks, "INCEPTION", published)
+    with pytest.raises(UserError, match=f"{sha256}, expected"):
+        load_network("download")
+    assert not list(kept.parent.iterdir())  # nothing unchecked is left behind
+    net = load_network("download", sha256.upper())
+    assert net.verified and not net.is_inception and kept.is_file()
+    kept.unlink()
+    monkeypatch.setattr(feature_networks, "INCEPTION",
+                        dataclasses.replace(published, url=published.url + "x"))
+    with pytest.raises(UserError, match="cannot download.*give its place with --network"):
+        load_network("download")
     assert not load_network("net.pt").verified
-    assert load_network("net.pt", file_hash("net.pt")).verified
+    assert load_network("net.pt", sha256).verified
+
+
+class Served(io.BytesIO):
+    """A reply that promises more bytes than come, or breaks off."""
+
+    headers = {"Content-Length": "10"}
+
+
+@pytest.mark.parametrize("error", (None, TimeoutError("timed out"), ConnectionError("reset")))
+def test_a_download_that_breaks_off_is_no_fault_of_the_disk(tmp_path, monkeypatch, error):
+    def read(self, *_):
+        raise error
+
+    if error:
+        monkeypatch.setattr(Served, "read", read)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Served(b"short"))
+    with pytest.raises(UserError, match="cannot download.*give its place with --x"):
+        download("http://nowhere/net.pt", tmp_path / "net.pt", "", "--x")
+    assert not list(tmp_path.iterdir())
+
+
+class Layers(torch.nn.Module):
+    """Built as the published Inception: early return, checks of shapes, changes in place."""
+
+    def __init__(self, other: bool = False) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(inplace=True),
+            torch.nn.Conv2d(8, 6, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        self.out, self.other = torch.nn.Linear(6, 5), other
+
+    def forward(self, img: torch.Tensor, return_features: bool = False, use_fp16: bool = False,
+                no_output_bias: bool = False) -> torch.Tensor:
+        batch, channels, height, width = img.shape
+        assert channels == 3
+        x = torch.nn.functional.interpolate(img.to(torch.float32), [20, 20], mode="bilinear")
+        x -= 128
+        if self.other and not return_features:
+            x = x * 2
+        features = self.layers(x)
+        if return_features:
+            return features
+        logits = features @ self.out.weight.T
+        if not no_output_bias:
+            logits = logits + self.out.bias
+        return torch.softmax(logits, 1)
+
+
+@pytest.mark.parametrize("other", (False, True), ids=("alike", "of other features"))
+def test_a_network_runs_once_for_both_outputs_where_it_can(tmp_path, other):
+    torch.manual_seed(0)
+    torch.jit.script(Layers(other).eval()).save(str(tmp_path / "net.pt"))
+    net = load_network(str(tmp_path / "net.pt"))
+    x = torch.randint(0, 256, (7, 3, 24, 30), dtype=torch.uint8)
+    with torch.no_grad():
+        wanted = net.net(x, return_features=True), net.net(x, no_output_bias=True)
+        if not other:  # both convolutions once
+            graph = both_in_one(net.net).graph
+            assert sum(n.kind() in ("aten::conv2d", "aten::_convolution")
+                       for n in graph.nodes()) == 2
+    for got, want in zip(net(x), wanted):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    assert (net.both == net.run_twice) == other
 
 
 @pytest.mark.parametrize("arguments, text", (

@@ -161,7 +161,7 @@ def test_download_verifies_keeps_and_explains(tmp_path, files, monkeypatch):
         assert part in str(offline.value)
     (files / "lin.pt").rename(files / "other.pt")
     bad = weights.Published((files / "other.pt").as_uri(), "x.pth", "00000000")
-    with pytest.raises(UserError, match="invalid hash"):
+    with pytest.raises(UserError, match="SHA-256.*expected 00000000"):
         weights.fetch(bad, "--dino-weights")
     assert not bad.path.exists()
 
