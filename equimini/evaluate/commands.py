@@ -240,24 +240,27 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
                 for scale, s in sets.items()]
         rows += [{"set": "tokenizer's limit", **compare(read_all(limit), reference)},
                  {"set": "floor (real pictures)", **compare(read_all(floor), reference)}]
+        left_out = draw_sweep(bench.out, sets, rows, bench.net, cfg.n)
         finish(bench, "generator", rows, reference, floor, {**settings, "sample k":
                f"class k mod {len(model.classes)}, seed {cfg.sample_seed} + k"},
-               model.classes)
-        draw_sweep(bench.out, sets, rows, bench.net, cfg.n)
+               model.classes, left_out)
 
 
 def draw_sweep(out: Path, sets: dict[float, Samples], rows: list[dict], net: FeatureNetwork,
-               n: int) -> None:
-    """The first pictures of every scale below each other; of several scales, the curve."""
+               n: int) -> str:
+    """The first pictures of every scale below each other; of several scales, the curve.
+
+    Returns what could not be drawn.
+    """
     pictures = [to_float(read_all(s)["shown"][:n]) for s in sets.values()]
     save_png(grid(pictures, [f"cfg {scale:g}" for scale in sets]), out / "samples.png")
     if len(sets) < 2:
-        return
+        return ""
     samples = [row for row in rows if row["set"] == "samples"]
     line = [(row["cfg"], row["frechet_distance"]) for row in samples]
     levels = {row["set"]: row["frechet_distance"] for row in rows if row["set"] != "samples"}
-    curves(out / "curve.png", {"samples": line}, "guidance scale", "Frechet distance",
-           distance_name(net, n), levels)
+    return curves(out / "curve.png", {"samples": line}, "guidance scale", "Frechet distance",
+                  distance_name(net, n), levels)
 
 
 def evaluate_tokenizer(cfg: EvaluateConfig, device: torch.device) -> None:
@@ -296,10 +299,10 @@ def any_tokenizer(cfg: EvaluateConfig, device: torch.device) -> Tokenizer:
 
 
 def finish(bench: Bench, kind: str, rows: list[dict], reference: Reference, floor: RealPictures,
-           settings: dict[str, Any], classes: list[str] | None = None) -> None:
-    """Write report.json and print it.  classes: the generator's."""
+           settings: dict[str, Any], classes: list[str] | None = None, left_out: str = "") -> None:
+    """Write report.json and print it.  classes: the generator's; left_out: what was not drawn."""
     cfg = bench.cfg
-    remarks = notes(rows, reference, bench.net, floor)
+    remarks = notes(rows, reference, bench.net, floor) + ([left_out] if left_out else [])
     if classes not in (None, bench.classes):
         remarks.append("the generator's classes are not those of --data")
     report = {

@@ -31,7 +31,7 @@ from equimini.config import Checked, flag
 from equimini.utils.command_line import add_flags, output_folder, override
 from equimini.utils.errors import UserError
 from equimini.utils.files import replacing
-from equimini.utils.plot import COLOURS
+from equimini.utils.plot import COLOURS, new_figure
 
 STAGES = {"early": (0.0, ":"), "halfway": (0.5, "--"), "late": (1.0, "-")}  # place, line style
 MEASURED = 1e-9  # images per second are logged as 0 until they are known
@@ -177,15 +177,10 @@ def figure(runs: list[RunLog], smooth: int = 0) -> Any:
 
     Raises UserError where matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("this picture needs matplotlib: pip install \"equimini[plots]\" or "
-                        "pip install matplotlib") from None
     styles = [{"color": COLOURS[i % len(COLOURS)], "linewidth": 1.4} for i in range(len(runs))]
     if len(runs) > 1:
         styles[0]["linewidth"] = 3.0  # seen also where another run covers it
-    sheet = Figure(figsize=(13, 12), layout="constrained")
+    sheet = new_figure("the curves of a run", figsize=(13, 12))
     drawn = 0
     for title, xlabel, log, draw in PANELS:
         axes = sheet.add_subplot(3, 3, drawn + 1)

@@ -5,11 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from equimini.evaluate.metrics import (Gaussian, Statistics, _mmd2, extrapolated_distance,
                                        frechet_distance, inception_score, kernel_distance, ssim)
-from equimini.utils import plot
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -223,17 +221,3 @@ def test_ssim_is_the_formula_with_the_whole_window_at_once():
                       / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
     assert ssim(x, y).item() == pytest.approx(torch.stack(values).mean().item(), rel=1e-10)
     assert ssim(x, -x).item() < -0.5  # opposite structure
-
-
-def test_plots_show_their_curves(tmp_path):
-    assert plot.ticks([0.0, 10.0]) == [0, 2, 4, 6, 8, 10]
-    assert plot.ticks([3.0])[0] < 3 < plot.ticks([3.0])[-1]
-    assert plot.ticks([0.0, 0.0])[0] < 0 < plot.ticks([0.0])[-1]
-    plot.curves(tmp_path / "a.png", {"one": [(1, 2), (2, 5), (3, math.nan)], "two": [(2, 3)]},
-                "x", "y", "title", {"level": 4.0, "none": math.inf})
-    image = np.asarray(Image.open(tmp_path / "a.png"))
-    colours = {tuple(c) for c in image.reshape(-1, 3)}
-    for colour in plot.COLOURS[:3]:  # both lines and the level
-        assert tuple(int(colour[i:i + 2], 16) for i in (1, 3, 5)) in colours
-    with pytest.raises(ValueError, match="finite point"):
-        plot.curves(tmp_path / "b.png", {"one": [(1, math.nan)]}, "x", "y", "title")
