@@ -6,6 +6,8 @@
 Writes last.pt, best.pt (lowest validation loss), log.jsonl and previews/ into --out.
 """
 
+from dataclasses import replace
+
 import torch
 
 from equimini.attention import implementation

@@ -7,7 +7,8 @@ from typing import Any
 
 
 def flag(default: Any, help: str, **limits: Any) -> Any:
-    """A dataclass field with its help text; limits: min, max (inclusive), choices."""
+    """A dataclass field with its help text; limits: min, max (inclusive), choices, and `before`,
+    the value that a checkpoint without the field means, if it is not the default."""
     return field(default=default, metadata={"help": help, **limits})
 
 

@@ -65,8 +65,8 @@ def main(argv: list[str]) -> None:
     for workers in cfg.workers:
         print(f"{workers} loader processes, files:  "
               f"{images_per_second(train, cfg, workers):8.0f} images/s", flush=True)
-    kept = ImageFolder(train.files[:cfg.images], classes, cfg.image_size, cfg.image_size, 0,
-                       augment=True)
+    kept = train.subset(slice(cfg.images))
+    kept.augment = True
     kept.keep_in_memory(gigabytes=8, workers=max(cfg.workers))
     print(f"{cfg.workers[0]} loader processes, memory: "
           f"{images_per_second(kept, cfg, cfg.workers[0]):8.0f} images/s")

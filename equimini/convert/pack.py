@@ -23,7 +23,7 @@ from equimini.utils.command_line import output_folder, run
 from equimini.utils.errors import UserError
 
 LARGEST = 65504.0  # float16
-RECIPE = ("seed", "precision", "width", "val_fraction")  # of the run's settings
+RECIPE = ("seed", "precision", "width", "val_fraction", "split")  # of the run's settings
 
 
 def half(weights: dict[str, Tensor], path: Any) -> dict[str, Tensor]:

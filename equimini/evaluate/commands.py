@@ -37,6 +37,7 @@ from equimini.sampling.commands import check_device
 from equimini.sampling.packed_weights import PRECISIONS
 from equimini.training.data import Synthetic, load_data
 from equimini.training.options import DataConfig
+from equimini.training.split import as_trained
 from equimini.utils import distributed
 from equimini.utils.checkpoint import find, tokenizer_hash, weights_hash
 from equimini.utils.command_line import add_flags, output_folder, override
@@ -111,6 +112,7 @@ class Bench:
         with distributed.main_first():
             self.net = load_network(cfg.network, cfg.network_sha256, device)
         self.distances = perceptual_distances(cfg, device)
+        cfg = as_trained(cfg, cfg.checkpoint)
         self.train, self.held_out, self.classes = load_data(cfg, shape)
         self.statistics = None  # published ones, if the reference is such
         if cfg.reference.endswith(".npz"):

@@ -70,7 +70,7 @@ class RealPictures:
                  batch_size: int, workers: int) -> None:
         """network: hash of the feature network."""
         if isinstance(data, ImageFolder):
-            data = ImageFolder(data.files, data.classes, data.height, data.width, 0, augment=False)
+            data = data.subset(slice(None))
         self.data, self.cache, self.batch_size = data, cache, batch_size
         self.order = rng("subset", 0).permutation(len(data))[:n].tolist()
         self.n, self.workers = len(self.order), workers
@@ -172,11 +172,11 @@ def content_hash(data: ImageFolder | Synthetic, index: int) -> str:
     if isinstance(data, Synthetic):
         what = f"{data.draw.__name__} {data.indices[index]} {data.seed}".encode()
         return hashlib.sha256(Path(synthetic.__file__).read_bytes() + what).hexdigest()
-    path = data.files[index][0]
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read the picture {path}: {error.strerror}") from None
+        return hashlib.sha256(data.content(index)).hexdigest()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the picture {data.where(index)}: "
+                        f"{first_line(error)}") from None
 
 
 def shards(n: int) -> list[tuple[int, int]]:

@@ -26,6 +26,7 @@ from equimini.config import flag
 from equimini.training.data import load_data
 from equimini.training.loaders import fixed_loader
 from equimini.training.options import DataConfig
+from equimini.training.split import as_trained
 from equimini.utils.command_line import add_flags, output_folder, override, pick_device
 from equimini.utils.errors import UserError, first_line
 from equimini.utils.images import clean_label, grid, save_png, to_float, to_uint8
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> None:
     out, device = Path(cfg.out), pick_device(cfg.device)
     output_folder(str(out.parent))
     model = load_generator(cfg.checkpoint, device)
-    train, val, _ = load_data(cfg, model.tokenizer.config)
+    train, val, _ = load_data(as_trained(cfg, cfg.checkpoint), model.tokenizer.config)
     train.augment = False  # centre crops
     if cfg.nearest > len(train) * train.mirrors:
         raise UserError(f"--nearest {cfg.nearest} is more than the training pictures there are")

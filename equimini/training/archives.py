@@ -118,6 +118,15 @@ def scan_folder(root: str, found: Search) -> None:
             found.folders.add(name)
 
 
+def scan_old_folder(root: str, found: Search) -> None:
+    """Pictures below a folder as runs found them that began before `scan_folder`: also in hidden
+    folders, and as often as links lead to them."""
+    for here, _, files in os.walk(root, followlinks=True):
+        for file in files:
+            if os.path.splitext(file)[1].lower() in ENDINGS:
+                found.add(os.path.relpath(os.path.join(here, file), root), 0, 0, 0)
+
+
 def scan_tar(file: int, volume: int, start: int, end: int, found: Search) -> Iterator[int]:
     """Pictures of a tar between two bytes of a file, and of the tars inside it (a class each).
 
@@ -384,7 +393,7 @@ class Reader:
 
     def read(self, name: str, volume: int, offset: int, size: int) -> bytes:
         """Raises OSError or ValueError where the bytes are not there."""
-        if self.kind == "folder":
+        if "folder" in self.kind:
             return Path(self.volumes[0], name).read_bytes()
         if self.kind == "parquet":
             return self._row(volume, offset >> 32, offset & 0xffffffff)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,9 @@ def encode(cfg: CacheConfig, overwrite: bool = False,
     checkpoint.check_statistics(tokenizer, cfg.tokenizer)
     if cfg.crops > 1 and cfg.data.startswith("synthetic"):
         raise UserError("--crops is for pictures; the built-in data has nothing to crop")
+    begun = out / "plan.json"
+    if begun.exists() and not overwrite and "split" not in json.loads(begun.read_text()):
+        cfg = replace(cfg, split="order")  # begun before there was a choice
     train, val, classes = load_data(cfg, tokenizer.config)
     whole = train, val
     if cfg.images:
@@ -193,6 +196,8 @@ def encode(cfg: CacheConfig, overwrite: bool = False,
             "images": {"train": len(train), "val": len(val)}, "crops": cfg.crops,
             "width": cfg.width, "seed": cfg.seed, "val_data": cfg.val_data,
             "val_fraction": cfg.val_fraction}
+    if cfg.split == "name":  # caches made before there was a choice do not have the key
+        plan["split"] = cfg.split
     with distributed.main_first():
         if distributed.is_main():
             begin(out, plan, overwrite)

@@ -1,4 +1,4 @@
-"""Images for training: folders of pictures, or landscapes drawn by code.
+"""Images for training: pictures of folders and archives, or landscapes drawn by code.
 
 A dataset item is asked for by (epoch, index), so that its random crop and flip are a function of
 the seed and these two; `Batches` makes the order of the data a function of the step alone.
@@ -6,13 +6,13 @@ the seed and these two; `Batches` makes the order of the data a function of the 
 
 from __future__ import annotations
 
-import os
 import warnings
+from io import BytesIO
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -20,7 +20,9 @@ from tqdm import tqdm
 from equimini.autoencoder import TokenizerConfig
 from equimini.noise import rng
 from equimini.training import synthetic
-from equimini.training.options import DataConfig
+from equimini.training.index import Source
+from equimini.training.options import BUILT_IN, DataConfig
+from equimini.training.split import split_pictures
 from equimini.utils import distributed
 from equimini.utils.errors import UserError, first_line
 from equimini.utils.files import replacing
@@ -28,65 +30,84 @@ from equimini.utils.images import printable, read_rgb, scale_to_fit
 from equimini.utils.signals import leave_signals
 
 Item = tuple[Tensor, int, int]  # image (3, H, W) uint8, class number, index
-BUILT_IN = ("synthetic", "synthetic-object")
 SYNTHETIC_IMAGES = 20_000  # scrolls in the built-in training set
 SCALED_UP, UNREADABLE = 1, 2  # what ImageFolder.found says of a file; 0: nothing
 CHUNK = 2**26  # bytes of one shared piece of memory with decoded pictures
 
 
 class ImageFolder(Dataset[Item]):
-    """Pictures of class sub-folders (or of one flat folder, which is one class).
+    """Pictures of a folder or an archive.
 
     Each is scaled so that its shorter side (or its width, if a wider crop needs it) fits the
     crop, cropped at random and mirrored with probability ½; with augment=False cropped at the
-    centre.  A file that cannot be read is reported once and replaced by the next one.
+    centre.  One that cannot be read is reported once and replaced by the next one of its class.
     """
 
     mirrors = 2  # views that a cache keeps of every crop
 
-    def __init__(self, files: list[tuple[Path, int]], classes: list[str], height: int,
+    def __init__(self, source: Source, indices: np.ndarray, labels: np.ndarray, height: int,
                  width: int, seed: int, augment: bool) -> None:
-        self.files, self.classes = files, classes
+        """indices: of the pictures in `source`; labels: their classes."""
+        self.source, self.indices, self.labels = source, indices, labels
         self.height, self.width = height, width
         self.seed, self.augment = seed, augment
         # what is known of every file, in memory that loader processes share
-        self.found = torch.zeros(len(files), dtype=torch.uint8).share_memory_()
+        self.found = torch.zeros(len(indices), dtype=torch.uint8).share_memory_()
         self.kept: dict[int, Tensor] = {}  # decoded pictures, see `keep_in_memory`
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.indices)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
         draw = rng("crop", self.seed, epoch, index) if self.augment else None
         return *self.view(index, draw, flip=bool(draw.integers(2)) if draw else False), index
 
+    def subset(self, chosen: slice) -> ImageFolder:
+        """Some of the pictures, cropped at the centre."""
+        return ImageFolder(self.source, self.indices[chosen], self.labels[chosen], self.height,
+                           self.width, self.seed, augment=False)
+
+    def where(self, index: int) -> str:
+        """The file of picture `index`, for messages."""
+        return printable(self.source.where(int(self.indices[index])))
+
+    def content(self, index: int) -> bytes:
+        """The bytes of its file.  Raises OSError or ValueError."""
+        return self.source.read(int(self.indices[index]))
+
     def view(self, index: int, draw: np.random.Generator | None,
              flip: bool) -> tuple[Tensor, int]:
         """Picture `index`, cropped at random (draw None: at the centre), and its class."""
-        for step in range(len(self)):
-            i = (index + step) % len(self)
+        for i in self._stand_ins(index):
             picture = self.kept[i] if i in self.kept else self.decode(i)
             if picture is not None:
-                return self._crop(picture, draw, flip), self.files[i][1]
-        raise UserError(f"none of the {len(self)} pictures can be read, "
-                        f"{printable(self.files[index][0])} among them")
+                return self._crop(picture, draw, flip), int(self.labels[i])
+        raise UserError(f"none of the {len(self)} pictures can be read, {self.where(index)} among "
+                        "them")
+
+    def _stand_ins(self, index: int) -> Iterator[int]:
+        """`index`, then the next ones of its class, then the next of any."""
+        yield index
+        ring = np.roll(np.arange(len(self)), -index)[1:]
+        alike = self.labels[ring] == self.labels[index]
+        yield from ring[alike].tolist()
+        yield from ring[~alike].tolist()
 
     def decode(self, i: int) -> Tensor | None:
         """Picture i, scaled, uint8 (3, h, w); None, after one warning, if it cannot be read."""
         if self.found[i] == UNREADABLE:
             return None
-        path = self.files[i][0]
         try:
-            image = read_rgb(path, 4 * max(self.height, self.width))
+            image = read_rgb(BytesIO(self.content(i)), 4 * max(self.height, self.width))
         except Exception as error:  # Pillow's decoders raise many kinds on damaged files
             self.found[i] = UNREADABLE
-            warnings.warn(f"cannot read {printable(path)}, using the next picture instead: "
+            warnings.warn(f"cannot read {self.where(i)}, using the next picture instead: "
                           f"{first_line(error)}", stacklevel=4)
             return None
         if image.width < self.width or image.height < self.height:
             if not (self.found == SCALED_UP).any():
-                warnings.warn(f"{printable(path)} is smaller ({image.width}x{image.height} pixels) "
+                warnings.warn(f"{self.where(i)} is smaller ({image.width}x{image.height} pixels) "
                               f"than the crops of {self.width}x{self.height}; such pictures are "
                               "scaled up, and counted", stacklevel=4)
             self.found[i] = SCALED_UP
@@ -118,9 +139,14 @@ class ImageFolder(Dataset[Item]):
             print(f"{len(self.kept)} of {len(self)} pictures fit into --cache-gb {gigabytes:g}; "
                   "the others are read from their files each time")
 
-    def unreadable(self) -> list[Path]:
+    def unreadable(self) -> list[str]:
         """The files found so far that cannot be read."""
-        return [self.files[i][0] for i in (self.found == UNREADABLE).nonzero().flatten().tolist()]
+        return [self.where(i) for i in (self.found == UNREADABLE).nonzero().flatten().tolist()]
+
+    def lost_classes(self) -> list[int]:
+        """Classes of which no picture can be read."""
+        broken = (self.found == UNREADABLE).numpy()
+        return sorted({*self.labels[broken].tolist()} - {*self.labels[~broken].tolist()})
 
     def scaled_up(self) -> int:
         """How many pictures found so far are smaller than the crops."""
@@ -186,37 +212,16 @@ def report_pictures(sets: list[Dataset], out: Path, shown: int = 10) -> None:
     if count := sum(data.scaled_up() for data in folders):
         print(f"{count} pictures are smaller than the crops and were scaled up; larger ones, or a "
               "smaller --image-size or --width, would look sharper")
-    if unreadable := [printable(path) for data in folders for path in data.unreadable()]:
+    if lost := sorted({data.source.classes[k] for data in folders[:1] for k in
+                       data.lost_classes()}):
+        print(f"{len(lost)} classes have no picture that can be read: "
+              f"{', '.join(map(printable, lost[:shown]))}; pictures of others stood in for theirs")
+    if unreadable := [path for data in folders for path in data.unreadable()]:
         with replacing(out / "unreadable.txt") as file:
             file.write("".join(f"{name}\n" for name in unreadable).encode())
         more = f" and {len(unreadable) - shown} more" if len(unreadable) > shown else ""
         print(f"{len(unreadable)} files could not be read and were left out (all named in "
               f"{out / 'unreadable.txt'}): {', '.join(unreadable[:shown])}{more}")
-
-
-def find_images(folder: str) -> tuple[list[tuple[Path, int]], list[str]]:
-    """All image files of a folder, with class numbers, and the sorted class names.
-
-    Raises UserError for a folder that is missing or holds no image files.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"the data folder {folder} does not exist (or is no folder)")
-    endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
-                    for name in names if Path(name).suffix.lower() in endings)
-    if not images:
-        raise UserError(f"no image files in {folder}; expected {folder}/CLASS/picture.jpg, or "
-                        f"pictures directly in {folder}")
-    parts = [p.relative_to(root).parts for p in images]
-    flat = [len(p) == 1 for p in parts]
-    if any(flat) and not all(flat):
-        loose = images[flat.index(True)]
-        raise UserError(f"{folder} holds pictures both directly ({loose.name}) and in "
-                        "sub-folders; put each picture into a class sub-folder, or all in one")
-    names = [root.resolve().name if len(p) == 1 else p[0] for p in parts]
-    classes = sorted(set(names))
-    return [(p, classes.index(n)) for p, n in zip(images, names)], classes
 
 
 def load_data(run: DataConfig,
@@ -242,36 +247,30 @@ def load_data(run: DataConfig,
         val = Synthetic(run.data, range(SYNTHETIC_IMAGES, SYNTHETIC_IMAGES + n_val), height,
                         width, run.seed)
         return train, val, train.classes
-    files, val_files, classes = split_files(run)
-    return (ImageFolder(files, classes, height, width, run.seed, augment=True),
-            ImageFolder(val_files, classes, height, width, run.seed, augment=False), classes)
+    train, val, classes = split_pictures(run)
+    for source in {id(part.source): part.source for part in (train, val)}.values():
+        warn_of_left_out(source)
+    return (ImageFolder(*train, height, width, run.seed, augment=True),
+            ImageFolder(*val, height, width, run.seed, augment=False), classes)
 
 
-def split_files(run: DataConfig) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]],
-                                          list[str]]:
-    """The image files for training and for validation, with class numbers, and the class names.
-
-    Raises UserError for folders that do not serve.
-    """
-    files, classes = find_images(run.data)
-    if run.val_data:
-        val_files, val_classes = find_images(run.val_data)
-        flat = all(Path(p).parent == Path(run.val_data) for p, _ in val_files)
-        if not (flat and len(classes) == 1) and val_classes != classes:
-            raise UserError(f"--val-data has the classes {val_classes}, --data has {classes}")
-    else:
-        order = rng("split", run.seed).permutation(len(files))
-        n_val = max(1, round(len(files) * run.val_fraction))
-        if len(files) < 2:
-            raise UserError(f"{run.data} holds one picture; training needs at least two "
-                            "(one is held out for validation)")
-        val_files = [files[i] for i in sorted(order[:n_val])]
-        files = [files[i] for i in sorted(order[n_val:])]
-    return files, val_files, classes
+def warn_of_left_out(source: Source) -> None:
+    """Say what a source holds that is not used, and which classes are empty."""
+    if not distributed.is_main():
+        return
+    where = printable(source.path)
+    for reason, (count, example) in source.left_out.items():
+        warnings.warn(f"{where}: {count} left out or changed: {printable(reason)}; for example "
+                      f"{printable(example)}", stacklevel=2)
+    used = np.bincount(source.labels, minlength=len(source.classes))
+    if empty := [printable(source.classes[k]) for k in np.flatnonzero(used == 0)]:
+        more = f" and {len(empty) - 10} more" if len(empty) > 10 else ""
+        warnings.warn(f"{where}: {len(empty)} classes without a picture, which keep their number: "
+                      f"{', '.join(empty[:10])}{more}", stacklevel=2)
 
 
 def count_images(run: DataConfig) -> int:
     """How many pictures a run trains on, without reading them; raises as `load_data`."""
     if run.data in BUILT_IN:
         return SYNTHETIC_IMAGES
-    return len(split_files(run)[0])
+    return len(split_pictures(run)[0].indices)

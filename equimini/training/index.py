@@ -25,8 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from equimini.training.archives import (ENCODING, MAX_CLASSES, NO_LABEL, Damaged, Reader, Search,
-                                        dataset_labels, scan_folder, scan_parquet, scan_tar,
-                                        scan_zip)
+                                        dataset_labels, scan_folder, scan_old_folder, scan_parquet,
+                                        scan_tar, scan_zip)
 from equimini.utils.errors import UserError
 from equimini.utils.files import replacing
 
@@ -47,7 +47,9 @@ class Source:
         self.folders: list[str] = about["folders"]  # the classes, as the source calls them
         self.classes: list[str] = about["classes"]  # and as people do
         self.flat: bool = about["flat"]  # one class, without a folder of its own
+        self.numbered: bool = about["numbered"]  # labels are numbers in the source
         self.left_out: dict[str, list] = about["left_out"]  # reason: [how many, an example]
+        self.path: str = about["path"]  # as it was asked for
         self.reader = Reader(about["kind"], about["volumes"])
         self._take(arrays)
 
@@ -67,12 +69,12 @@ class Source:
     def where(self, i: int) -> str:
         """Picture i's file, or its archive and its name there, for messages."""
         volume = self.reader.volumes[int(self.arrays["volumes"][i])]
-        return os.path.join(volume, self.name(i)) if self.reader.kind == "folder" \
+        return os.path.join(volume, self.name(i)) if "folder" in self.reader.kind \
             else f"{volume}: {self.name(i)}"
 
     def read(self, i: int) -> bytes:
         """The bytes of picture i's file.  Raises OSError or ValueError if they are not there."""
-        name = self.name(i) if self.reader.kind == "folder" else ""
+        name = self.name(i) if "folder" in self.reader.kind else ""
         place = (int(self.arrays[key][i]) for key in ("volumes", "offsets", "sizes"))
         return self.reader.read(name, *place)
 
@@ -87,15 +89,18 @@ class Source:
             self._take(map_arrays(self.kept))
 
 
-def open_source(path: str, folder: str | Path | None = None, truncated: bool = False) -> Source:
+def open_source(path: str, folder: str | Path | None = None, truncated: bool = False,
+                as_before: bool = False) -> Source:
     """The pictures of a folder, or of one or several archives.
 
     path: a folder, a .tar, .zip or .parquet file, or a pattern of them, with {000..123}, {a,b}
     or *.  folder: where the index of a large source is kept; None: nowhere.  truncated: of an
-    archive that is cut short, what can be read is used.  Raises UserError for all that cannot be
-    read so.
+    archive that is cut short, what can be read is used.  as_before: a folder is searched as by
+    runs that began before there was an index.  Raises UserError for all that cannot be read so.
     """
     kind, volumes = find_volumes(path)
+    if kind == "folder" and as_before:
+        kind, folder = "old folder", None
     if folder is None:
         return Source(*build(path, kind, volumes, None, truncated))
     absolute = [os.path.abspath(volume) for volume in volumes]
@@ -108,7 +113,7 @@ def open_source(path: str, folder: str | Path | None = None, truncated: bool = F
             if len(arrays["labels"]) <= SMALL:
                 return Source(about, arrays)
             save(kept, about, arrays)
-        return Source({**about, "volumes": volumes}, map_arrays(kept), kept)
+        return Source({**about, "path": path, "volumes": volumes}, map_arrays(kept), kept)
 
 
 def find_volumes(path: str) -> tuple[str, list[str]]:
@@ -173,7 +178,7 @@ def build(path: str, kind: str, volumes: list[str], kept: Path | None,
     stamps, found = signature(volumes), Search()
     place = take_up(kept, stamps, found)
     saved, before = len(found.names), np.cumsum([0] + [os.path.getsize(v) for v in volumes])
-    with tqdm(total=int(before[-1]) if kind != "folder" else None, unit="B", unit_scale=True,
+    with tqdm(total=int(before[-1]) if "folder" not in kind else None, unit="B", unit_scale=True,
               desc=f"looking through {path}", delay=2) as bar:
         for number, at in scan(kind, volumes, place, found, truncated):
             bar.update(int(before[number]) + at - bar.n)
@@ -199,6 +204,8 @@ def scan(kind: str, volumes: list[str], place: tuple[int, int], found: Search,
                         yield number, at
             elif kind == "folder":
                 scan_folder(volume, found)
+            elif kind == "old folder":
+                scan_old_folder(volume, found)
             else:
                 (scan_zip if kind == "zip" else scan_parquet)(volume, number, found)
         except Damaged as error:
@@ -278,14 +285,15 @@ def arrange(path: str, kind: str, volumes: list[str],
     firsts = [names[i].partition("/")[0] for i in order]
     if flat:
         where = os.path.basename(os.path.realpath(path))
-        classes, firsts = [where if kind == "folder" else where.split(".")[0]], None
+        classes, firsts = [where if "folder" in kind else where.split(".")[0]], None
     elif numbered:
         count = len(found.class_names) or max(map(int, set(firsts))) + 1
         classes = [str(k) for k in range(count)]
     else:
         empty = set() if labelled else {f for f in found.folders if "/" not in f}
         classes = sorted({*firsts, *empty})
-        check_splits(path, classes)
+        if kind != "old folder":
+            check_splits(path, classes)
     number = {name: k for k, name in enumerate(classes)}
     short = [names[i] if flat else names[i].partition("/")[2] for i in order]
     coded = [name.encode(*ENCODING) for name in short]
@@ -296,7 +304,7 @@ def arrange(path: str, kind: str, volumes: list[str],
               **{k: np.array(getattr(found, k))[order] for k in ("volumes", "offsets", "sizes")}}
     arrays = {k: v.astype(np.min_scalar_type(v.max())) if v.dtype == np.int64 else v
               for k, v in arrays.items()}
-    about = {"kind": kind, "volumes": volumes, "folders": classes, "flat": flat,
+    about = {"kind": kind, "path": path, "volumes": volumes, "folders": classes, "flat": flat,
              "numbered": numbered, "classes": found.class_names if numbered and found.class_names
              else classes, "left_out": found.left_out}
     return about, arrays
@@ -320,7 +328,7 @@ def by_label(found: Search) -> tuple[list[str], list[int], bool]:
 def without_top(found: Search, kind: str) -> list[str]:
     """Names without the folders that all pictures of an archive lie in, above their classes."""
     names = found.names
-    while kind != "folder" and names and all(name.count("/") > 1 for name in names) and \
+    while "folder" not in kind and names and all(name.count("/") > 1 for name in names) and \
             len({name.partition("/")[0] for name in names}) == 1:
         top = names[0].partition("/")[0] + "/"
         names = [name.removeprefix(top) for name in names]

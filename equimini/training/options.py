@@ -6,15 +6,26 @@ import dataclasses
 
 from equimini.config import Checked, flag
 
+BUILT_IN = ("synthetic", "synthetic-object")  # data drawn by code
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Checked):
     """Which pictures are read, and where the results go."""
 
-    data: str = flag("synthetic", "folder of class sub-folders of images, one flat folder, or "
-                     "'synthetic' / 'synthetic-object' (drawn by code)")
-    val_data: str = flag("", "folder of held-out images; empty: --val-fraction of --data")
+    data: str = flag("synthetic", "folder of class sub-folders of images, one flat folder, .tar, "
+                     ".zip or .parquet files (docs/data.md), or 'synthetic' / 'synthetic-object' "
+                     "(drawn by code)")
+    val_data: str = flag("", "held-out images, as --data; empty: --val-fraction of --data")
     val_fraction: float = flag(0.05, "share of --data that is held out", min=0.001, max=0.5)
+    split: str = flag("name", "how it is chosen: by a hash of each picture's name, which no other "
+                      "picture changes, or by the files' order and --seed, as in runs begun before "
+                      "there was a choice", choices=("name", "order"), before="order")
+    class_names: str = flag("", "file with the classes' names: a list, or lines of a folder's name "
+                            "(a wnid) and words; empty: the folders' names")
+    index: str = flag("", "folder for the index of a large --data, which several commands may "
+                      "share; empty: index in --out")
+    allow_truncated: bool = flag(False, "of an archive that is cut short, use what can be read")
     width: int = flag(0, "width of the crops, in pixels, a multiple of f; 0: square", min=0)
     out: str = flag("", "folder to write to")
     seed: int = flag(0, "seed of everything random", min=0, max=2**32 - 1)

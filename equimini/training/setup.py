@@ -16,6 +16,7 @@ from equimini.config import Checked
 from equimini.presets import PRESETS, paper_training
 from equimini.training.data import count_images
 from equimini.training.options import RunConfig
+from equimini.training.split import check_split
 from equimini.utils import checkpoint, distributed
 from equimini.utils.command_line import add_flags, config_from_dict, output_folder, override
 from equimini.utils.errors import UserError
@@ -82,7 +83,9 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
         if override(model, args) != model:
             raise UserError(f"{last} holds a model of other sizes than asked for; leave the "
                             "model's flags out to resume it, or choose another --out")
-    run = override(run, args)
+    begun, run = run, override(run, args)
+    if resumed:
+        check_split(begun, run)
     if args.recipe:
         training = paper_training(kind, count(run), getattr(args, "batch_size", None))
     if run.init_from and not resumed:

@@ -79,10 +79,12 @@ def override(config: Config, args: argparse.Namespace) -> Config:
 def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
     """A configuration from a checkpoint's plain dict.
 
-    A field that the dict lacks is younger than the checkpoint and gets its default, which must
-    therefore mean what was done before there was a choice.  Raises UserError if a field is
-    unknown or out of range.
+    A field that the dict lacks is younger than the checkpoint and gets what was done before there
+    was a choice: its flag's `before`, or its default.  Raises UserError if a field is unknown or
+    out of range.
     """
+    before = {f.name: f.metadata["before"] for f in dataclasses.fields(cls)
+              if "before" in f.metadata}
     unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
     if unknown:
         raise UserError(f"the checkpoint's {cls.__name__} has settings that this version does not "
@@ -90,7 +92,7 @@ def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
                         "whose settings have been renamed")
     try:
         return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v
-                      for k, v in values.items()})
+                      for k, v in {**before, **values}.items()})
     except ValueError as error:
         raise UserError(f"the checkpoint's {cls.__name__} is not valid: {error}") from None
 

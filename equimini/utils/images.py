@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from equimini.utils.files import replacing
@@ -52,17 +53,24 @@ def clean_label(text: str, longest: int = 24) -> str:
     return shown if len(shown) <= longest else shown[:longest - 1] + "…"
 
 
-def read_rgb(path: Path | str, side: int | None = None) -> Image.Image:
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # what puts a picture of this EXIF orientation upright
+DEPTHS = (8, 10, 12, 16, 24, 32)  # bits of a value, of which the first that fits is taken
+
+
+def read_rgb(path: Path | str | BinaryIO, side: int | None = None) -> Image.Image:
     """Read a picture as RGB, upright, its first frame; transparent pixels are put on white.
 
-    side: pixels that are enough for both sides, which lets a JPEG be decoded smaller.  Pictures
-    of floating-point numbers are taken as 0…1 if no value exceeds 1, else as 0…255.
+    side: pixels that are enough for both sides, which lets a JPEG be decoded smaller.  Values of
+    more than 8 bits, and floating-point numbers, are scaled by the range that they fit into.
     Raises OSError, ValueError or Pillow's own errors for a file that is no readable image.
     """
     with Image.open(path) as opened:
         if side:
             opened.draft("RGB", (side, side))
-        image = ImageOps.exif_transpose(opened)
+        image = upright(opened)
         if image.mode == "F" or image.mode.startswith("I"):
             image = Image.fromarray(_to_bytes(np.asarray(image)))
         if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
@@ -71,14 +79,33 @@ def read_rgb(path: Path | str, side: int | None = None) -> Image.Image:
         return image.convert("RGB")
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data says; other tags, however odd, do not matter."""
+    image.load()  # a PNG's EXIF data may stand at its end
+    try:
+        turn = TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # EXIF data that Pillow cannot read tells no orientation
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def _to_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Pixels of 16 bits (or more, of which 16 are used), or floating-point, as uint8."""
+    """Pixels of many bits, or floating-point, as uint8, by the largest of them.
+
+    Whole numbers are taken as 8, 10, 12, 16, 24 or 32 bits, whichever fits.  Floating-point ones
+    are 0…1 if no value exceeds 2 (some are a little above 1), else as whole numbers are.
+    """
     if pixels.dtype.kind == "f":
         if not np.isfinite(pixels).all():
             raise ValueError("it holds NaN or infinity")
-        return (pixels * (255 if pixels.max() <= 1 else 1)).round().clip(0, 255).astype(np.uint8)
+        top = pixels.max()
+        if top <= 2:
+            return (pixels * 255).round().clip(0, 255).astype(np.uint8)
+        depth = next((d for d in DEPTHS if top < 2**d), DEPTHS[-1])
+        return (pixels * (255 / (2**depth - 1))).round().clip(0, 255).astype(np.uint8)
     pixels = pixels.astype(np.int64)
-    return (pixels >> (8 if pixels.max() > 255 else 0)).clip(0, 255).astype(np.uint8)
+    depth = next((d for d in DEPTHS if pixels.max() < 2**d), DEPTHS[-1])
+    return (pixels >> (depth - 8)).clip(0, 255).astype(np.uint8)
 
 
 def scale_to_fit(image: Image.Image, height: int, width: int | None = None) -> Image.Image:

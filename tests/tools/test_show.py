@@ -9,7 +9,9 @@ from PIL import Image
 
 from equimini.show.drift import column_statistics, repetition
 from equimini.show.neighbours import nearest, pixels
-from equimini.training.data import ImageFolder, find_images
+from equimini.training.data import ImageFolder
+from equimini.training.index import open_source
+from equimini.training.split import part
 from tests.helpers.scripts import invoke, mistake
 
 
@@ -21,7 +23,7 @@ class Mean(torch.nn.Module):
 
 
 def test_copies_of_training_pictures_are_found_also_mirrored(picture_folder):
-    data = ImageFolder(*find_images(str(picture_folder)), 32, 32, 0, augment=False)
+    data = ImageFolder(*part(open_source(str(picture_folder))), 32, 32, 0, augment=False)
     planted = torch.stack([data.view(7, None, False)[0], data.view(2, None, True)[0]])
     distances, names = nearest(planted, data, pixels, 3, 5, torch.device("cpu"), 0)
     assert names[0][0] == (7, False) and names[1][0] == (2, True)
