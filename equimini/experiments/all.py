@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from equimini.experiments import (attention, compute, dynamics, extrapolation, grid_vs_columns,
                                   matrix, transfer, uniformity)
-from equimini.experiments.common import ExperimentConfig, parse
+from equimini.experiments.common import ExperimentConfig
+from equimini.utils.command_line import parse
 
 EXPERIMENTS = (transfer, attention, dynamics, grid_vs_columns, matrix, extrapolation, uniformity)
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
-    cfg = parse("all", __doc__, ExperimentConfig(), argv)
+    cfg = parse("equimini.experiments all", __doc__, ExperimentConfig(), argv)
     compute.main(["--out", cfg.out])
     for experiment in EXPERIMENTS:
         print(f"\n== {experiment.__doc__.splitlines()[0]}", flush=True)

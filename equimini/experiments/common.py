@@ -2,31 +2,24 @@
 
 Every training is an ordinary run of train_tokenizer.py or train_generator.py in a folder of its
 own, named after its settings, under OUT/runs.  So variants and experiments share what they have in
-common, a finished run is not trained again, and an interrupted one goes on where it was.
+common, a finished run is not trained again, and an interrupted one resumes.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import importlib.util
 import json
-import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from equimini.config import Checked, flag
+from equimini.experiments.training_runs import TrainingRun
 from equimini.training import cache_latents
-from equimini.utils.command_line import add_flags, output_folder, override
-from equimini.utils.errors import UserError
-from equimini.utils.files import replacing
-
-Config = TypeVar("Config", bound="ExperimentConfig")
-ROOT = Path(__file__).parents[2]  # where the training scripts lie
+from equimini.training.options import DataConfig
+from equimini.utils.command_line import output_folder
 
 
 @dataclass(frozen=True)
@@ -79,64 +72,32 @@ class ExperimentConfig(Checked):
     workers: int = flag(1, "processes that load images; 0: none but the main one", min=0)
     device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")
 
-
-def parse(name: str, doc: str, defaults: Config, argv: list[str]) -> Config:
-    """The options of experiment `name` from its command line."""
-    parser = argparse.ArgumentParser(prog=f"python -m equimini.experiments {name}",
-                                     allow_abbrev=False, description=doc.split("\n")[0])
-    add_flags(parser, defaults, "options")
-    return override(defaults, parser.parse_args(argv))
-
-
-def script(name: str) -> ModuleType:
-    """train_tokenizer.py or train_generator.py, which lie beside the package.
-
-    Raises UserError where they do not.
-    """
-    path = ROOT / f"{name}.py"
-    if not path.exists():
-        raise UserError(f"{path} is not there; run experiments from a checkout of the repository")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished training."""
-
-    folder: Path
-
     @property
-    def last(self) -> Path:
-        """Its checkpoint."""
-        return self.folder / "last.pt"
-
-    def losses(self) -> np.ndarray:
-        """The held-out loss per column of its EMA generator at its last step, (N,)."""
-        lines = (self.folder / "log.jsonl").read_text().splitlines()
-        scores = [r for r in map(json.loads, lines) if "val_loss_per_column" in r]
-        return np.array(scores[-1]["val_loss_per_column"])
-
-    def record(self) -> dict[str, float]:
-        """`cpu_seconds` of its training so far, and `steps` once it is finished."""
-        path = self.folder / "record.json"
-        return json.loads(path.read_text()) if path.exists() else {"cpu_seconds": 0.0}
+    def pictures(self) -> DataConfig:
+        """Its data set."""
+        return DataConfig(data=self.data, val_data=self.val_data)
 
 
 class Lab:
-    """Trains what an experiment asks for, or finds it done.
+    """An experiment at work: trains what it asks for, or finds it done.
 
-    Raises UserError for an output folder that cannot be written.
+    name: of the experiment, which writes to OUT/NAME.  Raises UserError for an output folder that
+    cannot be written.
     """
 
-    def __init__(self, cfg: ExperimentConfig) -> None:
-        self.cfg, self.scale = cfg, SCALES[cfg.scale]
+    def __init__(self, name: str, cfg: ExperimentConfig) -> None:
+        self.name, self.cfg, self.scale = name, cfg, SCALES[cfg.scale]
         self.steps = cfg.steps or self.scale.steps
-        self.runs = output_folder(f"{cfg.out}/runs")
+        self.runs, self.folder = (output_folder(f"{cfg.out}/{part}") for part in ("runs", name))
         self.used: dict[Path, float] = {}  # CPU seconds of the runs that were asked for
-        self.ready: dict[tuple[str, str], tuple[Run, Path]] = {}  # tokenizers and latents
+        self.ready: dict[tuple[str, str], tuple[TrainingRun, Path]] = {}  # tokenizers and latents
+
+    @property
+    def budget(self) -> str:
+        """What the trainings took, in words."""
+        return (f"{len(self.used)} trainings (shared ones included), generators of {self.steps} "
+                f"steps, {sum(self.used.values()) / 60:.1f} minutes of processor time; scale "
+                f"{self.cfg.scale}, {self.cfg.seeds} seeds")
 
     def data_flags(self, data: str) -> list[str]:
         """--data and what belongs to it; `data` '' is the experiment's own."""
@@ -145,43 +106,26 @@ class Lab:
         held_out = ["--val-data", self.cfg.val_data] if self.cfg.val_data else []
         return ["--data", self.cfg.data, *held_out]
 
-    def train(self, kind: str, name: str, steps: int, flags: list[str]) -> Run:
+    def train(self, kind: str, name: str, steps: int, flags: list[str]) -> TrainingRun:
         """The training of this kind with these flags, done now if it is not done yet."""
-        flags = ["--preset", "tiny", *flags, "--steps", str(steps)]
-        run = Run(self.runs / f"{kind}-{name}-{key(flags)}")
-        if run.record().get("steps") != steps:
-            self._train(kind, steps, flags, run)
-        self.used[run.folder] = run.record()["cpu_seconds"]
+        flags = ["--preset", "tiny", *flags]
+        folder = self.runs / f"{kind}-{name}-{key([*flags, '--steps', str(steps)])}"
+        run = TrainingRun(kind, folder, steps, flags)
+        run.train("--workers", str(self.cfg.workers), "--device", self.cfg.device, "--val-images",
+                  str(self.scale.val_images), "--val-every", str(steps), "--save-every",
+                  str(max(1, steps // 4)), "--preview-every", str(steps), "--keep", "1")
+        (folder / "best.pt").unlink(missing_ok=True)  # as large as last.pt, and not used
+        self.used[folder] = run.record()["cpu_seconds"]
         return run
 
-    def _train(self, kind: str, steps: int, flags: list[str], run: Run) -> None:
-        flags = [*flags, "--out", str(run.folder), "--workers", str(self.cfg.workers), "--device",
-                 self.cfg.device, "--val-images", str(self.scale.val_images), "--val-every",
-                 str(steps), "--save-every", str(max(1, steps // 4)), "--preview-every",
-                 str(steps), "--keep", "1", *(["--resume"] if run.last.exists() else [])]
-        print(f"$ python train_{kind}.py {' '.join(flags)}", flush=True)
-        began, before, done = time.process_time(), run.record()["cpu_seconds"], {}
-        try:
-            script(f"train_{kind}").main(flags)
-            done = {"steps": steps}
-        except SystemExit as stop:
-            print("the same command again goes on here")
-            raise stop
-        finally:
-            if run.folder.exists():
-                seconds = before + time.process_time() - began
-                with replacing(run.folder / "record.json") as file:
-                    file.write(json.dumps({"cpu_seconds": seconds, **done}).encode())
-        (run.folder / "best.pt").unlink(missing_ok=True)  # as large as last.pt, and not used
-
-    def tokenizer(self, layout: str = "columns", data: str = "") -> Run:
+    def tokenizer(self, layout: str = "columns", data: str = "") -> TrainingRun:
         """A tokenizer of this layout."""
         steps = self.cfg.tokenizer_steps or self.scale.tokenizer_steps
         name = layout if not data or data == self.cfg.data else f"{layout}-{Path(data).name}"
         return self.train("tokenizer", name, steps, [
             *self.scale.tokenizer.split(), "--layout", layout, *self.data_flags(data)])
 
-    def latents(self, layout: str = "columns", data: str = "") -> tuple[Run, Path]:
+    def latents(self, layout: str = "columns", data: str = "") -> tuple[TrainingRun, Path]:
         """A tokenizer, and the folder of its latents of the pictures."""
         if (layout, data) in self.ready:
             return self.ready[layout, data]
@@ -200,37 +144,37 @@ class Lab:
         views = np.load(self.latents(layout)[1] / "val-00000.npy", mmap_mode="r")
         return views.shape[2]  # (images, views, tokens, channels)
 
-    def generator(self, name: str, seed: int, flags: str = "", *, layout: str = "columns",
-                  data: str = "", steps: int = 0, initial: Run | None = None) -> Run:
-        """A generator over cached latents.
+    def generators(self, name: str, flags: str = "", *, layout: str = "columns", data: str = "",
+                   steps: int = 0, initial: list[TrainingRun] | None = None) -> list[TrainingRun]:
+        """A generator over cached latents for every seed.
 
-        flags: of the variant; steps: 0 is the experiment's; initial: the run that it starts from
-        (its EMA weights), with a shorter warm-up.
+        flags: of the variant; steps: 0 is the experiment's; initial: the runs, by seed, that they
+        start from (their EMA weights), with a shorter warm-up.
         """
-        more = ["--warmup-steps", "20", "--init-from", str(initial.last)] if initial else []
         tokenizer, latents = self.latents(layout, data)
-        return self.train("generator", f"{name}-s{seed}", steps or self.steps, [
-            *self.scale.generator.split(), *more, "--latents", str(latents), "--tokenizer",
-            str(tokenizer.last), "--seed", str(seed), "--precision",
-            self.cfg.precision, *flags.split()])
+        runs = []
+        for seed in range(self.cfg.seeds):
+            start = (["--warmup-steps", "20", "--init-from", str(initial[seed].last)]
+                     if initial else [])
+            runs.append(self.train("generator", f"{name}-s{seed}", steps or self.steps, [
+                *self.scale.generator.split(), *start, "--latents", str(latents), "--tokenizer",
+                str(tokenizer.last), "--seed", str(seed), "--precision", self.cfg.precision,
+                *flags.split()]))
+        return runs
 
-    def columns(self, seed: int, flags: str = "", name: str = "columns", **options: Any) -> Run:
+    def columns(self, flags: str = "", name: str = "columns",
+                **options: Any) -> list[TrainingRun]:
         """The paper's model: columns, a window of 4, position augmentation."""
-        return self.generator(name, seed, flags, **options)
+        return self.generators(name, flags, **options)
 
-    def grid(self, seed: int, flags: str = "", name: str = "grid", **options: Any) -> Run:
+    def grid(self, flags: str = "", name: str = "grid", **options: Any) -> list[TrainingRun]:
         """The 2-D baseline: patches in raster order, full causal attention."""
         flags = f"--window {self.tokens('grid')} --position-shift {self.cfg.grid_shift} {flags}"
-        return self.generator(name, seed, flags, layout="grid", **options)
+        return self.generators(name, flags, layout="grid", **options)
 
 
 def key(flags: list[str]) -> str:
-    """A short name for settings; folders under OUT/runs are told by their names alone."""
+    """A short name for settings; folders under OUT/runs count by their names alone."""
     short = [Path(f).parent.name if f.endswith(".pt") else f for f in flags]
     short = [Path(f).name if "/latents-" in f else f for f in short]
     return hashlib.sha256(json.dumps(short).encode()).hexdigest()[:8]
-
-
-def settings(cfg: Checked) -> dict[str, Any]:
-    """The options as plain values, for the report."""
-    return {f.name: getattr(cfg, f.name) for f in fields(cfg)}

@@ -3,7 +3,7 @@
     python -m equimini.experiments dynamics --data synthetic
 
 Columns and grid are trained on all subtasks to a tenth of the steps ("early") and to the end
-("late").  From the early weights each goes on for three tenths of the steps on all subtasks, on
+("late").  From the early weights each is trained for three tenths of the steps on all subtasks, on
 the 4th alone and on the 11th alone; the table shows by how much each subtask's held-out loss is
 then better than early on.
 """
@@ -11,14 +11,14 @@ then better than early on.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from equimini.config import flag
-from equimini.experiments.common import ExperimentConfig, Lab, parse
+from equimini.experiments.common import ExperimentConfig, Lab
 from equimini.experiments.report import Report, per_column, spread, verdict
-from equimini.utils.command_line import output_folder
+from equimini.experiments.training_runs import losses
+from equimini.utils.command_line import parse
 from equimini.utils.errors import UserError
 from equimini.utils.plot import curves
 
@@ -37,38 +37,30 @@ class DynamicsConfig(ExperimentConfig):
 
 def train(cfg: DynamicsConfig, lab: Lab) -> dict[str, np.ndarray]:
     """Held-out losses (seeds, N) by 'layout stage', stages early, late, all, and each single."""
-    found: dict[str, list[np.ndarray]] = {}
-    early, more = max(1, lab.steps // 10), max(1, 3 * lab.steps // 10)
     if max(cfg.single) >= lab.tokens():
         raise UserError(f"--single must be subtasks 0 to {lab.tokens() - 1}, got {max(cfg.single)}")
-    for seed in range(cfg.seeds):
-        for layout, train_one in (("columns", lab.columns), ("grid", lab.grid)):
-            start = train_one(seed, name=f"{layout}-early", steps=early)
-            stages = {"early": start, "late": train_one(seed)}
-            for name, flags in [("all", "")] + [(f"{i + 1} alone", f"--subtasks {i}")
-                                                for i in cfg.single]:
-                stages[name] = train_one(seed, flags, f"{layout}-then-{name.replace(' ', '-')}",
-                                         steps=more, initial=start)
-            for stage, run in stages.items():
-                found.setdefault(f"{layout} {stage}", []).append(run.losses())
-    return {name: np.stack(values) for name, values in found.items()}
+    early, more = max(1, lab.steps // 10), max(1, 3 * lab.steps // 10)
+    stages = {"all": ""} | {f"{i + 1} alone": f"--subtasks {i}" for i in cfg.single}
+    found = {}
+    for layout, generators in (("columns", lab.columns), ("grid", lab.grid)):
+        start = generators(name=f"{layout}-early", steps=early)
+        found |= {f"{layout} early": losses(start), f"{layout} late": losses(generators())}
+        for stage, flags in stages.items():
+            found[f"{layout} {stage}"] = losses(generators(
+                flags, f"{layout}-then-{stage.replace(' ', '-')}", steps=more, initial=start))
+    return found
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
-    cfg = parse("dynamics", __doc__, DynamicsConfig(), argv)
-    lab, folder = Lab(cfg), output_folder(f"{cfg.out}/dynamics")
-    report(cfg, lab, folder, train(cfg, lab))
-
-
-def report(cfg: DynamicsConfig, lab: Lab, folder: Path, losses: dict[str, np.ndarray]) -> None:
-    """The table, two pictures, the sentence."""
+    cfg = parse("equimini.experiments dynamics", __doc__, DynamicsConfig(), argv)
+    lab = Lab("dynamics", cfg)
+    found = train(cfg, lab)
     rows = [("model", "then trained on", "gain on it, %", "mean gain on the others, %",
              "others that gain")]
-    gains = {name: 100 * (1 - values / losses[f"{name.split(' ', 1)[0]} early"])
-             for name, values in losses.items() if not name.endswith((" early", " late"))}
+    gains = {name: 100 * (1 - values / found[f"{name.split(' ', 1)[0]} early"])  # (seeds, N)
+             for name, values in found.items() if not name.endswith((" early", " late"))}
     others: dict[str, list[np.ndarray]] = {"columns": [], "grid": []}
-    for name, gain in gains.items():  # (seeds, N)
+    for name, gain in gains.items():
         layout, stage = name.split(" ", 1)
         if stage == "all":
             rows.append((layout, "all", spread(gain.mean(1), 2, True), "–",
@@ -82,16 +74,15 @@ def report(cfg: DynamicsConfig, lab: Lab, folder: Path, losses: dict[str, np.nda
     columns, grid = (np.mean(others[layout], 0) for layout in ("columns", "grid"))
     reading = (f"Trained on one subtask alone, the others gain {spread(columns, 2, True)} % with "
                f"columns and {spread(grid, 2, True)} % with the grid; "
-               f"{verdict('columns gain', columns > 0)}, {verdict('the grid loses', grid < 0)}, "
-               f"{verdict('columns before the grid', columns > grid)}.")
-    curves(folder / "losses.png", {k: per_column(v) for k, v in losses.items()
-                                   if k.endswith((" early", " late"))},
+               f"{verdict('columns gain', columns, 2)}, {verdict('the grid loses', -grid, 2)}, "
+               f"{verdict('columns before the grid', columns - grid, 2)}.")
+    curves(lab.folder / "losses.png", {k: per_column(v) for k, v in found.items()
+                                       if k.endswith((" early", " late"))},
            "subtask", "held-out loss", "Loss per subtask, early and late in training")
-    curves(folder / "gains.png", {k: per_column(v) for k, v in gains.items()}, "subtask",
+    curves(lab.folder / "gains.png", {k: per_column(v) for k, v in gains.items()}, "subtask",
            "gain over early training, %", "Gain of every subtask, by the subtasks trained")
-    Report("dynamics", "Training dynamics (Fig. 3)", PAPER, rows, reading,
-           [row_starts(losses["grid late"])], {"losses": losses, "gains": gains}).write(
-               cfg, lab, folder)
+    Report("Training dynamics (Fig. 3)", PAPER, rows, reading, [row_starts(found["grid late"])],
+           {"losses": found, "gains": gains}).write(lab)
 
 
 def row_starts(late: np.ndarray) -> str:

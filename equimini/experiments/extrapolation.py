@@ -11,7 +11,6 @@ their own mirror image, again and again, for the measure alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,15 +18,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from equimini.config import flag
-from equimini.experiments.common import ExperimentConfig, Lab, Run, parse
+from equimini.experiments.common import ExperimentConfig, Lab
 from equimini.experiments.probe import Probe
 from equimini.experiments.report import Report, spread, verdict
+from equimini.experiments.training_runs import TrainingRun
 from equimini.sampler import sample_tokens
 from equimini.sampling.image_generator import load_generator
 from equimini.training.data import ImageFolder, load_data
 from equimini.training.loaders import fixed_loader
 from equimini.training.options import DataConfig
-from equimini.utils.command_line import output_folder, pick_device
+from equimini.utils.command_line import parse, pick_device
 from equimini.utils.images import grid, save_png
 from equimini.utils.plot import curves
 
@@ -63,21 +63,21 @@ class Mirrored(Dataset):
 
 def long_pictures(cfg: ExtrapolationConfig, probe: Probe) -> Dataset:
     """Held-out pictures, `times` as long as those of the training."""
-    shape, data = probe.tokenizer.config, DataConfig(data=cfg.data, val_data=cfg.val_data)
-    _, val, _ = load_data(data, shape)
+    shape = probe.tokenizer.config
+    val = load_data(cfg.pictures, shape)[1]
     if isinstance(val, ImageFolder):
         return Mirrored(val, cfg.times)
     return load_data(DataConfig(data=cfg.data, width=cfg.times * shape.image_size), shape)[1]
 
 
-def losses(cfg: ExtrapolationConfig, run: Run) -> np.ndarray:
-    """Loss of each column of long pictures, (times·N,)."""
-    probe = Probe(run.last, pick_device(cfg.device))
-    loader = fixed_loader(long_pictures(cfg, probe), 8, cfg.measured)
-    return np.array(probe.trainer().validate(loader)["val_loss_per_column"])
+def long_losses(cfg: ExtrapolationConfig, runs: list[TrainingRun]) -> np.ndarray:
+    """Loss of each column of long pictures, (runs, times·N)."""
+    probes = [Probe(run.last, pick_device(cfg.device)) for run in runs]
+    return np.array([probe.losses(fixed_loader(long_pictures(cfg, probe), 8, cfg.measured))
+                     for probe in probes])
 
 
-def draw(cfg: ExtrapolationConfig, run: Run) -> Tensor:
+def draw(cfg: ExtrapolationConfig, run: TrainingRun) -> Tensor:
     """Long pictures (shown, 3, H, W), with positions that grow beyond those of training."""
     model = load_generator(run.last, pick_device(cfg.device))
     labels = torch.arange(cfg.shown) % len(model.classes)
@@ -88,22 +88,15 @@ def draw(cfg: ExtrapolationConfig, run: Run) -> Tensor:
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
-    cfg = parse("extrapolation", __doc__, ExtrapolationConfig(), argv)
-    lab, folder = Lab(cfg), output_folder(f"{cfg.out}/extrapolation")
-    runs = {"on": [lab.columns(s) for s in range(cfg.seeds)],
-            "off": [lab.columns(s, "--position-shift 1", "unshifted") for s in range(cfg.seeds)]}
-    found = {k: np.stack([losses(cfg, run) for run in of]) for k, of in runs.items()}
+    cfg = parse("equimini.experiments extrapolation", __doc__, ExtrapolationConfig(), argv)
+    lab = Lab("extrapolation", cfg)
+    runs = {"on": lab.columns(), "off": lab.columns("--position-shift 1", "unshifted")}
+    found = {k: long_losses(cfg, of) for k, of in runs.items()}  # (seeds, times·n)
     n = found["on"].shape[1] // cfg.times
     strips = {k: draw(cfg, of[0]) for k, of in runs.items()}
     save_png(grid([strips[k][i:i + 1] for i in range(cfg.shown) for k in ("on", "off")],
-                  ["with augmentation", "without"] * cfg.shown), folder / "strips.png")
-    report(cfg, lab, folder, found, n)
+                  ["with augmentation", "without"] * cfg.shown), lab.folder / "strips.png")
 
-
-def report(cfg: ExtrapolationConfig, lab: Lab, folder: Path, found: dict[str, np.ndarray],
-           n: int) -> None:
-    """The table, the curves, the sentence; found: (seeds, times·n)."""
     edges = [n // 2, n, *(n * 2 ** k for k in range(1, 10) if 2 ** k < cfg.times), n * cfg.times]
     bands = list(zip(edges, edges[1:]))
     rows = [("position augmentation", *(f"columns {a + 1}–{b}" for a, b in bands),
@@ -116,11 +109,11 @@ def report(cfg: ExtrapolationConfig, lab: Lab, folder: Path, found: dict[str, np
                      spread(rises[name], 2, True)))
     reading = (f"Beyond the training length the loss rises by {spread(rises['on'], 2, True)} % "
                f"with position augmentation and by {spread(rises['off'], 2, True)} % without; "
-               f"{verdict('augmentation rises less', rises['on'] < rises['off'])}.")
+               f"{verdict('augmentation rises less', rises['off'] - rises['on'], 2)}.")
     width = max(1, n // 4)
     points = {name: [(a + (width + 1) / 2, float(v[:, a:a + width].mean()))
                      for a in range(width, v.shape[1], width)] for name, v in found.items()}
-    curves(folder / "extrapolation.png", {f"augmentation {k}": v for k, v in points.items()},
+    curves(lab.folder / "extrapolation.png", {f"augmentation {k}": v for k, v in points.items()},
            "column", "held-out loss", f"Loss along the scroll; trained on {n} columns")
-    Report("extrapolation", "Beyond the training length (Fig. 7)", PAPER, rows, reading, [],
-           {"losses": found, "rises": rises}).write(cfg, lab, folder)
+    Report("Beyond the training length (Fig. 7)", PAPER, rows, reading, [],
+           {"losses": found, "rises": rises}).write(lab)

@@ -22,19 +22,16 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from equimini.config import flag
-from equimini.experiments.common import ExperimentConfig, Lab, parse
+from equimini.experiments.common import ExperimentConfig, Lab
 from equimini.experiments.probe import Probe
-from equimini.experiments.report import Report, heat_map, spread, verdict
+from equimini.experiments.report import Report, spread, verdict
 from equimini.training.data import load_data
-from equimini.training.options import DataConfig
-from equimini.utils.command_line import output_folder, pick_device
+from equimini.utils.command_line import parse, pick_device
 from equimini.utils.errors import UserError
-from equimini.utils.images import save_png
+from equimini.utils.plot import heat_map
 
 PAPER = ("has no such number; its Fig. 3 shows two columns of the matrix (training on the 4th and "
          "on the 11th subtask).")
-
-
 END = 3  # columns at either end that are not like the others: W − 1
 
 
@@ -57,7 +54,7 @@ def transfer_matrix(probe: Probe, train: Dataset, val: Dataset, cfg: MatrixConfi
     batches = probe.encode(train, cfg.tune_steps * cfg.tune_batch, cfg.tune_batch,
                            "encoding training pictures", seed)
     held_out = probe.encode(val, cfg.measured, cfg.tune_batch, "encoding held-out pictures")
-    before = np.array(probe.trainer().validate(held_out)["val_loss_per_column"])
+    before = np.array(probe.losses(held_out))
     after = []
     for j in tqdm(range(len(before)), desc="training on each subtask alone"):
         trainer = probe.descender(seed, cfg.tune_length / len(batches), subtasks=(j,))
@@ -78,47 +75,40 @@ def checkpoints(cfg: MatrixConfig, lab: Lab) -> dict[str, list[Path]]:
     """The files to measure, one per seed, by name."""
     if cfg.checkpoint:
         return {Path(cfg.checkpoint).stem: [Path(cfg.checkpoint)] * cfg.seeds}
-    return {name: [train(seed).last for seed in range(cfg.seeds)]
-            for name, train in (("columns", lab.columns), ("grid", lab.grid))}
+    return {name: [run.last for run in generators()]
+            for name, generators in (("columns", lab.columns), ("grid", lab.grid))}
+
+
+def measured(cfg: MatrixConfig, path: Path, seed: int) -> np.ndarray:
+    """The matrix of a checkpoint; raises UserError if --data has other classes."""
+    probe = Probe(path, pick_device(cfg.device), cfg.precision)
+    train, val, classes = load_data(cfg.pictures, probe.tokenizer.config)
+    if classes != probe.classes:
+        raise UserError(f"{path} knows the classes {', '.join(probe.classes)}, --data has "
+                        f"{', '.join(classes)}")
+    return transfer_matrix(probe, train, val, cfg, seed)
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
-    cfg = parse("matrix", __doc__, MatrixConfig(), argv)
-    lab, folder = Lab(cfg), output_folder(f"{cfg.out}/matrix")
-    device, found = pick_device(cfg.device), {}
+    cfg = parse("equimini.experiments matrix", __doc__, MatrixConfig(), argv)
+    lab, found = Lab("matrix", cfg), {}
     for name, paths in checkpoints(cfg, lab).items():
-        matrices = []
-        for seed, path in enumerate(paths):
-            probe = Probe(path, device, cfg.precision)
-            train, val, classes = load_data(DataConfig(data=cfg.data, val_data=cfg.val_data),
-                                            probe.tokenizer.config)
-            if classes != probe.classes:
-                raise UserError(f"{path} knows the classes {', '.join(probe.classes)}, --data has "
-                                f"{', '.join(classes)}")
-            matrices.append(transfer_matrix(probe, train, val, cfg, seed))
-        found[name] = np.stack(matrices)
-        save_png(np.asarray(heat_map(-found[name].mean(0), f"{name}: gain of each subtask",
-                                     "subtask trained alone", "subtask measured")),
-                 folder / f"matrix-{name}.png")
-    report(cfg, lab, folder, found)
+        found[name] = np.stack([measured(cfg, path, seed) for seed, path in enumerate(paths)])
+        heat_map(lab.folder / f"matrix-{name}.png", -found[name].mean(0), "subtask trained alone",
+                 "subtask measured", f"{name}: gain of each subtask")
 
-
-def report(cfg: MatrixConfig, lab: Lab, folder: Path, found: dict[str, np.ndarray]) -> None:
-    """The table and the sentence; found: matrices (seeds, N, N) by name."""
     rows = [("model", "mean on the diagonal", "mean off the diagonal", "off / on",
              f"off / on without {END} at either end", "pairs that gain, %")]
     ratios, inner = {}, {}
-    for name, matrices in found.items():
+    for name, matrices in found.items():  # (seeds, N, N)
         n = matrices.shape[1]
         ratios[name] = np.array([summary(m) for m in matrices])
         inner[name] = np.array([summary(m[END:n - END, END:n - END]) if n > 2 * END + 1 else np.nan
                                 for m in matrices])
-        on = np.array([np.diag(m).mean() for m in matrices])
-        off = np.array([m[~np.eye(n, dtype=bool)].mean() for m in matrices])
-        gain = np.array([100 * (m[~np.eye(n, dtype=bool)] < 0).mean() for m in matrices])
-        rows.append((name, spread(on, 5, True), spread(off, 5, True), spread(ratios[name], 2),
-                     spread(inner[name], 2), spread(gain, 0)))
+        others = matrices[:, ~np.eye(n, dtype=bool)]  # (seeds, N² − N)
+        rows.append((name, spread(matrices.diagonal(axis1=1, axis2=2).mean(1), 5, True),
+                     spread(others.mean(1), 5, True), spread(ratios[name], 2),
+                     spread(inner[name], 2), spread(100 * (others < 0).mean(1), 0)))
     reading = "; ".join(
         f"{name}: a subtask gains {spread(r, 2)} times as much from training on another as from "
         "training on itself" if np.isfinite(r).all() else f"{name}: training on a subtask does not "
@@ -126,16 +116,16 @@ def report(cfg: MatrixConfig, lab: Lab, folder: Path, found: dict[str, np.ndarra
         for name, r in ratios.items())
     if len(ratios) > 1:
         first, second = ratios.values()
-        reading += f"; {verdict('columns are the more equivariant', first > second)}"
+        reading += f"; {verdict('columns are the more equivariant', first - second, 2)}"
         first, second = inner.values()
         if np.isfinite([first, second]).all():
             reading += (f"; without {END} at either end {spread(first, 2)} (columns) and "
                         f"{spread(second, 2)} (grid): "
-                        f"{verdict('columns are the more equivariant', first > second)}")
-    Report("matrix", "Transfer matrix", PAPER, rows, f"{reading[0].upper()}{reading[1:]}.", [
+                        f"{verdict('columns are the more equivariant', first - second, 2)}")
+    Report("Transfer matrix", PAPER, rows, f"{reading[0].upper()}{reading[1:]}.", [
         "Changes of the loss, below 0 is better; off / on is 1 for fully equivariant subtasks. "
         f"The first {END} columns have fewer columns in their window than all others, the last "
         f"{END} a border of the picture in the tokenizer's view. "
         f"{cfg.tune_steps} steps of {cfg.tune_batch} pictures on one subtask, together "
         f"{cfg.tune_length:g} times as long as the norm of the weights."],
-        {"matrices": found, "ratios": ratios, "inner_ratios": inner}).write(cfg, lab, folder)
+        {"matrices": found, "ratios": ratios, "inner_ratios": inner}).write(lab)

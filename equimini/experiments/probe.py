@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Probe:
         self.tokenizer = tokenizer_inside(self.content, path).to(device)
         self.model = config_from_dict(GeneratorConfig, self.content["config"]["model"])
 
-    def trainer(self, seed: int = 0, **training: Any):
+    def trainer(self, seed: int = 0, **training: Any) -> GeneratorTrainer:
         """A trainer at the start; training: fields of GeneratorTraining.
 
         `validate` measures the weights that are trained, not their moving average.
@@ -53,7 +53,7 @@ class Probe:
             checkpoint.load_weights(model, self.content["ema"], self.path)
         return trainer
 
-    def descender(self, seed: int, length: float, **training: Any):
+    def descender(self, seed: int, length: float, **training: Any) -> GeneratorTrainer:
         """A trainer whose steps go straight down the gradient, all of one length.
 
         length: of a step, over the norm of all weights.
@@ -64,6 +64,10 @@ class Probe:
         trainer.cfg = dataclasses.replace(trainer.cfg, lr=length * norm / CLIP)
         trainer.stepper = Stepper(torch.optim.SGD(weights, lr=trainer.cfg.lr))
         return trainer
+
+    def losses(self, batches: Iterable[Batch]) -> list[float]:
+        """The loss of each column."""
+        return self.trainer().validate(batches)["val_loss_per_column"]
 
     @torch.no_grad()
     def encode(self, data: Dataset, count: int, batch_size: int, label: str,

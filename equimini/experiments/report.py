@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from equimini.config import Checked
-from equimini.experiments.common import Lab, settings
+from equimini.experiments.common import Lab
 from equimini.utils.command_line import pick_device
-from equimini.utils.files import replacing
+from equimini.utils.files import write_text
 from equimini.utils.machine import machine
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 1, 2, … df
+SEEDS_NOTE = ("Intervals: 95 %, of the mean difference between models of the same seed (paired, "
+              "Student's t); a claim holds if the interval lies above 0. All seeds of a layout "
+              "share one tokenizer, whose own variation is not in them.")
 
 
 @dataclass
 class Report:
-    """What an experiment found; `write` leaves it in OUT/NAME.
+    """What an experiment found.
 
     paper: what the paper reports; rows: of the table, the first is its head; reading: one
     sentence; notes: more paragraphs; values: numbers for the JSON.
     """
 
-    name: str
     title: str
     paper: str
     rows: list[Sequence[str]]
@@ -35,38 +39,38 @@ class Report:
     notes: list[str] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
 
-    def write(self, cfg: Checked, lab: Lab | None, folder: Path) -> None:
-        """table.md and results.json into `folder`; prints the table."""
-        where = machine(pick_device(getattr(cfg, "device", "cpu")).type)
-        budget = "no training"
-        if lab and lab.used:
-            budget = (f"{len(lab.used)} trainings (shared ones included), generators of "
-                      f"{lab.steps} steps, {sum(lab.used.values()) / 60:.1f} minutes of processor "
-                      f"time; scale {cfg.scale}, {cfg.seeds} seeds")
-        command = f"python -m equimini.experiments {self.name} {flags_given(cfg)}".strip()
+    def write(self, lab: Lab) -> None:
+        """table.md and results.json into OUT/NAME; prints the table."""
+        self.save(lab.name, lab.cfg, lab.folder, lab.budget, [SEEDS_NOTE])
+
+    def save(self, name: str, cfg: Checked, folder: Path, budget: str = "no training",
+             more: Sequence[str] = ()) -> None:
+        """The same for an experiment that trains nothing."""
+        where, notes = machine(pick_device(getattr(cfg, "device", "cpu")).type), [*self.notes, *more]
+        command = f"python -m equimini.experiments {name} {flags_given(cfg)}".strip()
         text = "\n\n".join([
             f"# {self.title}", f"The paper: {self.paper}", markdown(self.rows),
-            f"**{self.reading}**", *self.notes, f"`{command}`",
+            f"**{self.reading}**", *notes, f"`{command}`",
             f"Budget: {budget}. Machine: {where}."]) + "\n"
-        result = {"name": self.name, "paper": self.paper, "table": self.rows,
-                  "reading": self.reading, "notes": self.notes, "values": plain(self.values),
-                  "settings": settings(cfg), "command": command, "budget": budget,
-                  "machine": where, "finished": time.strftime("%Y-%m-%d %H:%M")}
-        for name, content in (("table.md", text), ("results.json", json.dumps(result, indent=1))):
-            with replacing(folder / name) as file:
-                file.write(content.encode())
+        result = {"name": name, "paper": self.paper, "table": self.rows, "reading": self.reading,
+                  "notes": notes, "values": plain(self.values), "settings": asdict(cfg),
+                  "command": command, "budget": budget, "machine": where,
+                  "finished": time.strftime("%Y-%m-%d %H:%M")}
+        write_text(folder / "table.md", text)
+        write_text(folder / "results.json", json.dumps(result, indent=1))
         print(f"\n{text}\nwritten to {folder}")
 
 
 def flags_given(cfg: Checked) -> str:
     """The options that differ from their defaults, as they would be typed."""
-    defaults = settings(type(cfg)())
+    defaults = asdict(type(cfg)())
     return " ".join(f"--{name.replace('_', '-')} {spelled(value)}"
-                    for name, value in settings(cfg).items()
+                    for name, value in asdict(cfg).items()
                     if value != defaults[name] and name not in ("out", "workers", "device"))
 
 
 def spelled(value: Any) -> str:
+    """A list with commas, as on the command line."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -96,39 +100,40 @@ def spread(values: Sequence[float], digits: int = 4, sign: bool = False) -> str:
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):.{digits}f}"
 
 
+def paired_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean of differences (one per seed), by Student's t.
+
+    Without bounds for a single one, or one that is not a number.
+    """
+    n = len(differences)
+    if n < 2 or not np.isfinite(differences).all():
+        return -math.inf, math.inf
+    middle, error = np.mean(differences), np.std(differences, ddof=1) / n ** 0.5
+    half = _t_quantile(n - 1) * error
+    return middle - half, middle + half
+
+
+def _t_quantile(df: int) -> float:
+    """97.5 % quantile of Student's t: the table, then Cornish and Fisher's expansion."""
+    if df <= len(T_975):
+        return T_975[df - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+
+
+def verdict(claim: str, differences: Sequence[float], digits: int = 3) -> str:
+    """Whether a claim, that a quantity is above 0, holds; differences: that quantity, by seed.
+
+    It holds if the whole interval lies above 0, does not if all of it lies below.
+    """
+    low, high = paired_interval(differences)
+    word = "holds" if low > 0 else "does not hold" if high < 0 else "is undecided"
+    if math.isinf(low):
+        return f"{claim}: {word} (no interval from one seed, or from what is not finite)"
+    return (f"{claim}: {word} (difference {np.mean(differences):+.{digits}f}, interval "
+            f"{low:+.{digits}f} to {high:+.{digits}f})")
+
+
 def per_column(losses: np.ndarray) -> list[tuple[float, float]]:
     """Losses (seeds, N) to the points (subtask counted from 1, mean over the seeds)."""
     return [(i + 1, float(v)) for i, v in enumerate(losses.mean(0))]
-
-
-def verdict(claim: str, holds: Sequence[bool]) -> str:
-    """How often a claim held over the seeds."""
-    n, of = sum(map(bool, holds)), len(holds)
-    word = "holds" if n == of else "does not hold" if n == 0 else "is undecided"
-    return f"{claim}: {word} ({n} of {of} seeds)"
-
-
-def heat_map(matrix: np.ndarray, title: str, xlabel: str, ylabel: str) -> Image.Image:
-    """A matrix (n, m) as coloured cells: blue is above 0, red below, white 0; with numbers."""
-    cell, margin, top = 34, 46, 46
-    n, m = matrix.shape
-    largest = float(np.abs(matrix).max()) or 1.0
-    sheet = Image.new("RGB", (margin + m * cell + 12, top + n * cell + 34), "white")
-    draw = ImageDraw.Draw(sheet)
-    small, font = (ImageFont.load_default(size=s) for s in (10, 12))
-    draw.text((8, 6), title, "black", ImageFont.load_default(size=14))
-    for i in range(n):
-        y = top + i * cell
-        draw.text((margin - 8, y + cell / 2), str(i + 1), "black", font, anchor="rm")
-        for j in range(m):
-            x, share = margin + j * cell, matrix[i, j] / largest
-            fade = 255 - round(200 * abs(share))
-            colour = (fade, fade, 255) if share >= 0 else (255, fade, fade)
-            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=colour)
-            draw.text((x + cell / 2 - 1, y + cell / 2 - 1), f"{100 * share:.0f}", "black", small,
-                      anchor="mm")
-    for j in range(m):
-        draw.text((margin + j * cell + cell / 2, top - 4), str(j + 1), "black", font, anchor="ms")
-    draw.text((margin, top + n * cell + 8), f"columns of the table: {xlabel}; rows: {ylabel}; "
-              f"100 = {largest:.3g}", "black", small)
-    return sheet

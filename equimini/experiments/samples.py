@@ -17,14 +17,15 @@ from equimini import load_generator
 from equimini.config import flag
 from equimini.evaluate.feature_networks import load_network
 from equimini.evaluate.metrics import Gaussian, frechet_distance
-from equimini.experiments.common import ExperimentConfig, Lab, Run
+from equimini.experiments.common import ExperimentConfig, Lab
+from equimini.experiments.training_runs import TrainingRun
 from equimini.training.data import load_data
 from equimini.training.loaders import fixed_loader
-from equimini.training.options import DataConfig
-from equimini.utils import checkpoint
+from equimini.utils.checkpoint import load_tokenizer
 from equimini.utils.command_line import pick_device
 from equimini.utils.errors import UserError
-from equimini.utils.images import to_float, to_uint8
+from equimini.utils.files import write_text
+from equimini.utils.images import to_float, to_pixels
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)  # scales that are tried for every model
 EULER_STEPS, BATCH = 25, 64
@@ -47,11 +48,6 @@ def thumbnails(pictures: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(to_float(pictures), 8).flatten(1)
 
 
-def uint8(images: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [−1, 1] to uint8, on the CPU."""
-    return torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)
-
-
 class Judge:
     """Fréchet distances between a model's samples and the held-out pictures.
 
@@ -67,10 +63,9 @@ class Judge:
         if cfg.network:
             net = load_network(cfg.network, device=self.device)
             self.features, self.name = net.features, net.name
-        tokenizer = checkpoint.load_tokenizer(lab.tokenizer().last).to(self.device)
+        tokenizer = load_tokenizer(lab.tokenizer().last, self.device)
         self.tokenizer = tokenizer if decoded else None
-        train, val, _ = load_data(DataConfig(data=cfg.data, val_data=cfg.val_data),
-                                  tokenizer.config)
+        train, val, _ = load_data(cfg.pictures, tokenizer.config)
         if min(len(train), len(val)) < 2:
             raise UserError("a Fréchet distance needs at least two training and two held-out "
                             "pictures; give more as --data, or --val-data")
@@ -88,10 +83,10 @@ class Judge:
         """Real pictures, uint8 (B, 3, H, W), as the models that are judged could draw them."""
         if self.tokenizer is None:
             return images
-        return uint8(self.tokenizer.decode(
-            self.tokenizer.encode(to_float(images.to(self.device)))))
+        x = to_float(images.to(self.device))
+        return to_pixels(self.tokenizer.decode(self.tokenizer.encode(x)))
 
-    def distance(self, run: Run, scale: float, count: int, first: int = 0) -> float:
+    def distance(self, run: TrainingRun, scale: float, count: int, first: int = 0) -> float:
         """Of `count` samples with seeds `first`, first + 1, …, classes in turn."""
         reference = "decoded-" if self.tokenizer else ""
         kept = run.folder / (f"frechet-{reference}{Path(self.name).stem}-{scale:g}-{count}-{first}"
@@ -103,12 +98,12 @@ class Judge:
             seeds = range(first + i, first + min(i + BATCH, count))
             images = model.sample([s % len(model.classes) for s in seeds], seed=seeds[0],
                                   cfg=scale, steps=EULER_STEPS)
-            found.append(self.features(uint8(images)))
+            found.append(self.features(to_pixels(images)))
         value = frechet_distance(self.real, Gaussian.fit(torch.cat(found)))
-        kept.write_text(json.dumps(value))
+        write_text(kept, json.dumps(value))
         return value
 
-    def best(self, runs: list[Run]) -> tuple[float, list[float]]:
+    def best(self, runs: list[TrainingRun]) -> tuple[float, list[float]]:
         """The best guidance scale, found on half as many samples of the first run, and the
         distance at that scale of every run's samples (with other seeds)."""
         half = max(2, self.samples // 2)

@@ -5,7 +5,7 @@
 
 trains six tokenizers for the same number of steps and compares how well they reconstruct held-out
 pictures.  Options that are not its own go to every training (--batch-size 32, say).  Run again,
-the same command goes on where it was.  Writes table.md, results.json and pictures.png.
+the same command resumes.  Writes table.md, results.json and pictures.png.
 
 What variants share is trained once.  Before --adv-start the critics do nothing, so the variants
 "+ PatchGAN" and "DINO-style heads" continue "+ perceptual" from there, bit for bit as if trained
@@ -15,7 +15,6 @@ finetune-steps steps: both have had the same number of steps in the end.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -23,26 +22,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from equimini.config import flag
-from equimini.evaluate.feature_networks import FeatureNetwork, load_network
-from equimini.evaluate.metrics import Gaussian, Statistics, frechet_distance, ssim
-from equimini.experiments.training_runs import TrainingRun, claim
+from equimini.evaluate.feature_networks import load_network
+from equimini.evaluate.metrics import Gaussian, frechet_distance, ssim
+from equimini.experiments.report import markdown
+from equimini.experiments.training_runs import TrainingRun
 from equimini.losses import psnr
 from equimini.pretrained.torchscript import FeatureDistance
 from equimini.training.data import load_data
 from equimini.training.loaders import fixed_loader
 from equimini.training.options import DataConfig
-from equimini.utils import checkpoint
-from equimini.utils.command_line import add_flags, output_folder, override, pick_device
+from equimini.utils.checkpoint import load_tokenizer
+from equimini.utils.command_line import command, output_folder, override, pick_device
 from equimini.utils.errors import UserError
-from equimini.utils.files import replacing
-from equimini.utils.images import grid, save_png, to_float, to_uint8
+from equimini.utils.files import claim, write_text
+from equimini.utils.images import grid, save_png, to_float, to_pixels
 
 Variant = tuple[str, TrainingRun]  # the label of its row, its training
+SCORES = ("psnr", "ssim", "perceptual_distance", "frechet_distance")
 
 
 @dataclass(frozen=True)
@@ -95,71 +95,55 @@ def variants(cfg: AblationConfig, extra: list[str]) -> tuple[list[TrainingRun], 
     return [plain, start, distance, patch, frozen, first, aligned, finetuned], rows
 
 
-class Bench:
+class Comparison:
     """The held-out pictures, their features, and the networks that compare."""
 
     def __init__(self, cfg: AblationConfig, run: TrainingRun) -> None:
         """run: any variant's training, for the pictures' size."""
-        shape = checkpoint.load_tokenizer(run.last).config
-        _, val, _ = load_data(cfg, shape)
+        _, val, _ = load_data(cfg, load_tokenizer(run.last).config)
         self.device, self.cfg = pick_device(cfg.device), cfg
         self.loader: DataLoader = fixed_loader(val, 64, cfg.val_images or len(val))
-        self.net: FeatureNetwork = load_network(cfg.metrics_network, device=self.device)
+        self.net = load_network(cfg.metrics_network, device=self.device)
         self.distance = FeatureDistance(cfg.maps_network).to(self.device)
-        features = [self.net.features(images) for images, _, _ in
-                    tqdm(self.loader, desc="features of the originals")]
-        self.count, self.real = sum(map(len, features)), gaussian(features)
+        features = torch.cat([self.net.features(images) for images, _, _ in
+                              tqdm(self.loader, desc="features of the originals")])
+        self.count, self.real = len(features), Gaussian.fit(features)
 
     @torch.no_grad()
-    def measure(self, run: TrainingRun, label: str) -> dict[str, float]:
-        """The scores of one variant's EMA tokenizer, decoding the mode μ; kept in its folder."""
+    def scores(self, label: str, run: TrainingRun) -> dict[str, float]:
+        """Those of one variant's EMA tokenizer, decoding the mode μ; kept in its folder."""
         kept = run.folder / "scores.json"
         if kept.exists():
             return json.loads(kept.read_text())
-        tokenizer = checkpoint.load_tokenizer(run.last, self.device)
+        tokenizer = load_tokenizer(run.last, self.device)
         sums, features = torch.zeros(3, dtype=torch.float64), []
         for images, _, _ in tqdm(self.loader, desc=f"measuring {label}"):
             x = to_float(images.to(self.device))
             x_hat = tokenizer.decode(tokenizer.encode(x)).clamp(-1, 1)
             found = psnr(x, x_hat), ssim(x, x_hat), self.distance(x, x_hat)
             sums += torch.stack([v.sum().double().cpu() for v in found])
-            pixels = torch.from_numpy(to_uint8(x_hat)).permute(0, 3, 1, 2)
-            features.append(self.net.features(pixels))
-        names = ("psnr", "ssim", "perceptual_distance")
-        scores = dict(zip(names, (sums / self.count).tolist()))
-        scores["frechet_distance"] = frechet_distance(self.real, gaussian(features))
-        with replacing(kept) as file:
-            file.write(json.dumps(scores).encode())
+            features.append(self.net.features(to_pixels(x_hat)))
+        frechet = frechet_distance(self.real, Gaussian.fit(torch.cat(features)))
+        scores = dict(zip(SCORES, [*(sums / self.count).tolist(), frechet]))
+        write_text(kept, json.dumps(scores))
         return scores
 
     @torch.no_grad()
     def show(self, rows: list[Variant], path: Path) -> None:
         """A row of originals above a row of each variant's reconstructions."""
         pictures = to_float(next(iter(self.loader))[0][:self.cfg.shown]).to(self.device)
-        decoded: list[Tensor] = []
-        for _, run in rows:
-            tokenizer = checkpoint.load_tokenizer(run.last, self.device)
-            decoded.append(tokenizer.decode(tokenizer.encode(pictures)))
-        save_png(grid([pictures, *decoded], ["original", *(label for label, _ in rows)]), path)
-
-
-def gaussian(features: list[Tensor]) -> Gaussian:
-    """Mean and covariance of batches of features (n, d)."""
-    statistics = Statistics(features[0].shape[1])
-    for batch in features:
-        statistics.update(batch)
-    return Gaussian.of(statistics.mean, statistics.covariance())
+        tokenizers = (load_tokenizer(run.last, self.device) for _, run in rows)
+        save_png(grid([pictures, *(t.decode(t.encode(pictures)) for t in tokenizers)],
+                      ["original", *(label for label, _ in rows)]), path)
 
 
 def table(scores: dict[str, dict[str, float]], cfg: AblationConfig, count: int) -> str:
     """The results as a Markdown table with its legend."""
-    head = ("variant", "PSNR (dB) ↑", "SSIM ↑", "perceptual distance ↓", "Fréchet distance ↓")
-    lines = [" | ".join(head), " | ".join(["---"] + ["---:"] * 4)]
-    for label, s in scores.items():
-        lines.append(f"{label} | {s['psnr']:.2f} | {s['ssim']:.4f} | "
-                     f"{s['perceptual_distance']:.4f} | {s['frechet_distance']:.3f}")
+    rows = [("variant", "PSNR (dB) ↑", "SSIM ↑", "perceptual distance ↓", "Fréchet distance ↓")]
+    rows += [(label, *(f"{s[name]:.{digits}f}" for name, digits in zip(SCORES, (2, 4, 4, 3))))
+             for label, s in scores.items()]
     names = Path(cfg.maps_network).stem, Path(cfg.metrics_network).stem
-    return "\n".join([f"| {line} |" for line in lines]) + (
+    return markdown(rows) + (
         f"\n\n{cfg.steps} steps each, {count} held-out pictures, moving average of the weights; "
         f"perceptual distance by the maps of {names[0]} (which is also what the variants from "
         f"the second on are trained with), Fréchet distance between originals and "
@@ -184,30 +168,28 @@ def complete(cfg: AblationConfig) -> AblationConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m equimini.experiments tokenizer", allow_abbrev=False,
-        description=__doc__.split("\n")[0],
-        epilog="All other options go to every training (train_tokenizer.py --help).")
-    add_flags(parser, AblationConfig(out="runs/ablation"), "options")
+    defaults = AblationConfig(out="runs/ablation")
+    parser = command("equimini.experiments tokenizer", __doc__, defaults, epilog="All other "
+                     "options go to every training (train_tokenizer.py --help).")
     args, extra = parser.parse_known_args(argv)
-    cfg = complete(override(AblationConfig(out="runs/ablation"), args))
+    cfg = complete(override(defaults, args))
     out = output_folder(cfg.out)
     plan: dict[str, Any] = {k: v for k, v in asdict(cfg).items()
                             if k not in ("out", "workers", "device", "shown")}
-    claim(out, {**plan, "training": extra})
+    plan["training"] = extra
+    if any(out.iterdir()) and not (out / "plan.json").exists():
+        raise UserError(f"{out} holds files that are not this experiment's; choose another --out")
+    claim(out, plan, "this experiment", "give the same ones to resume it, or another --out")
     runs, rows = variants(cfg, extra)
     for run in runs:
         run.train()
-    bench = Bench(cfg, runs[0])
-    scores = {label: bench.measure(run, label) for label, run in rows}
-    bench.show(rows, out / "pictures.png")
-    text = table(scores, cfg, bench.count)
-    for name, content in (("table.md", text), ("results.json", json.dumps(
-            {"settings": {**plan, "training": extra}, "pictures": bench.count,
-             "command": ["python", "-m", "equimini.experiments", "tokenizer",
-                         *(sys.argv[2:] if argv is None else argv)],
-             "scores": scores}, indent=1))):
-        with replacing(out / name) as file:
-            file.write(content.encode())
+    comparison = Comparison(cfg, runs[0])
+    scores = {label: comparison.scores(label, run) for label, run in rows}
+    comparison.show(rows, out / "pictures.png")
+    text = table(scores, cfg, comparison.count)
+    write_text(out / "table.md", text)
+    write_text(out / "results.json", json.dumps({
+        "settings": plan, "pictures": comparison.count, "command": [
+            "python", "-m", "equimini.experiments", "tokenizer",
+            *(sys.argv[2:] if argv is None else argv)], "scores": scores}, indent=1))
     print(f"\n{text}\n{out}/table.md, results.json, pictures.png")

@@ -10,14 +10,12 @@ trained on all of them, is what zero-shot transfer costs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
 
 from equimini.config import flag
-from equimini.experiments.common import ExperimentConfig, Lab, Run, parse
+from equimini.experiments.common import ExperimentConfig, Lab
 from equimini.experiments.report import Report, per_column, spread, verdict
-from equimini.utils.command_line import output_folder
+from equimini.experiments.training_runs import losses
+from equimini.utils.command_line import parse
 from equimini.utils.errors import UserError
 from equimini.utils.plot import curves
 
@@ -33,57 +31,37 @@ class TransferConfig(ExperimentConfig):
                                      "of models is trained on, counted from 0", min=0)
 
 
-def train(cfg: TransferConfig, lab: Lab) -> dict[str, list[Run]]:
-    """The four variants, by name, each with one run per seed."""
-    if not set(cfg.subtasks) < set(range(lab.tokens())):
-        raise UserError(f"--subtasks must be some, not all, of 0 to {lab.tokens() - 1}, got "
-                        f"{','.join(map(str, cfg.subtasks))}")
-    half = f"--subtasks {','.join(map(str, cfg.subtasks))}"
-    runs: dict[str, list[Run]] = {name: [] for name in (
-        "columns", "columns-half", "grid", "grid-half")}
-    for seed in range(cfg.seeds):
-        runs["columns"].append(lab.columns(seed))
-        runs["columns-half"].append(lab.columns(seed, half, "columns-half"))
-        runs["grid"].append(lab.grid(seed))
-        runs["grid-half"].append(lab.grid(seed, half, "grid-half"))
-    return runs
-
-
 def main(argv: list[str]) -> None:
-    """The command line."""
-    cfg = parse("transfer", __doc__, TransferConfig(), argv)
-    lab, folder = Lab(cfg), output_folder(f"{cfg.out}/transfer")
-    runs = train(cfg, lab)
-    losses = {name: np.stack([run.losses() for run in found]) for name, found in runs.items()}
-    n = losses["columns"].shape[1]
-    trained = sorted(cfg.subtasks)
-    unseen = [i for i in range(n) if i not in cfg.subtasks]
-    report(cfg, lab, folder, losses, trained, unseen)
+    cfg = parse("equimini.experiments transfer", __doc__, TransferConfig(), argv)
+    lab = Lab("transfer", cfg)
+    n, trained = lab.tokens(), sorted(set(cfg.subtasks))
+    if not set(trained) < set(range(n)):
+        raise UserError(f"--subtasks must be some, not all, of 0 to {n - 1}, got "
+                        f"{','.join(map(str, cfg.subtasks))}")
+    unseen = [i for i in range(n) if i not in trained]
+    half = f"--subtasks {','.join(map(str, cfg.subtasks))}"
+    found = {"columns": losses(lab.columns()),  # (seeds, N) each
+             "columns-half": losses(lab.columns(half, "columns-half")),
+             "grid": losses(lab.grid()), "grid-half": losses(lab.grid(half, "grid-half"))}
 
-
-def report(cfg: TransferConfig, lab: Lab, folder: Path, losses: dict[str, np.ndarray],
-           trained: list[int], unseen: list[int]) -> None:
-    """The table, the picture, the sentence; losses: (seeds, N) by variant."""
-    rows = [("model", "subtasks trained", "loss on these", "loss on the others",
-             "rise on the others, %")]
-    rises = {}
+    rows, rises = [("model", "subtasks trained", "loss on these", "loss on the others",
+                    "rise on the others, %")], {}
     for layout in ("columns", "grid"):
-        whole, half = losses[layout], losses[f"{layout}-half"]
-        rise = 100 * (half[:, unseen].mean(1) / whole[:, unseen].mean(1) - 1)
-        rises[layout] = rise
-        for name, found, cost in ((len(trained) + len(unseen), whole, "0"),
-                                  (len(trained), half, spread(rise, 2, sign=True))):
-            rows.append((layout, str(name), spread(found[:, trained].mean(1)),
-                         spread(found[:, unseen].mean(1)), cost))
-    holds = rises["columns"] < rises["grid"]
+        whole, part = found[layout], found[f"{layout}-half"]
+        rises[layout] = 100 * (part[:, unseen].mean(1) / whole[:, unseen].mean(1) - 1)
+        for count, values, cost in ((n, whole, "0"),
+                                    (len(trained), part, spread(rises[layout], 2, sign=True))):
+            rows.append((layout, str(count), spread(values[:, trained].mean(1)),
+                         spread(values[:, unseen].mean(1)), cost))
     reading = (f"On subtasks that were never trained the loss rises by "
                f"{spread(rises['columns'], 1)} % with columns and by {spread(rises['grid'], 1)} % "
-               f"with the grid; {verdict('columns lose less, as in the paper', holds)}.")
-    curves(folder / "transfer.png",
-           {f"{layout}, {'half' if part else 'all'} trained": per_column(losses[layout + part])
+               f"with the grid; " + verdict("columns lose less, as in the paper",
+                                            rises["grid"] - rises["columns"], 2) + ".")
+    curves(lab.folder / "transfer.png",
+           {f"{layout}, {'half' if part else 'all'} trained": per_column(found[layout + part])
             for layout in ("columns", "grid") for part in ("", "-half")},
            "subtask (column, or patch in raster order)", "held-out loss",
            f"Trained on subtasks {', '.join(str(i + 1) for i in trained)}, or on all")
-    Report("transfer", "Zero-shot transfer between subtasks (Table 1)", PAPER, rows, reading, [
+    Report("Zero-shot transfer between subtasks (Table 1)", PAPER, rows, reading, [
         "Losses of columns and grid are of different tokens, so only rises are compared between "
-        "the two."], {"losses": losses, "rises": rises}).write(cfg, lab, folder)
+        "the two."], {"losses": found, "rises": rises}).write(lab)

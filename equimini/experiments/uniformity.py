@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from equimini.config import flag
-from equimini.experiments.common import ExperimentConfig, Lab, parse
+from equimini.experiments.common import ExperimentConfig, Lab
 from equimini.experiments.report import Report, per_column, spread, verdict
-from equimini.utils.command_line import output_folder
+from equimini.experiments.training_runs import losses
+from equimini.utils.command_line import parse
 from equimini.utils.plot import curves
 
 PAPER = ("on ImageNet, whose objects are in the middle, the loss is higher for the middle columns; "
@@ -31,8 +32,10 @@ class UniformityConfig(ExperimentConfig):
 
 
 def bump(losses: np.ndarray) -> np.ndarray:
-    """Loss (seeds, N) of the middle half over that at the sides, in %, the first column left out
-    (it has no column before it)."""
+    """Loss (seeds, N) of the middle half over that at the sides, in %.
+
+    The first column is left out: it has no column before it.
+    """
     n = losses.shape[1]
     middle = losses[:, n // 4:n - n // 4].mean(1)
     sides = np.concatenate((losses[:, 1:n // 4], losses[:, n - n // 4:]), 1).mean(1)
@@ -40,27 +43,22 @@ def bump(losses: np.ndarray) -> np.ndarray:
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
-    cfg = parse("uniformity", __doc__, UniformityConfig(), argv)
-    lab, folder = Lab(cfg), output_folder(f"{cfg.out}/uniformity")
-    losses = {"uniform": np.stack([lab.columns(s).losses() for s in range(cfg.seeds)]),
-              "object-centred": np.stack([
-                  lab.columns(s, name="columns-centred", data=cfg.centred_data).losses()
-                  for s in range(cfg.seeds)])}
-    bumps = {name: bump(values) for name, values in losses.items()}
+    cfg = parse("equimini.experiments uniformity", __doc__, UniformityConfig(), argv)
+    lab = Lab("uniformity", cfg)
+    centred = lab.columns(name="columns-centred", data=cfg.centred_data)
+    found = {"uniform": losses(lab.columns()), "object-centred": losses(centred)}
+    bumps = {name: bump(values) for name, values in found.items()}
     names = {"uniform": cfg.data, "object-centred": cfg.centred_data}
     rows = [("data", "loss", "middle over sides, %"),
             *((f"{k} ({names[k]})", spread(v.mean(1)), spread(bumps[k], 2, True))
-              for k, v in losses.items())]
-    higher = bumps["object-centred"] > bumps["uniform"]
-    reading = (f"The loss of the middle columns is {spread(bumps['object-centred'], 1, True)} % "
-               f"over that of the sides on object-centred pictures and "
-               f"{spread(bumps['uniform'], 1, True)} % on uniform ones; "
-               f"{verdict('a bump in the middle on object-centred pictures alone', higher & (bumps['uniform'] < bumps['object-centred'] / 2))}.")
-    scaled = {f"{k}": per_column(v[:, 1:] / v[:, 1:].mean(1, keepdims=True))
-              for k, v in losses.items()}
-    scaled = {k: [(x + 1, y) for x, y in points] for k, points in scaled.items()}
-    curves(folder / "uniformity.png", scaled, "column", "loss over its mean",
+              for k, v in found.items())]
+    uniform, objects = bumps.values()
+    reading = (f"The loss of the middle columns is {spread(objects, 1, True)} % over that of the "
+               f"sides on object-centred pictures and {spread(uniform, 1, True)} % on uniform "
+               f"ones; {verdict('a higher bump on object-centred ones', objects - uniform, 2)}; "
+               f"{verdict('a bump on uniform ones, unlike the paper', uniform, 2)}.")
+    scaled = {k: per_column(v / v[:, 1:].mean(1, keepdims=True))[1:] for k, v in found.items()}
+    curves(lab.folder / "uniformity.png", scaled, "column", "loss over its mean",
            "Loss per column, relative (the first column left out)")
-    Report("uniformity", "Uniform against object-centred data (Fig. 4)", PAPER, rows, reading, [],
-           {"losses": losses, "bumps": bumps}).write(cfg, lab, folder)
+    Report("Uniform against object-centred data (Fig. 4)", PAPER, rows, reading, [],
+           {"losses": found, "bumps": bumps}).write(lab)

@@ -25,7 +25,6 @@ like itself than like others; 0: it repeats itself exactly.
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,7 @@ from equimini.show.seams import brightness
 from equimini.training.data import load_data
 from equimini.training.loaders import fixed_loader
 from equimini.training.options import DataConfig
-from equimini.utils.command_line import add_flags, output_folder, override, pick_device
+from equimini.utils.command_line import output_folder, parse, pick_device
 from equimini.utils.errors import UserError
 from equimini.utils.images import grid, save_png, to_float
 from equimini.utils.plot import curves
@@ -166,11 +165,7 @@ def draw(cfg: DriftConfig, model: ImageGenerator, positions: str) -> tuple[Tenso
 
 @torch.no_grad()
 def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m equimini.show drift", allow_abbrev=False,
-                                     description=__doc__.split("\n")[0])
-    add_flags(parser, DriftConfig(), "options")
-    cfg = override(DriftConfig(), parser.parse_args(argv))
+    cfg = parse("equimini.show drift", __doc__, DriftConfig(), argv)
     wanted = [name.strip() for name in cfg.positions.split(",")]
     if not set(wanted) <= set(POSITIONS):
         raise UserError(f"--positions takes {' or '.join(POSITIONS)}, or both with a comma, got "

@@ -10,7 +10,6 @@ closer to the training set than those do.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,14 @@ from tqdm import tqdm
 
 from equimini import load_generator
 from equimini.config import flag
+from equimini.evaluate.feature_networks import load_network
 from equimini.training.data import load_data
 from equimini.training.loaders import fixed_loader
 from equimini.training.options import DataConfig
 from equimini.training.split import as_trained
-from equimini.utils.command_line import add_flags, output_folder, override, pick_device
-from equimini.utils.errors import UserError, first_line
-from equimini.utils.images import clean_label, grid, save_png, to_float, to_uint8
+from equimini.utils.command_line import output_folder, parse, pick_device
+from equimini.utils.errors import UserError
+from equimini.utils.images import clean_label, grid, save_png, to_float, to_pixels
 
 Features = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) to (B, F) vectors
 
@@ -58,12 +58,8 @@ def pixels(images: Tensor) -> Tensor:
 
 def network(path: str, device: torch.device) -> Features:
     """Features of a TorchScript network, scaled to unit length (distances are 0 to 2)."""
-    try:
-        net = torch.jit.load(path, map_location=device).eval()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"cannot load --network {path} as TorchScript: "
-                        f"{first_line(error)}") from None
-    return lambda images: torch.nn.functional.normalize(net(images, return_features=True).float())
+    net = load_network(path, device=device)
+    return lambda images: torch.nn.functional.normalize(net.features(images))
 
 
 @torch.no_grad()
@@ -75,26 +71,22 @@ def nearest(queries: Tensor, data: Dataset, features: Features, k: int, batch_si
     where pixels are compared; a network's features hardly see a mirror.
     """
     q = features(queries.to(device))  # (Q, F)
-    best = torch.full((len(q), k), float("inf"), device=device)
-    names = torch.zeros((len(q), k), dtype=torch.long, device=device)  # 2·index + mirrored
+    best = q.new_full((len(q), k), float("inf"))
+    names = best.long().zero_()  # 2·index + mirrored
     loader = fixed_loader(data, batch_size, len(data), workers)
     for images, _, indices in tqdm(loader, desc="comparing with training pictures"):
         images = images.to(device)
         for mirrored in range(data.mirrors if features is pixels else 1):
             d = torch.cdist(q, features(images.flip(3) if mirrored else images))  # (Q, B)
-            here = (2 * indices + mirrored).to(device).expand(len(q), -1)
+            here = (2 * indices + mirrored).to(q.device).expand(len(q), -1)
             best, order = torch.cat((best, d), 1).topk(k, largest=False)
             names = torch.cat((names, here), 1).gather(1, order)
     return best.cpu(), [[(n // 2, bool(n % 2)) for n in row] for row in names.tolist()]
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m equimini.show neighbours", allow_abbrev=False,
-                                     description=__doc__.split("\n")[0])
-    defaults = NeighboursConfig(out="neighbours.png")
-    add_flags(parser, defaults, "options")
-    cfg = override(defaults, parser.parse_args(argv))
+    cfg = parse("equimini.show neighbours", __doc__, NeighboursConfig(out="neighbours.png"),
+                argv)
     out, device = Path(cfg.out), pick_device(cfg.device)
     output_folder(str(out.parent))
     model = load_generator(cfg.checkpoint, device)
@@ -109,9 +101,9 @@ def main(argv: list[str]) -> None:
                            cfg=cfg.cfg, steps=cfg.steps,
                            progress=lambda drawn: tqdm(drawn, desc="drawing samples, columns"))
     held_out = torch.cat([x for x, _, _ in fixed_loader(val, cfg.batch_size, 4 * cfg.count)])
-    queries = torch.from_numpy(to_uint8(samples)).permute(0, 3, 1, 2)
-    distances, names = nearest(torch.cat((queries, held_out)), train, features, cfg.nearest,
-                               cfg.batch_size, device, cfg.workers)
+    queries = torch.cat((to_pixels(samples), held_out))
+    distances, names = nearest(queries, train, features, cfg.nearest, cfg.batch_size, device,
+                               cfg.workers)
 
     rows, labels = [], []
     for i, c in enumerate(classes):

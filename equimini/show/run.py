@@ -18,7 +18,6 @@ Needs matplotlib: pip install "equimini[plots]".
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any, Callable, Sequence
 
 from equimini.config import Checked, flag
-from equimini.utils.command_line import add_flags, output_folder, override
+from equimini.utils.command_line import command, output_folder, override
 from equimini.utils.errors import UserError
 from equimini.utils.files import replacing
 from equimini.utils.plot import COLOURS, new_figure
@@ -252,11 +251,8 @@ def summary(run: RunLog) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m equimini.show run", allow_abbrev=False,
-                                     description=__doc__.split("\n")[0])
+    parser = command("equimini.show run", __doc__, RunPlot())
     parser.add_argument("folders", nargs="+", metavar="RUN_DIR", help="output folder of a training")
-    add_flags(parser, RunPlot(), "options")
     args = parser.parse_args(argv)
     cfg = override(RunPlot(), args)
     out = Path(cfg.out)

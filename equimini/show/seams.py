@@ -18,7 +18,6 @@ For every choice of windows (length, overlap and discarded columns; see equimini
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 
@@ -28,10 +27,11 @@ from tqdm import tqdm
 
 from equimini import load_generator
 from equimini.config import Checked, flag
+from equimini.losses import psnr
 from equimini.sampling.edit import load_tokens
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.tiled_decoder import Windows
-from equimini.utils.command_line import add_flags, override, pick_device
+from equimini.utils.command_line import parse, pick_device
 from equimini.utils.errors import UserError
 
 
@@ -54,12 +54,6 @@ def brightness(images: Tensor) -> Tensor:
     """(B, 3, H, W) in [−1, 1] to luma (B, H, W), 0 to 255."""
     weights = images.new_tensor([0.299, 0.587, 0.114])
     return ((images * weights[:, None, None]).sum(1) + 1) * 127.5
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB between pictures in [−1, 1]."""
-    error = (a - b).square().mean().item()
-    return 10 * math.log10(4 / error) if error else math.inf
 
 
 def seam_borders(windows: Windows, columns: int, f: int) -> list[int]:
@@ -120,11 +114,7 @@ def choices(text: str, columns: int) -> list[Windows]:
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m equimini.show seams", allow_abbrev=False,
-                                     description=__doc__.split("\n")[0])
-    add_flags(parser, SeamsConfig(), "options")
-    cfg = override(SeamsConfig(), parser.parse_args(argv))
+    cfg = parse("equimini.show seams", __doc__, SeamsConfig(), argv)
     model = load_generator(cfg.checkpoint, pick_device(cfg.device))
     windows = choices(cfg.windows, model.columns)
     if cfg.tokens:
@@ -146,5 +136,5 @@ def main(argv: list[str]) -> None:
         pieces, borders = model.decode(tokens, w), seam_borders(w, n, f)
         mark, differs = "  (default)" if w == model.windows else "", tint(model, tokens, w)
         print(f"{w.length:6} {w.overlap:7} {w.discard:7} {seam_ratio(pieces, borders, f):6.3f} "
-              f"{seam_ratio(whole, borders, f):7.3f} {psnr(pieces, whole):5.1f} dB {differs:6.2f} "
+              f"{seam_ratio(whole, borders, f):7.3f} {psnr(whole[None], pieces[None]).item():5.1f} dB {differs:6.2f} "
               f"{differs / max(1, w.overlap - 2 * w.discard):11.3f}{mark}", flush=True)

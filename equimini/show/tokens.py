@@ -10,7 +10,6 @@ distance is printed.  A tokenizer that is equivariant along x gives the same tok
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from equimini.config import Checked, flag
 from equimini.noise import normal, rng
 from equimini.sampling.image_generator import load_generator
 from equimini.utils import checkpoint
-from equimini.utils.command_line import add_flags, output_folder, override, pick_device
+from equimini.utils.command_line import output_folder, parse, pick_device
 from equimini.utils.errors import UserError, first_line
 from equimini.utils.files import replacing
 from equimini.utils.images import grid, load_image, save_png, to_float, to_uint8
@@ -147,11 +146,7 @@ def save_animation(frames: Tensor, path: Path, milliseconds: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m equimini.show tokens", allow_abbrev=False,
-                                     description=__doc__.split("\n")[0])
-    add_flags(parser, TokensConfig(), "options")
-    cfg = override(TokensConfig(), parser.parse_args(argv))
+    cfg = parse("equimini.show tokens", __doc__, TokensConfig(), argv)
     out, animation = Path(cfg.out), Path(cfg.animation)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out must end in .png, got {cfg.out}")

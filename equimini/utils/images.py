@@ -13,10 +13,14 @@ from torch import Tensor
 from equimini.utils.files import replacing
 
 
+def to_pixels(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [−1, 1] (clipped) to uint8, on the CPU."""
+    return ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def to_uint8(images: Tensor) -> np.ndarray:
     """(B, 3, H, W) in [−1, 1] (clipped) to (B, H, W, 3) uint8."""
-    x = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)
-    return x.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return to_pixels(images).permute(0, 2, 3, 1).numpy()
 
 
 def save_png(image: np.ndarray | Image.Image, path: Path | str) -> None:

@@ -3,25 +3,30 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from equimini.experiments import compute
-from equimini.experiments.attention import pairs
-from equimini.experiments.common import ExperimentConfig, Lab, Run, key
+from equimini.experiments import compute, training_runs
+from equimini.experiments.attention import order, pairs
+from equimini.experiments.common import ExperimentConfig, Lab, key
 from equimini.experiments.extrapolation import Mirrored
 from equimini.experiments.matrix import summary
 from equimini.experiments.probe import Probe
-from equimini.experiments.report import markdown, plain, spread, verdict
+from equimini.experiments.report import markdown, paired_interval, plain, spread, verdict
+from equimini.experiments.training_runs import TrainingRun, losses, run_script
 from equimini.experiments.uniformity import bump
 from equimini.presets import PRESETS
 from equimini.training import loop as training
 from equimini.training.data import load_data
 from equimini.training.options import DataConfig
-from tests.helpers.scripts import invoke, mistake
+from equimini.utils.errors import UserError
+from equimini.utils.files import claim
+from tests.helpers.scripts import ROOT, invoke, mistake
 
 TOY = "--scale toy --seeds 1 --steps 4 --workers 0".split()
 
@@ -38,12 +43,27 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def test_every_experiment_runs_and_shares_its_trainings(pictures, monkeypatch):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Trainings without a process of their own, which would import torch again."""
+    def run(name, arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            try:
+                invoke(name, *arguments, cwd=os.getcwd(), monkeypatch=patch)
+            except SystemExit as stop:
+                return stop.code, 1.0
+        return 0, 1.0
+
+    monkeypatch.setattr(training_runs, "run_script", run)
+
+
+def test_every_experiment_runs_and_shares_its_trainings(pictures, in_this_process,
+                                                        monkeypatch):
     data = ["--data", "data", "--val-data", "data", "--out", "out"]
     monkeypatch.setattr("equimini.experiments.samples.GUIDANCE", (1.0, 2.0))
     monkeypatch.setattr("equimini.experiments.samples.EULER_STEPS", 2)
     for name, extra, files in (
-            ("transfer", [], ["transfer.png"]), ("attention", [], ["attention.png"]),
+            ("transfer", [], ["transfer.png"]), ("attention", ["--windows", "2"], ["attention.png"]),
             ("dynamics", [], ["losses.png", "gains.png"]),
             ("grid-vs-columns", [], ["samples.png"]),
             ("matrix", ["--tune-steps", 1, "--tune-batch", 4, "--measured", 4],
@@ -65,27 +85,62 @@ def test_every_experiment_runs_and_shares_its_trainings(pictures, monkeypatch):
     assert names == {
         *(f"{layout}{variant}" for layout in ("columns", "grid") for variant in (
             "", "-half", "-early", "-then-all", "-then-4-alone", "-then-11-alone")),
-        "full", "real", "unshifted", "columns-centred"}
+        "full", "real", "window-2", "unshifted", "columns-centred"}
 
 
-def test_interrupted_and_given_again_equals_uninterrupted(pictures, monkeypatch):
+def test_interrupted_and_given_again_equals_uninterrupted(pictures, in_this_process, monkeypatch):
     states = []
     for out, stop_at in (("whole", 0), ("stopped", 2)):
         cfg = ExperimentConfig(data=str(pictures / "data"), val_data=str(pictures / "data"),
-                               out=str(pictures / out), scale="toy", steps=8, workers=0)
+                               out=str(pictures / out), scale="toy", steps=8, workers=0, seeds=2)
         if stop_at:
             stop_after(stop_at, monkeypatch)
-            with pytest.raises(SystemExit):
-                Lab(cfg).tokenizer("grid")
-            stop_after(5, monkeypatch)
-            with pytest.raises(SystemExit):
-                Lab(cfg).grid(1, "--subtasks 1,3")
-        run = Lab(cfg).grid(1, "--subtasks 1,3")
-        states.append(torch.load(run.last, weights_only=True))
-        assert run.losses().shape == (16,) and run.record()["steps"] == 8
+            with pytest.raises(KeyboardInterrupt):
+                Lab("test", cfg).tokenizer("grid")
+            stop_after(8 + 5, monkeypatch)  # of the second seed
+            with pytest.raises(KeyboardInterrupt):
+                Lab("test", cfg).grid("--subtasks 1,3")
+        runs = Lab("test", cfg).grid("--subtasks 1,3")
+        states.append(torch.load(runs[1].last, weights_only=True))
+        assert losses(runs).shape == (2, 16) and runs[1].record()["steps"] == 8
+        assert runs[1].record()["cpu_seconds"] == 1 + bool(stop_at)
     for part in ("model", "ema"):
         for name, weight in states[0][part].items():
             assert torch.equal(weight, states[1][part][name]), name
+
+
+def test_a_training_is_a_process_of_its_own(tmp_path, monkeypatch):
+    """Its exit code and its CPU seconds are known; SIGTERM reaches it."""
+    monkeypatch.setattr(training_runs, "ROOT", tmp_path)
+    (tmp_path / "train_tokenizer.py").write_text(
+        "import os, signal, sys, time\nopen(sys.argv[2] + '/seen', 'w').write(' '.join(sys.argv))\n"
+        "while time.process_time() < 0.3: pass\n"
+        "if '--kill' in sys.argv:\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "    os.kill(os.getppid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+        "sys.exit('--fail' in sys.argv)\n")
+    run = TrainingRun("tokenizer", tmp_path / "run", 3, ["--out", str(tmp_path)])
+    run.train("--workers", "0")
+    assert run.record()["steps"] == 3 and 0.3 < run.record()["cpu_seconds"] < 5
+    seen = (tmp_path / "seen").read_text()
+    assert seen.endswith(f"--workers 0 --out {run.folder} --steps 3")
+    run.train("--fail")  # is done: nothing happens
+    with pytest.raises(UserError, match="exit code 1"):
+        TrainingRun("tokenizer", tmp_path / "other", 3, run.flags).train("--fail")
+    with pytest.raises(KeyboardInterrupt):
+        TrainingRun("tokenizer", tmp_path / "third", 3, run.flags).train("--kill")
+    with pytest.raises(UserError, match="run experiments from a checkout"):
+        run_script("train_nothing.py", [])
+
+
+def test_no_package_imports_a_script():
+    """Experiments run the training scripts; those import the package, not the other way round."""
+    code = ("import pkgutil, sys, equimini.experiments as e\n"
+            "for m in pkgutil.iter_modules(e.__path__):\n"
+            "    if m.name != '__main__': __import__(f'{e.__name__}.{m.name}')\n"
+            "assert not [m for m in sys.modules if m.startswith(('train_', 'sample'))]")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def stop_after(steps, monkeypatch):
@@ -112,7 +167,7 @@ def test_last_validation_counts(tmp_path):
     lines = [{"step": 2, "val_loss_per_column": [3.0, 4.0]}, {"step": 3, "loss": 1.0},
              {"step": 4, "val_loss_per_column": [1.0, 2.0]}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert Run(tmp_path).losses().tolist() == [1, 2]
+    assert losses([TrainingRun("generator", tmp_path, 4)]).tolist() == [[1, 2]]
 
 
 def test_summary_of_the_transfer_matrix():
@@ -157,13 +212,37 @@ def test_attention_is_counted():
     for window, count in ((16, 136), (4, 58)):
         assert compute.attention_products(small, 16, window) == 2 * count * 512 * 16
     assert 2 * 16 * 16 * 512 * 16 == 4_194_304  # the paper's 4.2 M
+    millions, once, theirs = compute.cost(small)
+    assert (round(millions, 2), round(once, 2), round(theirs, 2)) == (127.31, 5.13, 5.41)
+
+
+def test_a_claim_holds_if_its_interval_lies_above_0():
+    low, high = paired_interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert verdict("x", [2.0, 3.0, 4.0]) == ("x: holds (difference +3.000, interval +0.516 to "
+                                             "+5.484)")
+    assert verdict("x", [-3.0, -3.1, -2.9]).startswith("x: does not hold (")
+    assert verdict("x", [1.0, 2.0, 3.0]).startswith("x: is undecided (")  # 3 of 3 are not enough
+    for unknown in ([5.0], [1.0, np.nan, 2.0]):
+        assert verdict("x", unknown).startswith("x: is undecided (no interval")
+    wide = np.random.default_rng(0).normal(size=41)  # beyond the table of quantiles
+    assert np.diff(paired_interval(wide)) == pytest.approx(2 * 2.0211 * wide.std(ddof=1) / 41**0.5,
+                                                           rel=1e-4)
+    text = order({"full causal": np.array([2.0, 2.1]), "real equivariant": np.array([3.0, 3.1]),
+                  "windowed": np.array([1.0, 1.1])})
+    assert text.count(": holds") == 2 and "real equivariant last: holds (difference +1.0" in text
+
+
+def test_claim_keeps_experiments_apart(tmp_path):
+    for sizes in ((1, 2), [1, 2]):
+        claim(tmp_path, {"steps": 3, "sizes": sizes}, "things", "choose another --out")
+    with pytest.raises(UserError, match=r"things of other settings \(steps\); choose"):
+        claim(tmp_path, {"steps": 4, "sizes": (1, 2)}, "things", "choose another --out")
 
 
 def test_numbers_and_tables():
     assert spread([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
     assert spread([0.5], 1, sign=True) == "+0.5" and spread([-1e-9, -1e-9], 2) == "0.00 ± 0.00"
-    assert verdict("x", [True, True]) == "x: holds (2 of 2 seeds)"
-    assert verdict("x", np.array([True, False])) == "x: is undecided (1 of 2 seeds)"
     assert markdown([("a", "b"), ("c", "1")]) == "| a | b |\n| --- | ---: |\n| c | 1 |"
     text = json.dumps(plain({"a": np.array([1.0, np.nan]), "b": (np.float32(2), np.int64(3))}))
     assert text == '{"a": [1.0, null], "b": [2.0, 3]}'
