@@ -8,7 +8,6 @@ kept in memory (--cache-gb of the training scripts).  Compare with the img/s tha
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from equimini.presets import PRESETS
 from equimini.training.data import ImageFolder, load_data
 from equimini.training.loaders import training_loader
 from equimini.training.options import RunConfig
-from equimini.utils.command_line import add_flags, override
+from equimini.utils.command_line import parse
 from equimini.utils.errors import UserError
 
 
@@ -49,11 +48,7 @@ def images_per_second(data: Dataset, cfg: DataBench, workers: int) -> float:
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m equimini.bench data", allow_abbrev=False,
-                                     description=__doc__.split("\n")[0])
-    add_flags(parser, DataBench(), "options")
-    cfg = override(DataBench(), parser.parse_args(argv))
+    cfg = parse("equimini.bench data", __doc__, DataBench(), argv)
     if not cfg.data:
         raise UserError("--data must name a folder of pictures")
     size = TokenizerConfig(image_size=cfg.image_size)

@@ -75,20 +75,20 @@ class Stopwatch:
         return time.perf_counter()
 
     def watch(self, function: Callable) -> Callable:
-        def timed(*args, **kwargs):
+        def watched(*args, **kwargs):
             if self.running:
                 return function(*args, **kwargs)
             self.running, start = True, self.now()
             result = function(*args, **kwargs)
             self.running, self.seconds = False, self.seconds + self.now() - start
             return result
-        return timed
+        return watched
 
 
 TRANSFORMER = ((Generator, "forward"), (Generator, "encode_classes"), (GraphedStep, "__call__"))
 
 
-def measure(draw: Callable[[], Tensor], device: torch.device) -> tuple[float, float, Tensor]:
+def timed(draw: Callable[[], Tensor], device: torch.device) -> tuple[float, float, Tensor]:
     """Seconds of one run, seconds of it in the transformer, and what was drawn."""
     inside, total = Stopwatch(device), Stopwatch(device)
     with ExitStack() as patches:
@@ -123,7 +123,7 @@ def batch_rows(generator: Generator, options: argparse.Namespace, batch: int,
     results: dict[str, list] = {name: [] for name in runs}
     for _ in range(options.repeats):
         for name, draw in runs.items():
-            results[name].append(measure(lambda: draw(options.columns, options.steps), device))
+            results[name].append(timed(lambda: draw(options.columns, options.steps), device))
     rows = []
     for name, measured in results.items():
         seconds, transformer = (median(m[k] for m in measured) for k in (0, 1))
@@ -152,7 +152,7 @@ def line(row: dict) -> str:
     return text
 
 
-def compare(options: argparse.Namespace) -> None:
+def print_table(options: argparse.Namespace) -> None:
     """Print the table, or JSON."""
     device, sampler.PRODUCT_ROWS = pick_device(options.device), options.product_rows
     if options.cuda_graphs and device.type != "cuda":
@@ -177,7 +177,6 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m equimini.bench sample",
                                      description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
@@ -198,7 +197,7 @@ def main(argv: list[str]) -> None:
     add("--cuda-graphs", action="store_true", help="replay recorded kernels (CUDA)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps [auto]")
     add("--json", action="store_true", help="print JSON")
-    compare(parser.parse_args(argv))
+    print_table(parser.parse_args(argv))
 
 
 def positive(text: str) -> int:

@@ -14,7 +14,6 @@ Tables go to the screen, pictures of the curves and results.json into --out.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -36,10 +35,10 @@ from equimini.sampler import (SCHEDULES, SOLVERS, ColumnSampler, column_noise, e
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.training.data import load_data
 from equimini.training.options import RunConfig
-from equimini.utils.command_line import add_flags, output_folder, override, pick_device
+from equimini.utils.command_line import command, output_folder, override, pick_device
 from equimini.utils.errors import UserError
-from equimini.utils.files import replacing
-from equimini.utils.images import to_uint8
+from equimini.utils.files import write_text
+from equimini.utils.images import to_pixels
 from equimini.utils.machine import machine
 from equimini.utils.plot import curves
 
@@ -160,8 +159,7 @@ def distance_from(net: FeatureNetwork, cfg: SolverBench,
     def distance(tokens: Tensor) -> float:
         rows = []
         for part in tokens.split(cfg.batch_size):
-            pictures = torch.from_numpy(to_uint8(model.decode(part))).permute(0, 3, 1, 2)
-            rows.append(net.features(pictures))
+            rows.append(net.features(to_pixels(model.decode(part))))
         return frechet_distance(Gaussian.fit(torch.cat(rows)), reference)
 
     return distance
@@ -193,19 +191,19 @@ def draw_curves(rows: list[dict[str, Any]], out: Path, cfg: SolverBench) -> list
              "frechet": ("Frechet distance",  # the plot's font lacks the accent
                          f"{cfg.distance_count} images against {Path(cfg.data).name}")}
     written = []
-    for measure, (ylabel, title) in about.items():
-        if measure not in rows[0]:
+    for name, (ylabel, title) in about.items():
+        if name not in rows[0]:
             continue
         series: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
-            y = row[measure] if measure == "frechet" else math.log10(row[measure])
+            y = row[name] if name == "frechet" else math.log10(row[name])
             series.setdefault(curve_label(row), []).append((row["evaluations"], y))
-        written.append(out / f"{measure.replace('_', '-')}.png")
+        written.append(out / f"{name.replace('_', '-')}.png")
         curves(written[-1], series, "head evaluations per column", ylabel, title)
     return written
 
 
-def verdict(rows: list[dict[str, Any]]) -> Iterator[str]:
+def comparisons(rows: list[dict[str, Any]]) -> Iterator[str]:
     """For each other curve: the fewest evaluations that are as good as plain Euler's most."""
     plain = [row for row in rows if curve_label(row) == "euler"]
     if not plain:
@@ -221,10 +219,7 @@ def verdict(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m equimini.bench solvers", allow_abbrev=False,
-                                     description=__doc__.split("\n")[0])
-    add_flags(parser, SolverBench(), "options")
+    parser = command("equimini.bench solvers", __doc__, SolverBench())
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     args = parser.parse_args(argv)
     cfg = override(SolverBench(), args)
@@ -251,8 +246,7 @@ def main(argv: list[str]) -> None:
                   f"{row['evaluations']:12} {row['column_error']:15.4g} {row['image_error']:14.4g}"
                   + (f"{row['frechet']:18.2f}" if distance else ""), flush=True)
     result = {"machine": machine(device.type), "settings": asdict(cfg), "rows": rows}
-    with replacing(out / "results.json") as file:
-        file.write(json.dumps(result, indent=1).encode())
+    write_text(out / "results.json", json.dumps(result, indent=1))
     written = draw_curves(rows, out, cfg)
     print(json.dumps(result, indent=1) if args.json else "\n".join(
-        [*verdict(rows), "curves: " + ", ".join(map(str, written))]))
+        [*comparisons(rows), "curves: " + ", ".join(map(str, written))]))

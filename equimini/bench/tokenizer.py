@@ -9,7 +9,6 @@ at the same weights: ‖g − g₀‖ / ‖g₀‖.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from dataclasses import dataclass
 
@@ -22,13 +21,13 @@ from equimini.config import Checked, flag
 from equimini.losses import reconstruction_loss
 from equimini.presets import PRESETS
 from equimini.pretrained.torchscript import FeatureDistance
-from equimini.utils.command_line import add_flags, override, pick_device
+from equimini.utils.command_line import parse, pick_device
 from equimini.utils.errors import UserError
 from equimini.utils.machine import machine
 
 
 @dataclass(frozen=True)
-class BenchConfig(Checked):
+class TokenizerBench(Checked):
     """What is measured."""
 
     preset: str = flag("tiny", "tokenizer to train", choices=tuple(PRESETS))
@@ -42,7 +41,7 @@ class BenchConfig(Checked):
 class Steps:
     """Training steps of one tokenizer, as the options say."""
 
-    def __init__(self, cfg: BenchConfig, device: torch.device, bf16: bool, channels_last: bool,
+    def __init__(self, cfg: TokenizerBench, device: torch.device, bf16: bool, channels_last: bool,
                  compiled: bool) -> None:
         torch.manual_seed(0)
         shape = PRESETS[cfg.preset].tokenizer
@@ -78,11 +77,7 @@ class Steps:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m equimini.bench tokenizer", allow_abbrev=False,
-                                     description=__doc__.split("\n")[0])
-    add_flags(parser, BenchConfig(), "options")
-    cfg = override(BenchConfig(), parser.parse_args(argv))
+    cfg = parse("equimini.bench tokenizer", __doc__, TokenizerBench(), argv)
     device = pick_device(cfg.device)
     if device.type == "mps":
         raise UserError("--device: this benchmark has a clock for cpu and cuda")

@@ -17,7 +17,6 @@ CPU, that of a large product, measured here.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -39,7 +38,7 @@ from equimini.generator import Generator, flow_matching_loss
 from equimini.presets import PRESETS
 from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
 from equimini.training.setup import set_up
-from equimini.utils.command_line import add_flags, override, pick_device
+from equimini.utils.command_line import command, override, pick_device
 from equimini.utils.errors import UserError
 from equimini.utils.machine import machine
 
@@ -141,7 +140,7 @@ def trainer_of(cfg: TrainBench, setting: str, out: str) -> Any:
     return GeneratorTrainer(setup, tokenizer, [str(k) for k in range(CLASSES)])
 
 
-def measure(cfg: TrainBench, setting: str) -> dict[str, Any]:
+def time_setting(cfg: TrainBench, setting: str) -> dict[str, Any]:
     """Steps of one setting: seconds, peak memory, its precision's peak rate, the profile."""
     device, shape = pick_device(cfg.device), PRESETS[cfg.preset].tokenizer
     with tempfile.TemporaryDirectory() as out:
@@ -210,7 +209,7 @@ def run_settings(cfg: TrainBench, names: list[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name in names:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            rows.append(pool.submit(measure, cfg, name).result()
+            rows.append(pool.submit(time_setting, cfg, name).result()
                         | {"flop_per_step": flops, "head_share": head / flops})
         if cfg.json:
             continue
@@ -225,11 +224,8 @@ def run_settings(cfg: TrainBench, names: list[str]) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m equimini.bench train", allow_abbrev=False,
-                                     description=__doc__.split("\n")[0], epilog="settings: "
-                                     + "; ".join(f"{k}: {v}" for k, v in SETTINGS.items()))
-    add_flags(parser, TrainBench(), "options")
+    parser = command("equimini.bench train", __doc__, TrainBench(), epilog="settings: "
+                     + "; ".join(f"{k}: {v}" for k, v in SETTINGS.items()))
     cfg = override(TrainBench(), parser.parse_args(argv))
     device = pick_device(cfg.device)
     usual = "plain,fast" if device.type == "cuda" else "plain,fused,bf16"

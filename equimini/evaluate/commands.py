@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from equimini import load_generator, load_tokenizer
+from equimini import load_generator
 from equimini.autoencoder import Tokenizer, TokenizerConfig
 from equimini.config import flag
 from equimini.evaluate.feature_networks import FeatureNetwork, load_network
@@ -39,10 +39,10 @@ from equimini.training.data import Synthetic, load_data
 from equimini.training.options import DataConfig
 from equimini.training.split import as_trained
 from equimini.utils import distributed
-from equimini.utils.checkpoint import find, tokenizer_hash, weights_hash
+from equimini.utils.checkpoint import find, load_any_tokenizer, tokenizer_hash, weights_hash
 from equimini.utils.command_line import add_flags, output_folder, override
 from equimini.utils.errors import UserError
-from equimini.utils.files import file_hash, remove_leftovers, replacing
+from equimini.utils.files import claim, file_hash, remove_leftovers, write_text
 from equimini.utils.images import grid, save_png, to_float
 from equimini.utils.plot import curves
 
@@ -184,19 +184,11 @@ def scales(text: str) -> list[float]:
     return found
 
 
-def claim(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
-    """Make the folder of samples this plan's; raises UserError if it holds those of another."""
-    path = out / "plan.json"
-    if overwrite:
-        for old in (*out.glob("samples/cfg-*/*.npz"), *out.glob("images/cfg-*/class*_seed*.png")):
-            old.unlink()
-    elif path.exists() and json.loads(path.read_text()) != plan:
-        before = json.loads(path.read_text())
-        changed = ", ".join(k for k in plan if before.get(k) != plan[k])
-        raise UserError(f"{out} holds samples of other settings ({changed}); choose another --out, "
-                        "or add --overwrite")
-    with replacing(path) as file:
-        file.write(json.dumps(plan, indent=1).encode())
+def drop_samples(out: Path) -> None:
+    """Delete the samples in a folder, and then the note on what they were made with."""
+    for old in (*out.glob("samples/cfg-*/*.npz"), *out.glob("images/cfg-*/class*_seed*.png")):
+        old.unlink()
+    (out / "plan.json").unlink(missing_ok=True)
 
 
 def sampling(cfg: GeneratorEvaluation, scale: float) -> dict[str, Any]:
@@ -224,7 +216,9 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
             "tokenizer": tokenizer_hash(model.tokenizer), "network": bench.net.sha256, **settings}
     with distributed.main_first():
         if distributed.is_main():
-            claim(bench.out, plan, cfg.overwrite)
+            if cfg.overwrite:
+                drop_samples(bench.out)
+            claim(bench.out, plan, "samples", "choose another --out, or add --overwrite")
     sets = {}
     for scale in found:
         keep = output_folder(str(bench.out / f"images/cfg-{scale}")) if cfg.keep_images else None
@@ -267,7 +261,7 @@ def draw_sweep(out: Path, sets: dict[float, Samples], rows: list[dict], net: Fea
 
 def evaluate_tokenizer(cfg: EvaluateConfig, device: torch.device) -> None:
     """Reconstructions of held-out pictures; beside them training pictures as they are."""
-    tokenizer = any_tokenizer(cfg, device)
+    tokenizer = load_any_tokenizer(cfg.checkpoint, device, cfg.weights == "ema")
     bench = Bench(cfg, tokenizer.config, device)
     originals = bench.real(bench.held_out, cfg.n)
     decoded = bench.reconstructed(originals, tokenizer)
@@ -287,19 +281,6 @@ def evaluate_tokenizer(cfg: EvaluateConfig, device: torch.device) -> None:
                  bench.out / "reconstructions.png")
 
 
-def any_tokenizer(cfg: EvaluateConfig, device: torch.device) -> Tokenizer:
-    """The tokenizer of --checkpoint, which may also be a generator's, with a tokenizer in it."""
-    try:
-        return load_tokenizer(cfg.checkpoint, device, ema=cfg.weights == "ema")
-    except UserError as first:
-        if cfg.weights == "raw":
-            raise
-        try:
-            return load_generator(cfg.checkpoint, device).tokenizer
-        except UserError:
-            raise first from None
-
-
 def finish(bench: Bench, kind: str, rows: list[dict], reference: Reference, floor: RealPictures,
            settings: dict[str, Any], classes: list[str] | None = None, left_out: str = "") -> None:
     """Write report.json and print it.  classes: the generator's; left_out: what was not drawn."""
@@ -314,8 +295,7 @@ def finish(bench: Bench, kind: str, rows: list[dict], reference: Reference, floo
         "network": bench.net.describe(), "reference": reference.about, "settings": settings,
         "distances": {name: sha256 for name, (sha256, _) in bench.distances.items()},
         "pixels": f"{floor.data.width}x{floor.data.height}", "results": rows, "notes": remarks}
-    with replacing(bench.out / "report.json") as file:
-        file.write(json.dumps(report, indent=1).encode())
+    write_text(bench.out / "report.json", json.dumps(report, indent=1))
     print_report(report)
     print(f"written to {bench.out}")
 

@@ -72,7 +72,7 @@ def nearest(queries: Tensor, data: Dataset, features: Features, k: int, batch_si
     """
     q = features(queries.to(device))  # (Q, F)
     best = q.new_full((len(q), k), float("inf"))
-    names = best.long().zero_()  # 2·index + mirrored
+    names = torch.zeros_like(best, dtype=torch.long)  # 2·index + mirrored
     loader = fixed_loader(data, batch_size, len(data), workers)
     for images, _, indices in tqdm(loader, desc="comparing with training pictures"):
         images = images.to(device)

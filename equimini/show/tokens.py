@@ -22,8 +22,7 @@ from torch import Tensor
 from equimini.autoencoder import Tokenizer, noise_variance
 from equimini.config import Checked, flag
 from equimini.noise import normal, rng
-from equimini.sampling.image_generator import load_generator
-from equimini.utils import checkpoint
+from equimini.utils.checkpoint import check_statistics, load_any_tokenizer
 from equimini.utils.command_line import output_folder, parse, pick_device
 from equimini.utils.errors import UserError, first_line
 from equimini.utils.files import replacing
@@ -44,19 +43,6 @@ class TokensConfig(Checked):
     shifts: tuple[int, ...] = flag((1, 2, 4), "shifts k to test, in columns of f pixels", min=1)
     seed: int = flag(0, "seed of the random tokens", min=0)
     device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")
-
-
-def load_any_tokenizer(path: str, device: torch.device) -> Tokenizer:
-    """The tokenizer of a checkpoint of either kind, its latents measured; raises UserError."""
-    try:
-        tokenizer = checkpoint.load_tokenizer(path, device)
-    except UserError as first:
-        try:
-            tokenizer = load_generator(path, device).tokenizer
-        except UserError:
-            raise first from None
-    checkpoint.check_statistics(tokenizer, path)
-    return tokenizer
 
 
 def picture(path: str, tokenizer: Tokenizer) -> Tensor:
@@ -156,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         output_folder(str(path.parent))
     device = pick_device(cfg.device)
     tokenizer = load_any_tokenizer(cfg.checkpoint, device)
+    check_statistics(tokenizer, cfg.checkpoint)
     image = picture(cfg.image, tokenizer).to(device)
     with torch.no_grad():
         tokens = tokenizer.encode(image)

@@ -37,7 +37,7 @@ from equimini.utils import checkpoint, distributed
 from equimini.utils.checkpoint import latents_hash, tokenizer_hash
 from equimini.utils.command_line import add_flags, output_folder, override, pick_device, run
 from equimini.utils.errors import UserError
-from equimini.utils.files import replacing
+from equimini.utils.files import claim, replacing, write_text
 from equimini.utils.images import to_float
 
 SHARD = 1024  # images per file
@@ -156,8 +156,7 @@ def encode_split(tokenizer: Tokenizer, data: Dataset, split: str, cfg: CacheConf
                 bar.update(len(images))
             with replacing(path) as file:
                 np.save(file, np.concatenate(means))
-            with replacing(label_path) as file:
-                file.write(json.dumps(numbers).encode())
+            write_text(label_path, json.dumps(numbers))
         else:
             bar.update(last - first)
     bar.close()
@@ -200,7 +199,9 @@ def encode(cfg: CacheConfig, overwrite: bool = False,
         plan["split"] = cfg.split
     with distributed.main_first():
         if distributed.is_main():
-            begin(out, plan, overwrite)
+            if overwrite:
+                drop_latents(out)
+            claim(out, plan, "latents", "choose another --out, or add --overwrite")
     labels = {split: encode_split(tokenizer, data, split, cfg, out, device)
               for split, data in (("train", train), ("val", val))}
     report_pictures(list(whole), out)
@@ -208,28 +209,17 @@ def encode(cfg: CacheConfig, overwrite: bool = False,
         return
     with replacing(out / "labels.npz") as file:
         np.savez(file, **labels)
-    with replacing(out / "meta.json") as file:
-        file.write(json.dumps(plan, indent=1).encode())
+    write_text(out / "meta.json", json.dumps(plan, indent=1))
     size = sum(p.stat().st_size for p in out.glob("*.npy")) / 1e6
     print(f"done: {out}, {len(train)} + {len(val)} pictures, {size:.0f} MB")
 
 
-def begin(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
-    """Note what the folder is going to hold.
-
-    Raises UserError if it holds latents of other settings, unless they may be overwritten.
-    """
-    begun = out / "plan.json"
-    if overwrite:
-        own = ("train-[0-9]*.npy", "val-[0-9]*.npy", "train-[0-9]*.labels", "val-[0-9]*.labels",
-               "labels.npz", "meta.json", "plan.json")
-        for path in (path for pattern in own for path in out.glob(pattern)):
-            path.unlink()
-    elif begun.exists() and json.loads(begun.read_text()) != plan:
-        raise UserError(f"{out} holds latents of other settings; choose another --out, or add "
-                        "--overwrite")
-    with replacing(begun) as file:
-        file.write(json.dumps(plan).encode())
+def drop_latents(out: Path) -> None:
+    """Delete the latents in a folder, and last the note on what they were made with."""
+    own = ("train-[0-9]*.npy", "val-[0-9]*.npy", "train-[0-9]*.labels", "val-[0-9]*.labels",
+           "labels.npz", "meta.json", "plan.json")
+    for path in (path for pattern in own for path in out.glob(pattern)):
+        path.unlink()
 
 
 if __name__ == "__main__":

@@ -217,3 +217,21 @@ def tokenizer_inside(content: dict[str, Any], path: Any) -> Tokenizer:
         return checkpoint.load_tokenizer(beside)
     return checkpoint.tokenizer_from_dict({"config": {"model": inside["config"]},
                                            "ema": inside["weights"]}, path)
+
+
+def load_any_tokenizer(path: Path | str, device: str | torch.device = "cpu",
+                       ema: bool = True) -> Tokenizer:
+    """The tokenizer of a checkpoint of either kind (a generator's holds its tokenizer, EMA only).
+
+    Raises UserError if the file holds neither.
+    """
+    try:
+        return load_tokenizer(path, device, ema)
+    except UserError as first:
+        if not ema:
+            raise
+        try:
+            content = load(path, "generator")
+        except UserError:
+            raise first from None
+    return tokenizer_inside(content, path).to(device)
