@@ -82,12 +82,13 @@ def main(argv: list[str]) -> None:
                f"equivariant attention; {order(means)}. Samples lie {each} from decoded held-out "
                f"pictures ({judge.name}); "
                f"{order({k: np.array(v) for k, v in distances.items()})}.")
-    curves(lab.folder / "attention.png", {k: per_column(v) for k, v in found.items()},
-           "column", "held-out loss", "Loss per column by attention")
+    left_out = curves(lab.folder / "attention.png", {k: per_column(v) for k, v in found.items()},
+                      "column", "held-out loss", "Loss per column by attention")
     Report("Attention variants (Table 4)", PAPER, rows, reading, [
         "The loss is taken on real columns before the predicted one; distances also feel how "
         f"errors add up while sampling. Fréchet distance of {judge.samples} samples to held-out "
         "pictures, encoded and decoded, since all three share the tokenizer's limit; guidance "
-        "scale chosen for each model from the same sweep; floor: as many training pictures."],
+        "scale chosen for each model from the same sweep; floor: as many training pictures.",
+        left_out],
         {"losses": found, "pairs": counts, "distances": distances, "guidance": scales,
          "floor": judge.floor}).write(lab)

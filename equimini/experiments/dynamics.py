@@ -76,13 +76,14 @@ def main(argv: list[str]) -> None:
                f"columns and {spread(grid, 2, True)} % with the grid; "
                f"{verdict('columns gain', columns, 2)}, {verdict('the grid loses', -grid, 2)}, "
                f"{verdict('columns before the grid', columns - grid, 2)}.")
-    curves(lab.folder / "losses.png", {k: per_column(v) for k, v in found.items()
-                                       if k.endswith((" early", " late"))},
-           "subtask", "held-out loss", "Loss per subtask, early and late in training")
-    curves(lab.folder / "gains.png", {k: per_column(v) for k, v in gains.items()}, "subtask",
-           "gain over early training, %", "Gain of every subtask, by the subtasks trained")
-    Report("Training dynamics (Fig. 3)", PAPER, rows, reading, [row_starts(found["grid late"])],
-           {"losses": found, "gains": gains}).write(lab)
+    left_out = [
+        curves(lab.folder / "losses.png", {k: per_column(v) for k, v in found.items()
+                                           if k.endswith((" early", " late"))},
+               "subtask", "held-out loss", "Loss per subtask, early and late in training"),
+        curves(lab.folder / "gains.png", {k: per_column(v) for k, v in gains.items()}, "subtask",
+               "gain over early training, %", "Gain of every subtask, by the subtasks trained")]
+    Report("Training dynamics (Fig. 3)", PAPER, rows, reading, [
+        row_starts(found["grid late"]), *left_out], {"losses": found, "gains": gains}).write(lab)
 
 
 def row_starts(late: np.ndarray) -> str:

@@ -111,9 +111,9 @@ def main(argv: list[str]) -> None:
                f"with position augmentation and by {spread(rises['off'], 2, True)} % without; "
                f"{verdict('augmentation rises less', rises['off'] - rises['on'], 2)}.")
     width = max(1, n // 4)
-    points = {name: [(a + (width + 1) / 2, float(v[:, a:a + width].mean()))
+    points = {f"augmentation {name}": [(a + (width + 1) / 2, float(v[:, a:a + width].mean()))
                      for a in range(width, v.shape[1], width)] for name, v in found.items()}
-    curves(lab.folder / "extrapolation.png", {f"augmentation {k}": v for k, v in points.items()},
-           "column", "held-out loss", f"Loss along the scroll; trained on {n} columns")
-    Report("Beyond the training length (Fig. 7)", PAPER, rows, reading, [],
+    left_out = curves(lab.folder / "extrapolation.png", points, "column", "held-out loss",
+                      f"Loss along the scroll; trained on {n} columns")
+    Report("Beyond the training length (Fig. 7)", PAPER, rows, reading, [left_out],
            {"losses": found, "rises": rises}).write(lab)

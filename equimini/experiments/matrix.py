@@ -91,11 +91,12 @@ def measured(cfg: MatrixConfig, path: Path, seed: int) -> np.ndarray:
 
 def main(argv: list[str]) -> None:
     cfg = parse("equimini.experiments matrix", __doc__, MatrixConfig(), argv)
-    lab, found = Lab("matrix", cfg), {}
+    lab, found, left_out = Lab("matrix", cfg), {}, []
     for name, paths in checkpoints(cfg, lab).items():
         found[name] = np.stack([measured(cfg, path, seed) for seed, path in enumerate(paths)])
-        heat_map(lab.folder / f"matrix-{name}.png", -found[name].mean(0), "subtask trained alone",
-                 "subtask measured", f"{name}: gain of each subtask")
+        left_out.append(heat_map(lab.folder / f"matrix-{name}.png", -found[name].mean(0),
+                                 "subtask trained alone", "subtask measured",
+                                 f"{name}: gain of each subtask"))
 
     rows = [("model", "mean on the diagonal", "mean off the diagonal", "off / on",
              f"off / on without {END} at either end", "pairs that gain, %")]
@@ -127,5 +128,5 @@ def main(argv: list[str]) -> None:
         f"The first {END} columns have fewer columns in their window than all others, the last "
         f"{END} a border of the picture in the tokenizer's view. "
         f"{cfg.tune_steps} steps of {cfg.tune_batch} pictures on one subtask, together "
-        f"{cfg.tune_length:g} times as long as the norm of the weights."],
+        f"{cfg.tune_length:g} times as long as the norm of the weights.", *left_out],
         {"matrices": found, "ratios": ratios, "inner_ratios": inner}).write(lab)

@@ -29,7 +29,7 @@ class Report:
     """What an experiment found.
 
     paper: what the paper reports; rows: of the table, the first is its head; reading: one
-    sentence; notes: more paragraphs; values: numbers for the JSON.
+    sentence; notes: more paragraphs, empty ones left out; values: numbers for the JSON.
     """
 
     title: str
@@ -46,7 +46,8 @@ class Report:
     def save(self, name: str, cfg: Checked, folder: Path, budget: str = "no training",
              more: Sequence[str] = ()) -> None:
         """The same for an experiment that trains nothing."""
-        where, notes = machine(pick_device(getattr(cfg, "device", "cpu")).type), [*self.notes, *more]
+        where = machine(pick_device(getattr(cfg, "device", "cpu")).type)
+        notes = [note for note in (*self.notes, *more) if note]
         command = f"python -m equimini.experiments {name} {flags_given(cfg)}".strip()
         text = "\n\n".join([
             f"# {self.title}", f"The paper: {self.paper}", markdown(self.rows),

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
                f"ones; {verdict('a higher bump on object-centred ones', objects - uniform, 2)}; "
                f"{verdict('a bump on uniform ones, unlike the paper', uniform, 2)}.")
     scaled = {k: per_column(v / v[:, 1:].mean(1, keepdims=True))[1:] for k, v in found.items()}
-    curves(lab.folder / "uniformity.png", scaled, "column", "loss over its mean",
-           "Loss per column, relative (the first column left out)")
-    Report("Uniform against object-centred data (Fig. 4)", PAPER, rows, reading, [],
+    left_out = curves(lab.folder / "uniformity.png", scaled, "column", "loss over its mean",
+                      "Loss per column, relative (the first column left out)")
+    Report("Uniform against object-centred data (Fig. 4)", PAPER, rows, reading, [left_out],
            {"losses": found, "bumps": bumps}).write(lab)

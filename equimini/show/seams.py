@@ -3,7 +3,8 @@
     python -m equimini.show seams --checkpoint runs/generator/last.pt
     python -m equimini.show seams --tokens panoramas.pt --windows "32 8 2, 64 8 2"
 
-For every choice of windows (length, overlap and discarded columns; see equimini/sampling/tiled_decoder.py):
+For every choice of windows (length, overlap and discarded columns; see
+equimini/sampling/tiled_decoder.py):
 
     seam     mean absolute horizontal gradient of the brightness, across the pixel borders where
              windows meet (all those of a fade, or the cut), over that across pixel borders
@@ -134,7 +135,8 @@ def main(argv: list[str]) -> None:
             print(f"{w.length:6} {w.overlap:7} {w.discard:7}   not shorter than the pictures")
             continue
         pieces, borders = model.decode(tokens, w), seam_borders(w, n, f)
+        decibels = psnr(whole[None], pieces[None]).item()
         mark, differs = "  (default)" if w == model.windows else "", tint(model, tokens, w)
         print(f"{w.length:6} {w.overlap:7} {w.discard:7} {seam_ratio(pieces, borders, f):6.3f} "
-              f"{seam_ratio(whole, borders, f):7.3f} {psnr(whole[None], pieces[None]).item():5.1f} dB {differs:6.2f} "
+              f"{seam_ratio(whole, borders, f):7.3f} {decibels:5.1f} dB {differs:6.2f} "
               f"{differs / max(1, w.overlap - 2 * w.discard):11.3f}{mark}", flush=True)
