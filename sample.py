@@ -17,42 +17,44 @@ from pathlib import Path
 import torch
 
 from equimini import load_generator
-from equimini.sampling.class_schedule import has_lengths, plan_labels, plan_length
-from equimini.sampling.commands import (DRAWING, SampleConfig, asks_nothing, bar, check_device,
-                                        check_options, class_plan, command_line, draw_scroll,
-                                        drawing_options, edit_picture, evaluations, first_look,
-                                        guidance_text, length_in_columns, save_extras)
+from equimini.sampling.class_schedule import has_lengths, schedule_labels, schedule_length
+from equimini.sampling.commands import (SampleConfig, asks_nothing, bar, check_device,
+                                        check_options, class_schedule, command_line, decoded,
+                                        draw_scroll, edit_picture, evaluations, first_look,
+                                        guidance_text, length_in_columns, recorded, save_extras)
 from equimini.sampling.edit import Tokens
 from equimini.sampling.image_generator import ImageGenerator
+from equimini.sampling.options import SamplingOptions
 from equimini.utils.command_line import add_flags, output_folder, override, pick_device, run
 from equimini.utils.images import grid, save_png
 
 
-def load(cfg: SampleConfig) -> ImageGenerator:
+def load(cfg: SampleConfig, options: SamplingOptions) -> ImageGenerator:
     device = pick_device(cfg.device)
-    check_device(cfg.cuda_graphs, device)
+    check_device(options, device)
     return load_generator(cfg.checkpoint, device, cfg.weights == "ema", cfg.tokenizer)
 
 
-def draw_sheet(cfg: SampleConfig, model: ImageGenerator) -> None:
+def draw_sheet(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerator) -> None:
     """--count pictures of every class, or of one sequence of classes, on one labelled sheet."""
-    shape, count, plan = model.tokenizer.config, cfg.count or 8, class_plan(cfg, model)
-    columns = length_in_columns(cfg, shape.f, plan_length(plan) or shape.columns)
-    rows = [plan] if has_lengths(plan) else [[one] for one in plan]
+    shape, count, schedule = model.tokenizer.config, cfg.count or 8, class_schedule(cfg, model)
+    columns = length_in_columns(cfg, shape.f, schedule_length(schedule) or shape.columns)
+    rows = [schedule] if has_lengths(schedule) else [[one] for one in schedule]
     names = [" to ".join(model.classes[c] for c, _ in row) for row in rows]
-    labels = torch.stack([plan_labels(row, columns) for row in rows]).repeat_interleave(count, 0)
+    labels = torch.stack([schedule_labels(row, columns) for row in rows])
+    labels = labels.repeat_interleave(count, 0)  # (pictures, columns)
     n, with_lead = cfg.lead_in + columns, labels[:, :1].expand(-1, cfg.lead_in)
     with_lead = torch.cat((with_lead, labels), 1)  # the class of every column that is drawn
     seeds = torch.arange(cfg.seed, cfg.seed + len(labels))  # pictures of one seed look alike
-    print(guidance_text(cfg, model, n))
+    print(guidance_text(model.guidance(n, options), n))
 
     tokens, pictures = [], []
     for k in range(0, len(seeds), cfg.batch_size):
         part = slice(k, k + cfg.batch_size)
         label = f"pictures {k + 1}-{k + len(seeds[part])} of {len(seeds)}, columns"
-        drawn = model.draw(with_lead[part], n, seeds[part].tolist(), **drawing_options(cfg))
-        tokens.append(torch.stack(list(bar(label, n)(drawn))[cfg.lead_in:], 1))
-        pictures.append(model.decode(tokens[-1]).cpu())
+        drawn = bar(label, n)(model.draw(with_lead[part], seeds[part].tolist(), options))
+        tokens.append(torch.stack(list(drawn)[cfg.lead_in:], 1))
+        pictures.append(decoded(cfg, model, tokens[-1]))
     images = torch.cat(pictures)
 
     across = max(1, 8 * shape.columns // columns)  # pictures side by side on the sheet
@@ -61,21 +63,21 @@ def draw_sheet(cfg: SampleConfig, model: ImageGenerator) -> None:
     out = Path(cfg.out or "samples.png")
     save_png(grid([line for line, _ in lines], [name for _, name in lines]), out)
     print(f"{len(images)} pictures of {columns * shape.f}x{shape.image_size} pixels, "
-          f"{evaluations(cfg)}: {out}")
+          f"{evaluations(options)}: {out}")
     all_tokens = Tokens(torch.cat(tokens).cpu(), labels, seeds[:, None].repeat(1, columns),
-                        {name: getattr(cfg, name) for name in DRAWING})
+                        recorded(options))
     save_extras(cfg, model, all_tokens, images, seeds.tolist(), range(columns),
                 [name for name in names for _ in range(count)],
                 [f"class{row[0]:04d}_seed{seed:06d}.png" for row, seed in zip(labels, seeds)])
 
 
-def draw_first_look(cfg: SampleConfig, args: argparse.Namespace) -> None:
+def draw_first_look(cfg: SampleConfig, options: SamplingOptions, args: argparse.Namespace) -> None:
     """Without arguments: what the model in the box draws, and the commands that draw it."""
-    model = load(cfg)
+    model = load(cfg, options)
     print(f"the model in the box, {cfg.checkpoint}, draws {', '.join(model.classes)}\n")
-    for sheet in first_look(cfg, args, model):
-        print(command_line(sheet))
-        draw_sheet(sheet, model)
+    for sheet, how in first_look(cfg, options, args, model):
+        print(command_line(sheet, how))
+        draw_sheet(sheet, how, model)
         print()
     print("open samples.png and panorama.png; python sample.py --help lists all options")
 
@@ -83,24 +85,25 @@ def draw_first_look(cfg: SampleConfig, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, SampleConfig(), "options")
+    add_flags(parser, SampleConfig(), "what to draw, and where to")
+    add_flags(parser, SamplingOptions(), "how columns are drawn")
     parser.add_argument("--redraw-later", action="store_true",
                         help="with --edit: draw all columns after the first one of --resample "
                         "again, too")
     parser.add_argument("--resume", action="store_true",
                         help="with --scroll: go on with the scroll in --out, with its own options")
     args = parser.parse_args()
-    cfg = override(SampleConfig(), args)
+    cfg, options = override(SampleConfig(), args), override(SamplingOptions(), args)
     check_options(cfg, args)
     output_folder(str(Path(cfg.out).parent))
     if cfg.mode == "scroll":
-        draw_scroll(cfg, args, load)
+        draw_scroll(cfg, options, args, load)
     elif asks_nothing(args):
-        draw_first_look(cfg, args)
+        draw_first_look(cfg, options, args)
     elif cfg.mode == "sheet":
-        draw_sheet(cfg, load(cfg))
+        draw_sheet(cfg, options, load(cfg, options))
     else:
-        edit_picture(cfg, args, load(cfg))
+        edit_picture(cfg, options, args, load(cfg, options))
 
 
 if __name__ == "__main__":

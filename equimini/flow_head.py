@@ -8,7 +8,7 @@ shift, scale and gate are linear in SiLU(y), y = MLP(t) + Linear(z).  They do no
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from typing import Any, Protocol, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,22 @@ def time_embedding(t: Tensor) -> Tensor:
     k = torch.arange(half, device=t.device, dtype=dtype)
     angle = t.to(dtype)[..., None] * torch.exp(-math.log(10000) * k / half)
     return torch.cat((angle.cos(), angle.sin()), -1)
+
+
+class VelocityHead(Protocol):
+    """What a sampler asks of a head; a generator's `head` may be any module that offers this."""
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Times t (T,) to what `modulations` takes of them, (T, width)."""
+
+    def modulations(self, time: Tensor, z: Tensor) -> Sequence[tuple[Tensor, ...]]:
+        """All that depends on time (T, 1, width) and z (rows, d), but not on x: (T, rows, …)."""
+
+    def velocity(self, x: Tensor, modulations: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        """v (rows, channels) at x (rows, channels), from the modulations of one time."""
+
+    def pack(self, packer: Any) -> None:
+        """Lay out the weights for sampling alone, see sampling/packed_weights.py."""
 
 
 class HeadBlock(nn.Module):
@@ -126,6 +142,12 @@ class FlowHead(nn.Module):
         """What the last block left (…, width) to v (…, channels)."""
         shift, factor = modulation
         return self.x_out(torch.addcmul(shift, factor, self.norm_out(x)))
+
+    def pack(self, packer: Any) -> None:
+        """Lay out the weights for sampling; those of the time MLP, read once, are not rounded."""
+        packer.linears(self.time_mlp, rounded=False)
+        packer.linears(self)
+        self.blocks = nn.ModuleList(map(packer.residual_block, self.blocks))
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """Velocity at x (…, channels), t (…) in [0, 1], given z (…, cond_channels).

@@ -198,28 +198,25 @@ class Generator(nn.Module):
         return ClassContext(keys_values, self.norm_out(c[:, -1:]))
 
     def forward(self, tokens: Tensor, context: ClassContext, position: int | Tensor = 0,
-                cache: list[KeyValue] | None = None, hold: int | None = None,
+                cache: list[KeyValue] | None = None, max_position: int | None = None,
                 shift: Tensor | None = None) -> Tensor:
         """Tokens x_p … x_{p+n−1} (B, n, C), p = position, to z_{p+1} … z_{p+n} (B, n, d).
 
         position: a number, or a tensor of one on the device (which a CUDA graph reads anew).
         cache: one (keys, values) per layer of the tokens before, extended and trimmed to the
-        last W−1 in place; start with an empty list.  hold: the largest position that
+        last W−1 in place; start with an empty list.  max_position: the largest one that
         cross-attention is shown, for columns beyond any length seen in training; None: no limit.
         shift: (B,), what cross-attention is shown is moved by, one number per image.
         Self-attention sees differences of positions only, and always the true ones.
         """
-        if self.config.real_equivariant and (cache is not None
-                                             or tokens.shape[1] >= self.config.window):
-            return self._in_windows(tokens, context, position, cache)
         x = self.norm_in(self.x_in(tokens))
         known = cache[0][0].shape[1] if cache else 0
         positions = position + torch.arange(-known, x.shape[1], device=x.device)
         head_dim = self.config.embed_dim // self.config.heads
         rope = rope_tables(positions, head_dim)
         cross_rope = rope[0][known:], rope[1][known:]
-        if hold is not None:
-            cross_rope = rope_tables(positions[known:].clamp(max=hold), head_dim)
+        if max_position is not None:
+            cross_rope = rope_tables(positions[known:].clamp(max=max_position), head_dim)
         if shift is not None:
             cross_rope = rope_tables(positions[known:] + shift[:, None], head_dim)  # (B, n, D/2)
         pasts = list(cache) if cache else [None] * len(self.blocks)
@@ -229,32 +226,6 @@ class Generator(nn.Module):
         if cache is not None:
             cache[:] = pasts
         return self.norm_out(x)
-
-    def _in_windows(self, tokens: Tensor, context: ClassContext, position: int,
-                    cache: list[KeyValue] | None) -> Tensor:
-        """`forward` of Eq. 6: each z from the W−1 columns before it alone, as in a crop of W.
-
-        Their positions are those of a crop, whatever their place in the image.  Near its left end
-        there are fewer: column i < W−1 is drawn as the i-th of a crop that begins with the image,
-        so column 0 is drawn from the class alone, like the first column of any crop.  The cache
-        holds the columns themselves.
-        """
-        past = cache[0][0] if cache else tokens[:, :0]
-        known, reach, layers = past.shape[1], self.config.window - 1, len(self.blocks)
-        tokens, parts = torch.cat((past, tokens), 1), []
-        if known < reach:
-            parts.append(self(tokens[:, :reach], context, position if cache is None else 0))
-            parts[0] = parts[0][:, known:]
-        if tokens.shape[1] > reach:
-            windows = tokens.unfold(1, reach, 1)[:, 1:].transpose(2, 3)  # (B, m, W−1, C)
-            m = windows.shape[1]
-            keys_values = [(k.repeat_interleave(m, 0), v.repeat_interleave(m, 0))
-                           for k, v in context.keys_values]
-            z = self(windows.flatten(0, 1), ClassContext(keys_values, context.z0), 0)
-            parts.append(z[:, -1].unflatten(0, (-1, m)))
-        if cache is not None:
-            cache[:] = [(tokens[:, -reach:], tokens[:, -reach:])] * layers
-        return torch.cat(parts, 1)
 
     def predict(self, tokens: Tensor, labels: Tensor, drop: Tensor | None = None,
                 shift: int | Tensor = 0) -> Tensor:
@@ -271,6 +242,47 @@ class Generator(nn.Module):
         else:
             z = self(tokens[:, :-1], context, shift)
         return torch.cat((context.z0, z), 1)
+
+
+class RealEquivariant(Generator):
+    """Eq. 6: nothing beyond the window exists, p(x_i | x_{i−W+1} … x_{i−1}).
+
+    Trained on random crops of W columns; each z is computed from the W−1 columns before it alone,
+    with the positions of a crop, whatever their place in the image.
+    """
+
+    def forward(self, tokens: Tensor, context: ClassContext, position: int | Tensor = 0,
+                cache: list[KeyValue] | None = None, max_position: int | None = None,
+                shift: Tensor | None = None) -> Tensor:
+        """As `Generator.forward`; the cache holds the columns themselves.
+
+        Near the left end of the image there are fewer: column i < W−1 is drawn as the i-th of a crop
+        that begins with the image, column 0 from the class alone, as the first of any crop is.
+        """
+        reach = self.config.window - 1
+        if cache is None and tokens.shape[1] <= reach:  # a crop, in training
+            return super().forward(tokens, context, position, shift=shift)
+        past = cache[0][0] if cache else tokens[:, :0]
+        known, tokens, parts = past.shape[1], torch.cat((past, tokens), 1), []
+        if known < reach:
+            first = super().forward(tokens[:, :reach], context, position if cache is None else 0)
+            parts.append(first[:, known:])
+        if tokens.shape[1] > reach:
+            windows = tokens.unfold(1, reach, 1)[:, 1:].transpose(2, 3)  # (B, m, W−1, C)
+            m = windows.shape[1]
+            keys_values = [(k.repeat_interleave(m, 0), v.repeat_interleave(m, 0))
+                           for k, v in context.keys_values]
+            z = super().forward(windows.flatten(0, 1), ClassContext(keys_values, context.z0))
+            parts.append(z[:, -1].unflatten(0, (-1, m)))
+        if cache is not None:
+            cache[:] = [(tokens[:, -reach:], tokens[:, -reach:])] * len(self.blocks)
+        return torch.cat(parts, 1)
+
+
+def make_generator(config: GeneratorConfig, num_classes: int, channels: int) -> Generator:
+    """The paper's model, or its variant of Eq. 6 where the configuration asks for it."""
+    kind = RealEquivariant if config.real_equivariant else Generator
+    return kind(config, num_classes, channels)
 
 
 def random_crops(tokens: Tensor, length: int, starts: Tensor) -> Tensor:

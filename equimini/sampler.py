@@ -1,43 +1,80 @@
-"""Drawing columns from left to right: the head's flow, and classifier-free guidance.
+"""Sampling: columns from left to right, each carried by the head's flow from noise to a token.
 
-Every random number is keyed by (the image's seed, the column), so that an image is the same
-whatever batch it is drawn in, and a longer image begins with the shorter one's noise.
+Read `sample_plainly` first: the paper's sampler, with nothing kept from column to column or from
+step to step.  Everything below computes the same with less work: a `Stream` keeps what the next
+column needs of those before it, a `ColumnSampler` what the steps of one column share.
+
+Every random number is keyed by (the image's seed, the column), so that an image is the same in
+any batch, and a longer image begins with the shorter one's noise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Callable, Collection, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from equimini.flow_head import FlowHead
+from equimini.flow_head import VelocityHead
 from equimini.generator import Generator, KeyValue
 from equimini.noise import normal, rng
-from equimini.sampling.cuda_graphs import GraphedColumn, GraphedStep, kept
 
 SCHEDULES = ("linear", "constant")
 PRODUCT_ROWS = 256  # rows (steps times batch) of one matrix product for the head's modulations
 
 
-def guidance_scale(i: int, n: int, s: float, schedule: str = "linear") -> float:
-    """Guidance of column i: 'linear' (the paper's) is 1 + (s−1)·(i+1)/n, then s; 'constant' s.
+@torch.no_grad()
+def sample_plainly(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int],
+                   cfg: float = 1.0, schedule: str = "linear", steps: int = 100) -> Tensor:
+    """The paper's sampler: class numbers `labels` (B,) to normalised tokens (B, columns, C)."""
+    b, like = len(labels), generator.no_class  # its device and dtype
+    labels = labels.to(like.device).repeat(2)  # the second half is drawn without a class
+    drop = torch.arange(2 * b, device=like.device) >= b
+    tokens = like.new_zeros(b, 0, generator.channels)
+    for i in range(columns):
+        s = Guidance(cfg, schedule, columns).scale(i)
+        padded = torch.cat((tokens, like.new_zeros(b, 1, generator.channels)), 1)
+        z_i = generator.predict(padded.repeat(2, 1, 1), labels, drop)[:, i]  # (2B, d) from x_<i
+        x = column_noise(seeds, i, generator.channels).to(like)  # at t = 1
+        for k in range(steps, 0, -1):
+            t = like.new_full((2 * b,), k / steps)
+            cond, uncond = generator.head(x.repeat(2, 1), t, z_i).chunk(2)  # both share the noise
+            x = x - (uncond + s * (cond - uncond)) / steps  # Euler, to t = 0
+        tokens = torch.cat((tokens, x[:, None]), 1)
+    return tokens
 
-    i counts from 0 at the left end of the image, also when a prefix is given.
-    Raises ValueError for another schedule.
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance v_uncond + s_i·(v_cond − v_uncond), s_i depending on the column i.
+
+    'linear' (the paper's): s_i = 1 + (s−1)·(i+1)/columns, then s; 'constant': s.  i counts from 0
+    at the left end of the image, also when columns are given.  Raises ValueError for another.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    return 1 + (s - 1) * min(1, (i + 1) / n) if schedule == "linear" else s
 
+    s: float = 1.0  # at s = 1 the unconditional branch is not run
+    schedule: str = "linear"
+    columns: int = 1  # over which 'linear' rises
 
-def guided(v: Tensor, s: float) -> Tensor:
-    """v_uncond + s·(v_cond − v_uncond), for a batch that holds both halves, conditional first."""
-    cond, uncond = v.chunk(2)
-    return uncond + s * (cond - uncond)
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got "
+                             f"{self.schedule!r}")
+
+    @property
+    def branches(self) -> int:
+        """Rows per image: conditional, and unconditional where it counts."""
+        return 1 if self.s == 1 else 2
+
+    def scale(self, i: int) -> float:
+        """s_i."""
+        if self.schedule == "constant":
+            return self.s
+        return 1 + (self.s - 1) * min(1, (i + 1) / self.columns)
 
 
 def column_noise(seeds: Sequence[int], column: int, channels: int) -> Tensor:
@@ -45,189 +82,47 @@ def column_noise(seeds: Sequence[int], column: int, channels: int) -> Tensor:
     return normal((channels,), [rng("sample", seed, column) for seed in seeds])
 
 
-class ColumnSampler:
-    """Draws one column after another: the head's flow, from noise at t = 1 to a token at t = 0.
+# Solvers -----------------------------------------------------------------------------------
 
-    head: the velocity field; solver, steps and time_shift: see `equimini.solvers`.
-    temperature: factor on the noise; above 1 columns vary more, below 1 less.  Raises ValueError
-    for one that is not at least 0.
+Velocity = Callable[[Tensor, float], Tensor]  # v(x, t)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A step of the flow's ODE dx/dt = v(x, t) from t to r < t.
+
+    step(v, x, t, r): x at r from x at t.  times(t, r): when it asks for v, in order, so that all
+    that depends on time alone can be computed beforehand.
     """
 
-    def __init__(self, head: FlowHead, steps: int = 100, solver: str = "euler",
-                 time_shift: float = 1.0, temperature: float = 1.0) -> None:
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature must be at least 0, got {temperature}")
-        self.temperature = temperature
-        self.head, self.solve = head, SOLVERS.get(solver)
-        self.grid = time_grid(steps, time_shift)
-        self.times = list(dict.fromkeys(evaluation_times(solver, self.grid)))
-        device = next(head.parameters()).device
-        self.embedded = head.embed_time(torch.tensor(self.times, device=device))
-
-    def __call__(self, z: Tensor, noise: Tensor, s: float | Tensor) -> Tensor:
-        """One column x (B, C), normalised, from noise (B, C).
-
-        z: (B, d), the transformer's output for this column; or (2·B, d) for guidance with scale
-        s: conditional first, then unconditional.  Both branches share the noise.
-        """
-        branches = len(z) // len(noise)
-        modulations = self.modulations(z)
-
-        def velocity(x: Tensor, t: float) -> Tensor:
-            v = self.head.velocity(x.repeat(branches, 1), modulations(t))
-            return v if branches == 1 else guided(v, s)
-
-        return self.solve(velocity, self.temperature * noise, self.grid)
-
-    def modulations(self, z: Tensor) -> Callable[[float], Sequence[tuple[Tensor, ...]]]:
-        """The head's modulations for z (rows, d), as a function of t.
-
-        They do not depend on x, so they are computed for many times in one matrix product: as
-        many as make PRODUCT_ROWS rows, which bounds the memory; a large batch is enough alone.
-        """
-        together = max(1, PRODUCT_ROWS // len(z))
-        ready: dict[float, Sequence[tuple[Tensor, ...]]] = {}
-
-        def at(t: float) -> Sequence[tuple[Tensor, ...]]:
-            if t not in ready:
-                ready.clear()
-                i = self.times.index(t)
-                of_blocks = self.head.modulations(self.embedded[i:i + together, None], z)
-                of_times = zip(*(zip(*(x.unbind(0) for x in block)) for block in of_blocks))
-                ready.update(zip(self.times[i:i + together], of_times))
-            return ready[t]
-
-        return at
+    step: Callable[[Velocity, Tensor, float, float], Tensor]
+    times: Callable[[float, float], tuple[float, ...]]
 
 
-@dataclass
-class SamplerState:
-    """All that the next column depends on besides the options; it does not grow with the picture.
-
-    Filled in place by `sample_columns`, column after column; a copy of it continues there.
-    """
-
-    column: int = 0  # the next one
-    last: Tensor | None = None  # (B, C), the column before
-    cache: list[KeyValue] = field(default_factory=list)
+def euler(v: Velocity, x: Tensor, t: float, r: float) -> Tensor:
+    """First order: the velocity at the start of the step.  The paper's."""
+    return x + (r - t) * v(x, t)
 
 
-@torch.no_grad()
-def sample_columns(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int], *,
-                   cfg: float = 1.0, schedule: str = "linear", guidance_columns: int = 0,
-                   hold: int | None = None, prefix: Tensor | None = None,
-                   redraw: Collection[int] = (), state: SamplerState | None = None,
-                   cuda_graphs: bool = False, **drawing: Any) -> Iterator[Tensor]:
-    """Yield the columns of B images one by one, (B, C) each, normalised.
-
-    labels: (B,) class numbers, or (B, columns), the class of every column; seeds: B integers ≥ 0;
-    columns: the images' length.  cfg: the guidance scale s; at s = 1 the unconditional branch is
-    not run; guidance_columns: columns over which the linear schedule rises, 0: all.  hold: see
-    `Generator.forward`.  prefix: (B, P, C), columns that are given; only the ones after them, and
-    those in `redraw`, are drawn and yielded.  state: goes on from there.  drawing: steps, solver,
-    time_shift and temperature of `ColumnSampler`.  Raises ValueError for arguments that do not fit.
-
-    Column i is drawn under the class of column i.  Given columns pass through the transformer one
-    at a time, like drawn ones, so that what follows them is the same to the last bit.
-    """
-    _check(generator, labels, columns, seeds, prefix, redraw, cuda_graphs)
-    if cuda_graphs:
-        step, draw = kept(generator, (hold, *sorted(drawing.items())), lambda: (
-            GraphedStep(generator, hold), GraphedColumn(ColumnSampler(generator.head, **drawing))))
-    else:
-        step, draw = partial(generator, hold=hold), ColumnSampler(generator.head, **drawing)
-    device = generator.no_class.device
-    if labels.dim() == 1:
-        labels = labels[:, None].expand(-1, columns)
-    given = 0 if prefix is None else prefix.shape[1]
-    branches = 1 if cfg == 1 else 2
-    drop = torch.arange(branches, device=device).bool().repeat_interleave(len(labels))
-    state, context = SamplerState() if state is None else state, None
-    for i in range(state.column, columns if columns > given else max(redraw) + 1):
-        if context is None or not torch.equal(labels[:, i], labels[:, i - 1]):
-            context = generator.encode_classes(labels[:, i].repeat(branches).to(device), drop)
-        z = context.z0  # (branches·B, 1, d)
-        if i:
-            last = state.last[:, None].repeat(branches, 1, 1)
-            z = step(last, context, i - 1, state.cache)
-        if drawn := i >= given or i in redraw:
-            noise = column_noise(seeds, i, generator.channels).to(device)
-            s = guidance_scale(i, guidance_columns or columns, cfg, schedule)
-            x = draw(z[:, 0], noise, s)
-        else:
-            x = prefix[:, i].to(device)
-        state.last, state.column = x, i + 1
-        if drawn:
-            yield x
+def midpoint(v: Velocity, x: Tensor, t: float, r: float) -> Tensor:
+    """Second order: the velocity in the middle of the step, found with half an Euler step."""
+    half = (r - t) / 2
+    return x + 2 * half * v(x + half * v(x, t), t + half)
 
 
-def sample_tokens(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int],
-                  **options: Any) -> Tensor:
-    """All columns of the images, given and drawn: (B, columns, C); see `sample_columns`."""
-    drawn = torch.stack(list(sample_columns(generator, labels, columns, seeds, **options)), 1)
-    prefix = options.get("prefix")
-    if prefix is None:
-        return drawn
-    redraw = sorted(options.get("redraw", ()))
-    tokens = torch.cat((prefix.to(drawn), drawn[:, len(redraw):]), 1)
-    tokens[:, redraw] = drawn[:, :len(redraw)]
-    return tokens
-
-
-def _check(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int],
-           prefix: Tensor | None, redraw: Collection[int], cuda_graphs: bool) -> None:
-    if len(seeds) != len(labels):
-        raise ValueError(f"seeds must be one per label ({len(labels)}), got {len(seeds)}")
-    if any(seed < 0 for seed in seeds):
-        raise ValueError(f"seeds must be at least 0, got {min(seeds)}")
-    if labels.dim() > 1 and labels.shape[1:] != (columns,):
-        raise ValueError(f"labels must be (B,) or (B, columns = {columns}), got "
-                         f"{tuple(labels.shape)}")
-    if labels.numel() == 0 or labels.min() < 0 or labels.max() >= generator.num_classes:
-        raise ValueError(f"labels must be class numbers 0 to {generator.num_classes - 1}, got "
-                         f"{labels.unique().tolist()}")
-    given = 0 if prefix is None else prefix.shape[1]
-    if columns < given + (not redraw):
-        raise ValueError(f"columns must be more than the {given} given, got {columns}")
-    if any(not 0 <= i < given for i in redraw):
-        raise ValueError(f"redraw must be columns 0 to {given - 1}, got {sorted(redraw)}")
-    if cuda_graphs and generator.no_class.device.type != "cuda":
-        raise ValueError("cuda_graphs needs a generator on a CUDA device, got one on "
-                         f"{generator.no_class.device}")
-
-
-Velocity = Callable[[Tensor, float], Tensor]
-Solver = Callable[[Velocity, Tensor, Sequence[float]], Tensor]
-
-
-def euler(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
-    """First order: the velocity at the start of every step."""
-    for t, t_next in pairwise(times):
-        x = x + (t_next - t) * velocity(x, t)
-    return x
-
-
-def midpoint(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
-    """Second order: the velocity in the middle of every step, found with half an Euler step."""
-    for t, t_next in pairwise(times):
-        half = (t_next - t) / 2
-        x = x + 2 * half * velocity(x + half * velocity(x, t), t + half)
-    return x
-
-
-def heun(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
+def heun(v: Velocity, x: Tensor, t: float, r: float) -> Tensor:
     """Second order: the mean of the velocities at both ends, the far one found with Euler.
 
-    The last step is a full one, too: v(x, 0) is defined (the straight path's velocity stays
-    finite, unlike the score), and the head is trained down to t = 1e-5.
+    The last step is a full one: v(x, 0) is defined (the straight path's velocity stays finite,
+    unlike the score), and the head is trained down to t = 1e-5.
     """
-    for t, t_next in pairwise(times):
-        v = velocity(x, t)
-        x = x + (t_next - t) / 2 * (v + velocity(x + (t_next - t) * v, t_next))
-    return x
+    v_t = v(x, t)
+    return x + (r - t) / 2 * (v_t + v(x + (r - t) * v_t, r))
 
 
-SOLVERS: dict[str, Solver] = {"euler": euler, "midpoint": midpoint, "heun": heun}
+SOLVERS = {"euler": Solver(euler, lambda t, r: (t,)),
+           "midpoint": Solver(midpoint, lambda t, r: (t, t + (r - t) / 2)),
+           "heun": Solver(heun, lambda t, r: (t, r))}
 
 
 def time_grid(steps: int, shift: float = 1.0) -> list[float]:
@@ -238,20 +133,186 @@ def time_grid(steps: int, shift: float = 1.0) -> list[float]:
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if not 0 < shift < float("inf"):
+    if not 0 < shift < math.inf:
         raise ValueError(f"time_shift must be above 0, got {shift}")
     even = (k / steps for k in range(steps, -1, -1))
     return [shift * t / (shift * t + (1 - t)) for t in even]  # exactly 1 and 0 at the ends
 
 
-def evaluation_times(solver: str, times: Sequence[float]) -> list[float]:
-    """The times at which the solver evaluates the velocity, in its order.
-
-    Their number is the solver's cost: steps for euler, 2·steps for midpoint and heun.
-    Raises ValueError for an unknown solver.
-    """
-    if solver not in SOLVERS:
+def find_solver(solver: str | Solver) -> Solver:
+    """A solver by its name; one that is given stays.  Raises ValueError for an unknown name."""
+    if isinstance(solver, str) and solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    asked: list[float] = []
-    SOLVERS[solver](lambda x, t: asked.append(t) or x, 0.0, times)
-    return asked
+    return SOLVERS[solver] if isinstance(solver, str) else solver
+
+
+def evaluation_times(solver: str | Solver, times: Sequence[float]) -> list[float]:
+    """When the velocity is asked for on the way along `times`; their number is the cost."""
+    return [s for t, r in pairwise(times) for s in find_solver(solver).times(t, r)]
+
+
+# One column --------------------------------------------------------------------------------
+
+
+class ColumnSampler:
+    """Draws a column: the flow from noise at t = 1 to a token at t = 0.
+
+    steps, solver and time_shift: see above.  temperature: factor on the noise; above 1 columns
+    vary more, below 1 less.  Raises ValueError for one that is not at least 0.
+    """
+
+    def __init__(self, head: VelocityHead, steps: int = 100, solver: str | Solver = "euler",
+                 time_shift: float = 1.0, temperature: float = 1.0) -> None:
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        self.head, self.solver, self.temperature = head, find_solver(solver), temperature
+        self.grid = time_grid(steps, time_shift)
+        self.times = list(dict.fromkeys(evaluation_times(solver, self.grid)))
+        self.embedded: Tensor | None = None  # (times, width), from the first call on
+
+    def __call__(self, z: Tensor, noise: Tensor, s: float | Tensor) -> Tensor:
+        """One column x (B, C), normalised, from noise (B, C).
+
+        z: (B, d), the transformer's output for this column; or (2·B, d) for guidance with scale
+        s: conditional first, then unconditional.
+        """
+        branches = len(z) // len(noise)
+        modulations = self.modulations(z)
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            v = self.head.velocity(x.repeat(branches, 1), modulations(t))
+            if branches == 1:
+                return v
+            cond, uncond = v.chunk(2)
+            return uncond + s * (cond - uncond)
+
+        x = self.temperature * noise
+        for t, r in pairwise(self.grid):
+            x = self.solver.step(velocity, x, t, r)
+        return x
+
+    def modulations(self, z: Tensor) -> Callable[[float], Sequence[tuple[Tensor, ...]]]:
+        """The head's modulations for z (rows, d), as a function of t.
+
+        They do not depend on x, so they are computed for many times in one matrix product: as
+        many as make PRODUCT_ROWS rows, which bounds the memory; a large batch is enough alone.
+        """
+        if self.embedded is None:
+            self.embedded = self.head.embed_time(torch.tensor(self.times, device=z.device))
+        together = max(1, PRODUCT_ROWS // len(z))
+        ready: dict[float, Sequence[tuple[Tensor, ...]]] = {}
+
+        def at(t: float) -> Sequence[tuple[Tensor, ...]]:
+            if t not in ready:
+                ready.clear()
+                i = self.times.index(t)
+                of_blocks = self.head.modulations(self.embedded[i:i + together, None], z)
+                of_times = zip(*(zip(*(m.unbind(0) for m in block)) for block in of_blocks))
+                ready.update(zip(self.times[i:i + together], of_times))
+            return ready[t]
+
+        return at
+
+
+# Many columns ------------------------------------------------------------------------------
+
+
+class Stream:
+    """B images that grow to the right, column by column: `feed` a given one, or `draw` the next.
+
+    It holds all that the next column depends on, which does not grow with the images: the column
+    before, the window's keys and values of every layer, class and guidance.
+
+    labels: (B,) class numbers of the columns to come, see `set_class`; seeds: B integers ≥ 0;
+    sampler: draws a column from z, noise and the guidance scale.  step: in place of the
+    generator, from the last token, class context, position and cache to z (a CUDA graph, say).
+    max_position: see `Generator.forward`.  Raises ValueError for what does not fit.
+    """
+
+    def __init__(self, generator: Generator, labels: Tensor, seeds: Sequence[int],
+                 sampler: Callable[[Tensor, Tensor, float], Tensor],
+                 guidance: Guidance = Guidance(), max_position: int | None = None,
+                 step: Callable[..., Tensor] | None = None) -> None:
+        if len(seeds) != len(labels):
+            raise ValueError(f"seeds must be one per label ({len(labels)}), got {len(seeds)}")
+        if any(seed < 0 for seed in seeds):
+            raise ValueError(f"seeds must be at least 0, got {min(seeds)}")
+        self.generator, self.seeds, self.guidance = generator, list(seeds), guidance
+        self.sampler, self.step = sampler, step or partial(generator, max_position=max_position)
+        self.device, self.labels = generator.no_class.device, None
+        self.column = 0  # the next one
+        self.last: Tensor | None = None  # (B, C), the column before
+        self.cache: list[KeyValue] = []
+        self.set_class(labels)
+
+    @torch.no_grad()
+    def set_class(self, labels: Tensor) -> None:
+        """Class numbers (B,) of the columns from the next one on."""
+        if self.labels is not None and torch.equal(labels, self.labels):
+            return
+        _check_labels(labels, self.generator.num_classes)
+        n = self.guidance.branches
+        drop = torch.arange(n, device=self.device).bool().repeat_interleave(len(labels))
+        self.labels = labels.clone()
+        self.context = self.generator.encode_classes(labels.repeat(n).to(self.device), drop)
+
+    @torch.no_grad()
+    def feed(self, x: Tensor) -> None:
+        """Take x (B, C) as the next column; what follows is as if it had been drawn."""
+        self._next_z()
+        self.last, self.column = x.to(self.device), self.column + 1
+
+    @torch.no_grad()
+    def draw(self) -> Tensor:
+        """The next column, (B, C), normalised."""
+        z = self._next_z()
+        noise = column_noise(self.seeds, self.column, self.generator.channels).to(self.device)
+        self.last = self.sampler(z, noise, self.guidance.scale(self.column))
+        self.column += 1
+        return self.last
+
+    def _next_z(self) -> Tensor:
+        """z (branches·B, d) of the next column; the column before goes into the cache."""
+        if self.column == 0:
+            return self.context.z0[:, 0]
+        token = self.last[:, None].repeat(self.guidance.branches, 1, 1)  # (branches·B, 1, C)
+        return self.step(token, self.context, self.column - 1, self.cache)[:, 0]
+
+    def state(self) -> dict[str, Any]:
+        """What another stream with the same arguments continues from, by `load_state`."""
+        return {"column": self.column, "last": self.last, "cache": list(self.cache)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`, whose tensors lie on the generator's device."""
+        self.column, self.last, self.cache = state["column"], state["last"], list(state["cache"])
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if labels.dim() != 1 or labels.numel() == 0 or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"labels must be class numbers 0 to {classes - 1}, one per image, got "
+                         f"{labels.tolist()}")
+
+
+def sample_columns(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int], *,
+                   cfg: float = 1.0, schedule: str = "linear", **flow: Any) -> Iterator[Tensor]:
+    """Yield the columns of B images one by one, (B, C) each, normalised.
+
+    labels: (B,) class numbers, or (B, columns), the class of every column.  cfg, schedule: see
+    `Guidance`, over all columns; flow: options of `ColumnSampler`.
+    """
+    if labels.dim() == 1:
+        labels = labels[:, None].expand(-1, columns)
+    if labels.shape[1:] != (columns,):
+        raise ValueError(f"labels must be (B,) or (B, columns = {columns}), got "
+                         f"{tuple(labels.shape)}")
+    stream = Stream(generator, labels[:, 0], seeds, ColumnSampler(generator.head, **flow),
+                    Guidance(cfg, schedule, columns))
+    for i in range(columns):
+        stream.set_class(labels[:, i])
+        yield stream.draw()
+
+
+def sample_tokens(generator: Generator, labels: Tensor, columns: int, seeds: Sequence[int],
+                  **options: Any) -> Tensor:
+    """All columns of the images: (B, columns, C); see `sample_columns`."""
+    return torch.stack(list(sample_columns(generator, labels, columns, seeds, **options)), 1)

@@ -3,8 +3,8 @@
     python -m equimini.bench sample [--preset small --batch 1 8 64 --precision float32 bf16 --json]
 
 Both run in this one process, in turns, on the same random weights and the same noise.  The
-literal one runs the transformer over all tokens again for every token, class tokens included,
-and the whole head for every step; both guidance branches share a batch in either.
+literal one is `equimini.sampler.sample_plainly`, the paper's; both guidance branches share a batch
+in either.
 """
 
 from __future__ import annotations
@@ -23,33 +23,12 @@ from torch import Tensor, nn
 from equimini import sampler
 from equimini.generator import Generator
 from equimini.presets import PRESETS
-from equimini.sampler import column_noise, guidance_scale, sample_tokens
-from equimini.sampling.cuda_graphs import GraphedStep
-from equimini.sampling.packed_weights import PRECISIONS, prepared
+from equimini.sampler import ColumnSampler, Guidance, Stream, sample_plainly
+from equimini.sampling.cuda_graphs import GraphedStep, graphed
+from equimini.sampling.packed_weights import PRECISIONS, packed
 from equimini.utils.command_line import pick_device
 from equimini.utils.errors import UserError
 from equimini.utils.machine import machine
-
-
-@torch.no_grad()
-def literal(generator: Generator, labels: Tensor, columns: int, seeds: list[int], cfg: float = 1.0,
-            schedule: str = "linear", steps: int = 100) -> Tensor:
-    """`sample_tokens` with nothing kept from column to column or step to step: (B, columns, C)."""
-    b, like = len(labels), generator.no_class  # its device and dtype
-    drop = (torch.arange(2 * b) >= b).to(like.device)  # the second half has no class
-    labels = labels.to(like.device).repeat(2)
-    x = like.new_zeros(b, 0, generator.channels)
-    for i in range(columns):
-        s = guidance_scale(i, columns, cfg, schedule)
-        tokens = torch.cat((x, x.new_zeros(b, 1, generator.channels)), 1)  # the last is not read
-        z = generator.predict(tokens.repeat(2, 1, 1), labels, drop)[:, i]
-        x_i = column_noise(seeds, i, generator.channels).to(like)
-        for k in range(steps, 0, -1):
-            t = like.new_full((2 * b,), k / steps)
-            cond, uncond = generator.head(x_i.repeat(2, 1), t, z).chunk(2)
-            x_i = x_i - (uncond + s * (cond - uncond)) / steps
-        x = torch.cat((x, x_i[:, None]), 1)
-    return x
 
 
 def random_generator(preset: str, device: torch.device) -> Generator:
@@ -102,15 +81,26 @@ def contestants(generator: Generator, options: argparse.Namespace, labels: Tenso
                 seeds: list[int]) -> dict[str, Callable[[int, int], Tensor]]:
     """By name, functions of (columns, steps) that draw the batch."""
     def fast(ready: Generator) -> Callable[[int, int], Tensor]:
-        return lambda columns, steps: sample_tokens(ready, labels, columns, seeds, cfg=options.cfg,
-                                                    steps=steps, cuda_graphs=options.cuda_graphs)
+        graphs = {}
+
+        def draw(columns: int, steps: int) -> Tensor:
+            step, sampler = None, ColumnSampler(ready.head, steps)
+            if options.cuda_graphs:
+                if steps not in graphs:
+                    graphs[steps] = graphed(ready, sampler, None)
+                step, sampler = graphs[steps]
+            stream = Stream(ready, labels, seeds, sampler, Guidance(options.cfg, "linear", columns),
+                            step=step)
+            return torch.stack([stream.draw() for _ in range(columns)], 1)
+        return draw
+
     runs: dict[str, Callable[[int, int], Tensor]] = {}
     if not options.no_literal:
-        runs["literal"] = lambda columns, steps: literal(generator, labels, columns, seeds,
-                                                         options.cfg, "linear", steps)
+        runs["literal"] = lambda columns, steps: sample_plainly(generator, labels, columns, seeds,
+                                                                options.cfg, "linear", steps)
     if options.plain:
         runs["plain"] = fast(generator)
-    return runs | {name: fast(prepared(generator, name)) for name in options.precision}
+    return runs | {name: fast(packed(generator, name)) for name in options.precision}
 
 
 def batch_rows(generator: Generator, options: argparse.Namespace, batch: int,

@@ -30,9 +30,10 @@ from equimini.config import Checked, flag
 from equimini.evaluate.feature_networks import FeatureNetwork, load_network
 from equimini.evaluate.metrics import Gaussian, frechet_distance
 from equimini.generator import Generator
-from equimini.sampler import (SCHEDULES, SOLVERS, ColumnSampler, column_noise, evaluation_times,
-                              guidance_scale, time_grid)
+from equimini.sampler import (SCHEDULES, SOLVERS, ColumnSampler, Guidance, column_noise,
+                              evaluation_times, time_grid)
 from equimini.sampling.image_generator import ImageGenerator
+from equimini.sampling.options import SamplingOptions
 from equimini.training.data import load_data
 from equimini.training.options import RunConfig
 from equimini.utils.command_line import command, output_folder, override, pick_device
@@ -87,19 +88,20 @@ class Case:
 
     def images(self, count: int, label: str, **how: Any) -> Tensor:
         """Whole images by one solver, as tokens (count, columns, C)."""
-        options = {"cfg": self.cfg.cfg, "schedule": self.cfg.cfg_schedule, **how}
-        drawn = []
+        options, drawn = SamplingOptions(cfg=self.cfg.cfg, cfg_schedule=self.cfg.cfg_schedule,
+                                         **how), []
         for labels, seeds in tqdm(list(self.batches(count)), desc=label, leave=False):
-            drawn.append(self.model.sample_tokens(labels, self.columns, seeds, **options))
+            drawn.append(self.model.sample_tokens(labels, self.columns, seeds, options))
         return torch.cat(drawn)
 
     @torch.no_grad()
     def single_columns(self, truth: Tensor, **how: Any) -> Tensor:
         """Each column by one solver, after the columns before it of `truth` (count, N, C)."""
-        generator = self.model.prepared(self.model.generator, self.cfg.precision)
+        generator = self.model.packed(self.model.generator, self.cfg.precision)
         draw, drawn = ColumnSampler(generator.head, **how), []
         n, cfg = truth.shape[1], self.cfg
-        s = truth.new_tensor([guidance_scale(i, n, cfg.cfg, cfg.cfg_schedule) for i in range(n)])
+        guidance = Guidance(cfg.cfg, cfg.cfg_schedule, n)
+        s = truth.new_tensor([guidance.scale(i) for i in range(n)])
         for (labels, seeds), tokens in zip(self.batches(len(truth)), truth.split(cfg.batch_size)):
             z = self.contexts(generator, torch.tensor(labels).to(truth.device), tokens)
             noise = torch.stack([column_noise(seeds, i, tokens.shape[2]) for i in range(n)], 1)

@@ -34,6 +34,7 @@ from equimini.pretrained.published_weights import load_lpips
 from equimini.pretrained.torchscript import FeatureDistance
 from equimini.sampler import SCHEDULES, SOLVERS
 from equimini.sampling.commands import check_device
+from equimini.sampling.options import SamplingOptions
 from equimini.sampling.packed_weights import PRECISIONS
 from equimini.training.data import Synthetic, load_data
 from equimini.training.options import DataConfig
@@ -191,17 +192,18 @@ def drop_samples(out: Path) -> None:
     (out / "plan.json").unlink(missing_ok=True)
 
 
-def sampling(cfg: GeneratorEvaluation, scale: float) -> dict[str, Any]:
-    """The options of `ImageGenerator.sample_tokens` at one guidance scale."""
-    return {"cfg": scale, "schedule": cfg.cfg_schedule, "solver": cfg.solver, "steps": cfg.steps,
-            "time_shift": cfg.time_shift, "temperature": cfg.temperature,
-            "precision": cfg.precision}
+def sampling(cfg: GeneratorEvaluation, scale: float) -> SamplingOptions:
+    """The options of sampling at one guidance scale."""
+    return SamplingOptions(
+        cfg=scale, cfg_schedule=cfg.cfg_schedule, solver=cfg.solver, steps=cfg.steps,
+        time_shift=cfg.time_shift, temperature=cfg.temperature, precision=cfg.precision,
+        cuda_graphs=cfg.cuda_graphs)
 
 
 def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     """Samples at every scale against the reference; beside them the floor and the limit."""
     found = scales(cfg.cfg)
-    check_device(cfg.cuda_graphs, device)
+    check_device(sampling(cfg, 0), device)
     model = load_generator(cfg.checkpoint, device, cfg.weights == "ema", cfg.tokenizer)
     shape = model.tokenizer.config
     bench = Bench(cfg, shape, device)
@@ -210,8 +212,9 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
                         f"generator {', '.join(model.classes[:30])}; give --data the pictures it "
                         "was trained on")
     columns = (cfg.width or shape.image_size) // shape.f
-    settings = {**{k: v for k, v in sampling(cfg, 0).items() if k != "cfg"},
-                "seed": cfg.sample_seed, "columns": columns}
+    settings = {"schedule": cfg.cfg_schedule, "solver": cfg.solver, "steps": cfg.steps,
+                "time_shift": cfg.time_shift, "temperature": cfg.temperature,
+                "precision": cfg.precision, "seed": cfg.sample_seed, "columns": columns}
     plan = {"checkpoint": file_hash(find(cfg.checkpoint)), "weights": cfg.weights,
             "tokenizer": tokenizer_hash(model.tokenizer), "network": bench.net.sha256, **settings}
     with distributed.main_first():
@@ -222,8 +225,7 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     sets = {}
     for scale in found:
         keep = output_folder(str(bench.out / f"images/cfg-{scale}")) if cfg.keep_images else None
-        how = {**sampling(cfg, scale), "cuda_graphs": cfg.cuda_graphs == "on"}
-        sets[scale] = Samples(model, cfg.n, columns, cfg.sample_seed, how,
+        sets[scale] = Samples(model, cfg.n, columns, cfg.sample_seed, sampling(cfg, scale),
                               bench.out / f"samples/cfg-{scale}", cfg.batch_size, keep)
         measure(sets[scale], bench.net, f"samples, cfg {scale:g}")
     floor = bench.real(bench.train, cfg.n)

@@ -28,6 +28,7 @@ from equimini.evaluate.metrics import ssim
 from equimini.losses import psnr
 from equimini.noise import rng
 from equimini.sampling.image_generator import ImageGenerator
+from equimini.sampling.options import SamplingOptions
 from equimini.training import synthetic
 from equimini.training.data import ImageFolder, Synthetic
 from equimini.utils import distributed
@@ -129,9 +130,10 @@ class Reconstructions(RealPictures):
 class Samples:
     """Picture k of a generator: of class k mod classes, with the seed `seed` + k."""
 
-    def __init__(self, model: ImageGenerator, n: int, columns: int, seed: int, options: dict,
-                 folder: Path, batch_size: int, keep: Path | None = None) -> None:
-        """options: of `ImageGenerator.sample_tokens`; keep: folder for the pictures as PNG."""
+    def __init__(self, model: ImageGenerator, n: int, columns: int, seed: int,
+                 options: SamplingOptions, folder: Path, batch_size: int,
+                 keep: Path | None = None) -> None:
+        """keep: folder for the pictures as PNG."""
         self.model, self.n, self.columns, self.seed = model, n, columns, seed
         self.options, self.folder, self.batch_size, self.keep = options, folder, batch_size, keep
 
@@ -143,7 +145,7 @@ class Samples:
         for k in range(first, last, self.batch_size):
             jobs = [self.job(i) for i in range(k, min(k + self.batch_size, last))]
             labels, seeds = zip(*jobs)
-            tokens = self.model.sample_tokens(labels, self.columns, seeds, **self.options)
+            tokens = self.model.sample_tokens(labels, self.columns, seeds, self.options)
             pictures = pixels(self.model.decode(tokens))
             for job, picture in zip(jobs, pictures):
                 if self.keep:

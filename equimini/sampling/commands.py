@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from equimini.config import Checked, flag
-from equimini.sampler import SOLVERS, column_noise, evaluation_times, guidance_scale, time_grid
-from equimini.sampling.class_schedule import Plan, parse_plan, plan_labels
+from equimini.sampler import Guidance, column_noise
+from equimini.sampling.class_schedule import ClassSchedule, parse_schedule, schedule_labels
 from equimini.sampling.edit import (Tokens, extend, next_seed, open_picture, parse_columns, paste,
                                     resample, save_tokens)
-from equimini.sampling.image_generator import POSITIONS, SCHEDULES, ImageGenerator
-from equimini.sampling.packed_weights import PRECISIONS
+from equimini.sampling.image_generator import ImageGenerator
+from equimini.sampling.options import SamplingOptions
 from equimini.sampling.scroll import check_new, load_state, scroll
 from equimini.utils.command_line import config_from_dict, output_folder, override
 from equimini.utils.errors import UserError
@@ -28,7 +28,7 @@ from equimini.utils.signals import StopRequest
 
 @dataclass(frozen=True)
 class SampleConfig(Checked):
-    """What to draw, and how."""
+    """What to draw, and where to."""
 
     checkpoint: str = flag("scenes", "checkpoint of a trained generator, or the name of a model in "
                            "the box: scenes")
@@ -53,28 +53,11 @@ class SampleConfig(Checked):
                          "--redraw-later is given")
     continue_from: str = flag("", "picture or token file to continue on its right")
     pick: int = flag(-1, "which picture of a token file that holds several, from 0", min=-1)
+    decoding: str = flag("windows", "long pictures are decoded in windows of columns, in constant "
+                         "memory, or whole, as the paper's are", choices=("windows", "whole"))
     kept_pixels: str = flag("original", "where columns are kept: the given picture's own pixels, "
                             "mixed in next to drawn columns, or the tokenizer's version of them",
                             choices=("original", "decoded"))
-    cfg: float = flag(2.0, "guidance scale; 1: none", min=0)
-    cfg_schedule: str = flag("auto", "guidance from 1 up to --cfg (linear, the paper's), or --cfg "
-                             "throughout; auto: linear for pictures up to the length of the "
-                             "training pictures, constant for longer ones", choices=SCHEDULES)
-    guidance_columns: int = flag(0, "columns over which linear guidance rises; 0: the picture's, "
-                                 "at most the training pictures'", min=0)
-    positions: str = flag("hold", "positions that cross-attention sees: none beyond the training "
-                          "pictures' last, or the true ones", choices=POSITIONS)
-    steps: int = flag(100, "steps of the solver per column", min=1)
-    solver: str = flag("euler", "how a column follows the head's flow: euler asks the head once "
-                       "a step, midpoint and heun (second order) twice", choices=tuple(SOLVERS))
-    time_shift: float = flag(1.0, "above 1: smaller steps near the noise, below 1: near the "
-                             "token; 1: equal steps", min=1e-3)
-    temperature: float = flag(1.0, "factor on the noise that columns start from; above 1: more "
-                              "detail and variety, below 1: smoother", min=0)
-    precision: str = flag("float32", "arithmetic of the generator's matrix products; bf16 is "
-                          "faster and deviates slightly", choices=tuple(PRECISIONS))
-    cuda_graphs: str = flag("off", "on: replay recorded kernels, which is faster for few "
-                            "pictures at a time; needs CUDA", choices=("off", "on"))
     seed: int = flag(0, "seed of the first picture; it counts up over all pictures of all classes. "
                      "For --edit and --continue-from, if not given: one that the picture was not "
                      "drawn with",
@@ -99,22 +82,17 @@ class SampleConfig(Checked):
         return asked[0] if asked else "sheet"
 
 
-DRAWING = ("cfg", "cfg_schedule", "guidance_columns", "positions", "steps", "solver", "time_shift",
-           "temperature", "precision")
-
-
+DRAWING = tuple(f.name for f in fields(SamplingOptions) if f.name != "cuda_graphs")  # recorded
 FIRST_LOOK = {  # what is drawn without arguments, chosen by looking and by `show drift`
-    "samples.png": {"count": 8, "cfg": 3.0, "cfg_schedule": "constant", "solver": "midpoint",
-                    "steps": 10},
-    "panorama.png": {"count": 1, "cfg": 2.5, "solver": "midpoint", "steps": 10, "lead_in": 16}}
-
-
+    "samples.png": ({"count": 8}, {"cfg": 3.0, "cfg_schedule": "constant"}),
+    "panorama.png": ({"count": 1, "lead_in": 16}, {"cfg": 2.5})}
+QUICK = {"solver": "midpoint", "steps": 10}
 PANORAMA = 8  # lengths of a training picture
 EDITING = {"resample", "redraw_later", "pick", "kept_pixels"}
 SCROLLING = {"tile_columns", "resume"}
 WITHOUT = {  # options that have no effect
     "sheet": EDITING | SCROLLING,
-    "scroll": EDITING | {"count", "columns", "width", "lead_in", "batch_size", "singles",
+    "scroll": EDITING | {"count", "columns", "width", "lead_in", "batch_size", "singles", "decoding",
                          "save_tokens", "show_steps"},
     "edit": SCROLLING | {"columns", "width", "lead_in", "batch_size"},
     "continue-from": SCROLLING | {"resample", "redraw_later", "lead_in", "batch_size"}}
@@ -146,36 +124,37 @@ def asks_nothing(args: Namespace) -> bool:
     return {name for name, value in vars(args).items() if value is not False} <= how
 
 
-def first_look(cfg: SampleConfig, args: Namespace, model: ImageGenerator) -> list[SampleConfig]:
+def first_look(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
+               model: ImageGenerator) -> list[tuple[SampleConfig, SamplingOptions]]:
     """Two sheets, of squares and of panoramas, for a command line that asks for none."""
-    squares, panoramas = (override(replace(cfg, **options, out=out), args)
-                          for out, options in FIRST_LOOK.items())
-    return [squares, replace(panoramas, columns=PANORAMA * model.columns)]
+    (squares, how), (panoramas, how_long) = (
+        (override(replace(cfg, **what, out=out), args),
+         override(replace(options, **QUICK, **drawing), args))
+        for out, (what, drawing) in FIRST_LOOK.items())
+    return [(squares, how), (replace(panoramas, columns=PANORAMA * model.columns), how_long)]
 
 
-def command_line(cfg: SampleConfig) -> str:
+def command_line(cfg: SampleConfig, options: SamplingOptions) -> str:
     """The command that draws a sheet of these settings."""
-    default = SampleConfig()
+    default = asdict(SampleConfig()) | asdict(SamplingOptions())
     words = ["python sample.py"]
-    for name, value in asdict(cfg).items():
-        if value != getattr(default, name):
+    for name, value in (asdict(cfg) | asdict(options)).items():
+        if value != default[name]:
             shown = f"{value:g}" if isinstance(value, float) else value
             words.append(f"--{name.replace('_', '-')} {shown}")
     return " ".join(words)
 
 
-def drawing_options(cfg: SampleConfig) -> dict[str, Any]:
-    """The options of `ImageGenerator.draw`."""
-    options = {name: getattr(cfg, name) for name in DRAWING}
-    schedule = options.pop("cfg_schedule")
-    return {**options, "schedule": schedule, "cuda_graphs": cfg.cuda_graphs == "on"}
+def recorded(options: SamplingOptions) -> dict[str, Any]:
+    """The options as a token file and a scroll keep them."""
+    return {name: getattr(options, name) for name in DRAWING}
 
 
-def class_plan(cfg: SampleConfig, model: ImageGenerator) -> Plan:
+def class_schedule(cfg: SampleConfig, model: ImageGenerator) -> ClassSchedule:
     """--classes, read."""
     if cfg.classes == "all":
         return [(i, 0) for i in range(len(model.classes))]
-    return parse_plan(cfg.classes, model.class_numbers, model.classes)
+    return parse_schedule(cfg.classes, model.class_numbers, model.classes)
 
 
 def length_in_columns(cfg: SampleConfig, f: int, default: int, least: int = 2) -> int:
@@ -192,27 +171,24 @@ def length_in_columns(cfg: SampleConfig, f: int, default: int, least: int = 2) -
     return columns
 
 
-def guidance_text(cfg: SampleConfig, model: ImageGenerator, columns: int) -> str:
-    """The guidance scales of a picture, in words."""
-    schedule, rise = model.guidance(columns, cfg.cfg_schedule, cfg.guidance_columns)
-    if cfg.cfg == 1 or schedule == "constant":
-        return "guidance: none" if cfg.cfg == 1 else f"guidance: {cfg.cfg:g} throughout"
-    last = min(rise, columns) - 1
-    first, end = (guidance_scale(i, rise, cfg.cfg, schedule) for i in (0, last))
-    return f"guidance: {first:.3g} at column 0 to {end:.3g} at column {last}" + (
-        ", then the same" if last + 1 < columns else "")
+def guidance_text(guidance: Guidance, columns: int) -> str:
+    """The guidance scales of a picture of so many columns, in words."""
+    s, last = guidance.s, min(guidance.columns, columns) - 1
+    if s == 1 or guidance.schedule == "constant":
+        return "guidance: none" if s == 1 else f"guidance: {s:g} throughout"
+    return (f"guidance: {guidance.scale(0):.3g} at column 0 to {guidance.scale(last):.3g} at column "
+            f"{last}" + (", then the same" if last + 1 < columns else ""))
 
 
-def check_device(cuda_graphs: str, device: torch.device) -> None:
+def check_device(options: SamplingOptions, device: torch.device) -> None:
     """Raise UserError for an option that this device does not have."""
-    if cuda_graphs == "on" and device.type != "cuda":
+    if options.cuda_graphs == "on" and device.type != "cuda":
         raise UserError(f"--cuda-graphs on needs a CUDA device, got {device}")
 
 
-def evaluations(cfg: SampleConfig) -> str:
+def evaluations(options: SamplingOptions) -> str:
     """How often the head is asked per column, in words."""
-    times = evaluation_times(cfg.solver, time_grid(cfg.steps, cfg.time_shift))
-    return f"{len(times)} evaluations of the head per column"
+    return f"{options.evaluations} evaluations of the head per column"
 
 
 def bar(label: str, total: int, done: int = 0) -> Callable[[Iterable], Iterable]:
@@ -250,73 +226,75 @@ def save_growth(path: str, grown: list[Tensor], labels: list[str]) -> None:
     print(f"column by column: {path}")
 
 
-def draw_scroll(cfg: SampleConfig, args: Namespace,
-                load: Callable[[SampleConfig], ImageGenerator]) -> None:
+def resumed_scroll(folder: Path, args: Namespace) -> tuple[SampleConfig, SamplingOptions, dict]:
+    """Options and state of the scroll in `folder`; raises UserError where others are asked for."""
+    state = load_state(folder)
+    names = {f.name for f in fields(SamplingOptions)}
+    begun, drawn = (config_from_dict(kind, {k: v for k, v in state["settings"].items()
+                                            if (k in names) == (kind is SamplingOptions)})
+                    for kind in (SampleConfig, SamplingOptions))
+    cfg, options = override(begun, args), override(drawn, args)
+    before, after = asdict(begun) | asdict(drawn), asdict(cfg) | asdict(options)
+    free = ("scroll", "checkpoint", "device", "out")
+    if other := [name for name in after if after[name] != before[name] and name not in free]:
+        raise UserError(f"the scroll in {folder} was begun with --{other[0].replace('_', '-')} "
+                        f"{before[other[0]]}, not {after[other[0]]}; leave it out, or start "
+                        "another scroll with --out")
+    return cfg, options, state
+
+
+def draw_scroll(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
+                load: Callable[..., ImageGenerator]) -> None:
     """--scroll: into a folder, from its beginning or from where it was interrupted."""
-    folder = output_folder(cfg.out or "scroll")
-    resumed = None
+    folder, state = output_folder(cfg.out or "scroll"), None
     if args.resume:
-        resumed = load_state(folder)
-        begun = config_from_dict(SampleConfig, resumed["settings"])
-        cfg = override(begun, args)
-        other = [name for name in asdict(cfg) if getattr(cfg, name) != getattr(begun, name)
-                 and name not in ("scroll", "checkpoint", "device", "out")]
-        if other:
-            name = other[0]
-            raise UserError(f"the scroll in {folder} was begun with --{name.replace('_', '-')} "
-                            f"{getattr(begun, name)}, not {getattr(cfg, name)}; leave it out, or "
-                            "start another scroll with --out")
+        cfg, options, state = resumed_scroll(folder, args)
     else:
         check_new(folder)
     if cfg.scroll < 2:
         raise UserError(f"--scroll must be at least 2 columns, got {cfg.scroll}")
-    model = load(cfg)
-    labels = plan_labels(class_plan(cfg, model), cfg.scroll)
-    options = drawing_options(cfg)  # of an endless picture: nothing may depend on its length
-    options["schedule"], options["guidance_columns"] = model.guidance(
-        max(cfg.scroll, model.columns + 1), cfg.cfg_schedule, cfg.guidance_columns)
-    print(guidance_text(replace(cfg, cfg_schedule=options["schedule"],
-                                guidance_columns=options["guidance_columns"]), model, cfg.scroll))
-    done = resumed["sampler"]["column"] if resumed else 0
+    model = load(cfg, options)
+    labels = schedule_labels(class_schedule(cfg, model), cfg.scroll)
+    guidance = model.guidance(max(cfg.scroll, model.columns + 1), options)
+    print(guidance_text(guidance, cfg.scroll))
+    done = state["sampler"]["column"] if state else 0
     what = f"{cfg.scroll} columns, {cfg.classes}, seed {cfg.seed}, {Path(cfg.checkpoint).name}"
     with StopRequest("stopping after this column") as stop:
-        drawn = scroll(model, labels, cfg.seed, folder, tile=cfg.tile_columns, caption=what,
-                       settings=asdict(cfg), resumed=resumed, stop=lambda: bool(stop.asked),
-                       progress=bar("columns", cfg.scroll, done), **options)
-    print(f"{drawn} columns ({drawn * model.tokenizer.config.f} pixels), {evaluations(cfg)}: "
+        drawn = scroll(model, labels, cfg.seed, folder, options, tile=cfg.tile_columns,
+                       caption=what, settings=asdict(cfg) | asdict(options), resumed=state,
+                       stop=lambda: bool(stop.asked), progress=bar("columns", cfg.scroll, done))
+    print(f"{drawn} columns ({drawn * model.tokenizer.config.f} pixels), {evaluations(options)}: "
           f"{folder}/index.html")
     if stop.asked:
         print(f"stopped; go on with --scroll {cfg.scroll} --out {folder} --resume")
         sys.exit(128 + stop.asked)
 
 
-def edit_picture(cfg: SampleConfig, args: Namespace, model: ImageGenerator) -> None:
+def edit_picture(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
+                 model: ImageGenerator) -> None:
     """--edit and --continue-from: versions of one picture, some of its columns kept."""
     f, path = model.tokenizer.config.f, cfg.edit or cfg.continue_from
     source, before = open_picture(path, model, None if cfg.pick < 0 else cfg.pick,
                                   keep="left" if cfg.edit else "right")
-    recorded = {k: v for k, v in source.options.items() if k in DRAWING}
+    known = {k: v for k, v in source.options.items() if k in DRAWING}
     # a token file's own options are the defaults
-    cfg = override(config_from_dict(SampleConfig, {**asdict(cfg), **recorded}), args)
+    options = override(config_from_dict(SamplingOptions, asdict(options) | known), args)
     first = cfg.seed if "seed" in args else next_seed(source)
     seeds = [first + i for i in range(cfg.count or 1)]
-    plan = class_plan(cfg, model) if "classes" in args else None
+    plan = class_schedule(cfg, model) if "classes" in args else None
     given = source.tokens.shape[1]
-    options = drawing_options(cfg)
     if cfg.edit:
         order = parse_columns(cfg.resample, given)
         order = list(range(order[0], given)) if args.redraw_later else order
-        drawn = resample(model, source, order, seeds, plan, progress=bar("columns", len(order)),
-                         **options)
+        drawn = resample(model, source, order, seeds, options, plan, bar("columns", len(order)))
     else:
         added = length_in_columns(cfg, f, model.tokenizer.config.columns, least=1)
         order = list(range(given, given + added))
-        drawn = extend(model, source, added, seeds, plan, progress=bar("columns", added),
-                       **options)
-    drawn.options = {name: getattr(cfg, name) for name in DRAWING}
+        drawn = extend(model, source, added, seeds, options, plan, bar("columns", added))
+    drawn.options = recorded(options)
     columns = drawn.tokens.shape[1]
-    print(guidance_text(cfg, model, columns))
-    after = model.decode(drawn.tokens.to(model.device)).cpu()
+    print(guidance_text(model.guidance(columns, options), columns))
+    after = decoded(cfg, model, drawn.tokens)
     if cfg.kept_pixels == "original":
         changed = torch.zeros(columns, dtype=torch.bool)
         changed[order] = True
@@ -330,9 +308,15 @@ def edit_picture(cfg: SampleConfig, args: Namespace, model: ImageGenerator) -> N
         firsts = torch.tensor(seeds).split([len(row) for row in rows])
         save_png(grid([before, *rows], ["before", *(f"from seed {s[0]}" for s in firsts)]), out)
     print(f"{len(seeds)} version{'s' if len(seeds) > 1 else ''} of {columns} columns, "
-          f"{len(order)} of them drawn with {evaluations(cfg)}: {out}")
+          f"{len(order)} of them drawn with {evaluations(options)}: {out}")
     save_extras(cfg, model, drawn, after, seeds, order, [f"seed {seed}" for seed in seeds],
                 [f"seed{seed:06d}.png" for seed in seeds])
+
+
+def decoded(cfg: SampleConfig, model: ImageGenerator, tokens: Tensor) -> Tensor:
+    """Pixels (B, 3, H, N·f) of tokens, on the CPU."""
+    decode = model.decode_whole if cfg.decoding == "whole" else model.decode
+    return decode(tokens.to(model.device)).cpu()
 
 
 def save_extras(cfg: SampleConfig, model: ImageGenerator, drawn: Tokens, images: Tensor,

@@ -8,13 +8,13 @@ Two functions are recorded: drawing one column, and the transformer's step for o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Callable, Hashable, Sequence
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from equimini.generator import ClassContext, Generator, KeyValue
+from equimini.sampler import ColumnSampler
 
 Function = Callable[..., list[Tensor]]
 Recorder = Callable[[Function, list[Tensor]], tuple[Callable[[], None], list[Tensor]]]
@@ -59,30 +59,13 @@ class StaticCall:
         return [out.clone() for out in self.outputs]
 
 
-def kept(generator: Generator, options: Hashable,
-         make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """What `make` made last for this generator; made again for other options or weights.
-
-    To record takes as long as drawing a column several times, so one picture after the other uses
-    the same graphs.
-    """
-    key = (options, *((p.data_ptr(), p._version) for p in generator.parameters()))
-    last = getattr(generator, "_graphs", None)
-    if last is None or last.key != key:
-        generator._graphs = None  # frees the graphs first
-        last = generator._graphs = Kept(key, make())
-    return last.graphs
-
-
-@dataclass
-class Kept:
-    """Graphs, and what they were made for.  Copies of a generator do not take them along."""
-
-    key: Hashable
-    graphs: tuple[Any, Any]
-
-    def __deepcopy__(self, _: dict) -> None:
-        return None
+def graphed(generator: Generator, sampler: ColumnSampler, max_position: int | None
+            ) -> tuple[GraphedStep, GraphedColumn]:
+    """The two graphs of a `Stream`: its `step` and its `sampler`."""
+    if generator.no_class.device.type != "cuda":
+        raise ValueError("cuda_graphs needs a generator on a CUDA device, got one on "
+                         f"{generator.no_class.device}")
+    return GraphedStep(generator, max_position), GraphedColumn(sampler)
 
 
 class GraphedColumn:
@@ -99,16 +82,16 @@ class GraphedColumn:
 class GraphedStep:
     """`Generator.forward` for one token, as a graph, once the cache holds its W − 1 columns."""
 
-    def __init__(self, generator: Generator, hold: int | None = None,
+    def __init__(self, generator: Generator, max_position: int | None = None,
                  record: Recorder = cuda_graph) -> None:
-        self.generator, self.hold = generator, hold
+        self.generator, self.max_position = generator, max_position
         self.call = StaticCall(self._flat, record)
 
     def __call__(self, tokens: Tensor, context: ClassContext, position: int,
                  cache: list[KeyValue]) -> Tensor:
         full = cache and cache[0][0].shape[1] == self.generator.config.window - 1
         if not full or tokens.shape[1] > 1:
-            return self.generator(tokens, context, position, cache, self.hold)
+            return self.generator(tokens, context, position, cache, self.max_position)
         where = torch.tensor(position, device=tokens.device)
         z, *flat = self.call(tokens, where, *_flatten(context.keys_values), *_flatten(cache))
         cache[:] = _pairs(flat)
@@ -118,7 +101,7 @@ class GraphedStep:
         pairs = _pairs(flat)
         cache = pairs[len(pairs) // 2:]
         context = ClassContext(pairs[:len(pairs) // 2], z0=tokens[:, :0])  # z_0 is not read
-        return [self.generator(tokens, context, position, cache, self.hold), *_flatten(cache)]
+        return [self.generator(tokens, context, position, cache, self.max_position), *_flatten(cache)]
 
 
 def _flatten(pairs: list[KeyValue]) -> list[Tensor]:

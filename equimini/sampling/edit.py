@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equimini.sampling.class_schedule import Plan, plan_labels
+from equimini.sampling.class_schedule import ClassSchedule, schedule_labels
 from equimini.sampling.image_generator import ImageGenerator
+from equimini.sampling.options import SamplingOptions
 from equimini.utils import checkpoint
 from equimini.utils.checkpoint import latents_hash
 from equimini.utils.errors import UserError, first_line
@@ -143,56 +144,55 @@ def parse_columns(text: str, n: int) -> list[int]:
 
 
 def resample(model: ImageGenerator, source: Tokens, columns: Sequence[int], seeds: Sequence[int],
-             plan: Plan | None = None, later: bool = False,
-             progress: Callable[[Iterable], Iterable] = iter, **options: Any) -> Tokens:
-    """Draw columns of one picture (B = 1) again, once per seed.
+             options: SamplingOptions, plan: ClassSchedule | None = None,
+             progress: Callable[[Iterable], Iterable] = iter) -> Tokens:
+    """Draw columns of one picture (B = 1) again, once per seed; the others stay as they are.
 
-    later: draw all columns after the first of them again, too; otherwise they stay as they are,
-    and do not answer to what now stands before them.  plan: classes of the drawn columns (their
-    own, where None).  options: as for `ImageGenerator.draw`.  Raises UserError where a class is
+    plan: classes of the drawn columns (their own, where None).  Raises UserError where a class is
     needed and not known.
     """
     n = source.tokens.shape[1]
-    redraw = range(min(columns), n) if later else columns
     labels = source.labels[0].clone()
     if plan is not None:
-        planned = plan_labels(plan, n)
-        labels[redraw] = planned[redraw]
+        planned = schedule_labels(plan, n)
+        labels[list(columns)] = planned[list(columns)]
         labels = torch.where(labels == UNKNOWN, planned, labels)
-    return _draw(model, source, labels, seeds, list(redraw), progress, options)
+    return _draw(model, source, labels, list(columns), seeds, options, progress)
 
 
 def extend(model: ImageGenerator, source: Tokens, columns: int, seeds: Sequence[int],
-           plan: Plan | None = None, progress: Callable[[Iterable], Iterable] = iter,
-           **options: Any) -> Tokens:
+           options: SamplingOptions, plan: ClassSchedule | None = None,
+           progress: Callable[[Iterable], Iterable] = iter) -> Tokens:
     """Continue one picture (B = 1) by so many columns on the right, once per seed.
 
     plan: classes of the new columns (the last one's, where None).  Raises UserError where a class
     is needed and not known.
     """
-    old = source.labels[0]
-    new = old[-1:].expand(columns) if plan is None else plan_labels(plan, columns)
+    old, given = source.labels[0], source.tokens.shape[1]
+    new = old[-1:].expand(columns) if plan is None else schedule_labels(plan, columns)
     labels = torch.cat((torch.where(old == UNKNOWN, new[0], old), new))
-    return _draw(model, source, labels, seeds, [], progress, options)
+    return _draw(model, source, labels, list(range(given, given + columns)), seeds, options,
+                 progress)
 
 
-def _draw(model: ImageGenerator, source: Tokens, labels: Tensor, seeds: Sequence[int],
-          redraw: list[int], progress: Callable[[Iterable], Iterable],
-          options: dict[str, Any]) -> Tokens:
-    """One version of the picture per seed, of as many columns as there are labels."""
+def _draw(model: ImageGenerator, source: Tokens, labels: Tensor, drawn: list[int],
+          seeds: Sequence[int], options: SamplingOptions,
+          progress: Callable[[Iterable], Iterable]) -> Tokens:
+    """One version of the picture per seed, with the columns `drawn` new, of the classes `labels`."""
     if (labels == UNKNOWN).any():
         raise UserError("the picture does not say which class it shows; name it with --classes")
     b, n, given = len(seeds), len(labels), source.tokens.shape[1]
     tokens = torch.zeros(b, n, source.tokens.shape[2])
-    tokens[:, :given] = source.tokens
-    all_labels, all_seeds = labels.expand(b, n).clone(), source.seeds.new_zeros(b, n)
-    all_seeds[:, :given] = source.seeds
-    drawn = model.draw(all_labels, n, seeds, prefix=source.tokens.expand(b, -1, -1),
-                       redraw=redraw, **options)
-    for x, i in zip(progress(drawn), [*redraw, *range(given, n)]):
-        tokens[:, i] = x.cpu()
-        all_seeds[:, i] = torch.tensor(seeds)
-    return Tokens(tokens, all_labels, all_seeds, source.options)
+    all_seeds = source.seeds.new_zeros(b, n)
+    tokens[:, :given], all_seeds[:, :given] = source.tokens, source.seeds
+    stream = model.stream(labels[:1].expand(b), seeds, n, options)
+    for i in progress(drawn):
+        while stream.column < i:  # kept columns
+            stream.set_class(labels[stream.column].expand(b))
+            stream.feed(tokens[:, stream.column])
+        stream.set_class(labels[i].expand(b))
+        tokens[:, i], all_seeds[:, i] = stream.draw().cpu(), torch.tensor(seeds)
+    return Tokens(tokens, labels.expand(b, n).clone(), all_seeds, source.options)
 
 
 def next_seed(source: Tokens) -> int:

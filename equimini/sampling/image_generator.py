@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Sequence
 
@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from equimini.autoencoder import Tokenizer
-from equimini.generator import Generator, GeneratorConfig
-from equimini.sampler import sample_columns
-from equimini.sampling.packed_weights import LastPrepared
+from equimini.generator import Generator, GeneratorConfig, make_generator
+from equimini.sampler import Guidance, Stream
+from equimini.sampling.cuda_graphs import graphed
+from equimini.sampling.options import SamplingOptions
+from equimini.sampling.packed_weights import LastPacked
 from equimini.sampling.tiled_decoder import Windows, decode_windows
 from equimini.utils import checkpoint
 from equimini.utils.checkpoint import tokenizer_inside
 from equimini.utils.command_line import config_from_dict
 from equimini.utils.errors import UserError
-
-POSITIONS = ("hold", "grow")
-SCHEDULES = ("auto", "linear", "constant")
 
 
 @dataclass
@@ -36,7 +35,7 @@ class ImageGenerator:
     tokenizer: Tokenizer
     classes: list[str]
     columns: int = 0  # of its training pictures; 0: those of a square
-    prepared: LastPrepared = field(default_factory=LastPrepared, repr=False, compare=False)
+    packed: LastPacked = field(default_factory=LastPacked, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.columns = self.columns or self.tokenizer.config.columns
@@ -64,57 +63,64 @@ class ImageGenerator:
         return numbers
 
     def sample(self, classes: Sequence[str | int], columns: int | None = None, *, seed: int = 0,
-               cfg: float = 2.0, progress: Callable[[Iterable], Iterable] = iter,
-               **options: Any) -> Tensor:
+               options: SamplingOptions = SamplingOptions(),
+               progress: Callable[[Iterable], Iterable] = iter, **changed: Any) -> Tensor:
         """Draw one image per entry of `classes`; image i has the seed `seed` + i.
 
-        columns: the images' length (default: a square).  cfg: guidance scale, 1 is none;
-        progress: wraps the loop over columns (tqdm, say); options: see `draw`.  Returns
-        (B, 3, H, columns·f) in [−1, 1].
+        columns: the images' length (default: a square).  options: how; `changed` are fields of it
+        (cfg=3.0, steps=25).  progress: wraps the loop over columns (tqdm, say).
+        Returns (B, 3, H, columns·f) in [−1, 1].
         """
-        tokens = self.sample_tokens(classes, columns, [seed + i for i in range(len(classes))],
-                                    cfg=cfg, progress=progress, **options)
-        return self.decode(tokens)
+        seeds = [seed + i for i in range(len(classes))]
+        return self.decode(self.sample_tokens(classes, columns, seeds, replace(options, **changed),
+                                              progress))
 
     def sample_tokens(self, classes: Sequence[str | int], columns: int | None,
-                      seeds: Sequence[int], progress: Callable[[Iterable], Iterable] = iter,
-                      **options: Any) -> Tensor:
+                      seeds: Sequence[int], options: SamplingOptions = SamplingOptions(),
+                      progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
         """Normalised tokens (B, columns, C) of one image per class and seed; see `sample`."""
         square = self.tokenizer.config.columns
         columns = columns or square
         if self.tokenizer.config.layout == "grid" and columns != square:
             raise UserError(f"a generator over a grid draws square pictures only ({square} tokens), "
                             f"got {columns}")
-        labels = torch.tensor(self.class_numbers(classes), dtype=torch.long)
-        return torch.stack(list(progress(self.draw(labels, columns, seeds, **options))), 1)
+        labels = torch.tensor(self.class_numbers(classes))[:, None].expand(-1, columns)
+        return torch.stack(list(progress(self.draw(labels, seeds, options))), 1)
 
-    def draw(self, labels: Tensor, columns: int, seeds: Sequence[int], *,
-             schedule: str = "auto", guidance_columns: int = 0, positions: str = "hold",
-             precision: str = "float32", **options: Any) -> Iterator[Tensor]:
-        """`sample_columns` with the model made ready, and what long pictures need.
+    def draw(self, labels: Tensor, seeds: Sequence[int], options: SamplingOptions
+             ) -> Iterator[Tensor]:
+        """Yield the columns (B, C) of images whose columns have the classes `labels` (B, N)."""
+        stream = self.stream(labels[:, 0], seeds, labels.shape[1], options)
+        for column in labels.T:
+            stream.set_class(column)
+            yield stream.draw()
 
-        Yields columns (B, C).  schedule, guidance_columns: see `guidance`.  positions: 'hold'
-        shows cross-attention no position beyond the last one of the training pictures, 'grow' the
-        true ones.  precision: of the matrix products, 'float32' or 'bf16'.  options: cfg, prefix,
-        redraw, state, cuda_graphs; steps, solver, time_shift, temperature of the flow.
+    def stream(self, labels: Tensor, seeds: Sequence[int], columns: int,
+               options: SamplingOptions) -> Stream:
+        """B images to be drawn column by column, with packed weights.
+
+        labels: (B,); columns: their length, which guidance depends on (see `guidance`).
         """
-        if positions not in POSITIONS:
-            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
-        schedule, guidance_columns = self.guidance(columns, schedule, guidance_columns)
-        return sample_columns(
-            self.prepared(self.generator, precision), labels, columns, seeds, schedule=schedule,
-            guidance_columns=guidance_columns,
-            hold=max(0, self.columns - 2) if positions == "hold" else None, **options)
+        generator = self.packed(self.generator, options.precision)
+        max_position = max(0, self.columns - 2) if options.positions == "hold" else None
+        step, sampler = None, options.column_sampler(generator.head)
+        if options.cuda_graphs == "on":
+            step, sampler = self.packed.graphed(
+                options, lambda: graphed(generator, sampler, max_position))
+        return Stream(generator, labels, seeds, sampler, self.guidance(columns, options),
+                      max_position, step)
 
-    def guidance(self, columns: int, schedule: str = "auto", rise: int = 0) -> tuple[str, int]:
-        """The schedule of the guidance scale, and over how many columns a linear one rises.
+    def guidance(self, columns: int, options: SamplingOptions) -> Guidance:
+        """Guidance of an image of this length.
 
-        'auto': 'linear' for pictures up to the training pictures' length, 'constant' for longer
-        ones.  rise 0: over the picture's columns, or the training pictures' where it is longer.
+        Schedule 'auto' is 'linear' up to the training pictures' length, 'constant' beyond; a
+        linear one rises over guidance_columns, or (0) the image's, at most the training pictures'.
         """
+        schedule = options.cfg_schedule
         if schedule == "auto":
             schedule = "linear" if columns <= self.columns else "constant"
-        return schedule, rise or min(columns, self.columns)
+        rise = options.guidance_columns or min(columns, self.columns)
+        return Guidance(options.cfg, schedule, rise)
 
     @property
     def windows(self) -> Windows:
@@ -150,8 +156,8 @@ def load_generator(path: Path | str, device: str | torch.device = "cpu", ema: bo
         finetuned = checkpoint.load_tokenizer(tokenizer_path)
         checkpoint.check_same_latents(tokenizer, finetuned, tokenizer_path)
         tokenizer = finetuned
-    generator = Generator(config_from_dict(GeneratorConfig, content["config"]["model"]),
-                          len(content["classes"]), tokenizer.config.token_channels)
+    generator = make_generator(config_from_dict(GeneratorConfig, content["config"]["model"]),
+                               len(content["classes"]), tokenizer.config.token_channels)
     checkpoint.load_weights(generator, checkpoint.weights_of(content, ema, path), path)
     generator.eval().requires_grad_(False)
     width = content["config"].get("run", {}).get("width", 0)  # files that do not hold "columns"

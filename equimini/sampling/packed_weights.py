@@ -1,7 +1,7 @@
-"""A generator made ready for sampling: the same function, its weights laid out for speed.
+"""A generator packed for sampling: the same function, its weights laid out for speed.
 
 A column costs hundreds of passes through the head with a handful of rows each, so that reading
-the weights is what takes the time.  `prepared` therefore
+the weights is what takes the time.  `packed` therefore
 - hands the weights to oneDNN once, in the blocked layout that it computes from (CPU);
 - keeps them in bfloat16 where that is asked for: half the bytes.  Matrix products then read
   bfloat16 and sum in float32; everything between them (the residual stream, norms, softmax,
@@ -12,6 +12,7 @@ the weights is what takes the time.  `prepared` therefore
 from __future__ import annotations
 
 import copy
+from typing import Any, Callable, Hashable
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ ONEDNN_NAMES = {type(None): ("none", ""), nn.SiLU: ("swish", ""), nn.GELU: ("gel
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
-class ReadyLinear(nn.Module):
+class PackedLinear(nn.Module):
     """A linear layer with weights that are only read, and the activation that follows it.
 
     activation: nn.SiLU, nn.GELU or None.  Float32 in and out; with `hidden`, the output stays in
@@ -35,7 +36,7 @@ class ReadyLinear(nn.Module):
                  hidden: bool = False) -> None:
         super().__init__()
         self.dtype, self.dtype_out = dtype, dtype if hidden else torch.float32
-        self.bias = linear.bias.detach().to(dtype)
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
         self.weight = linear.weight.detach().to(dtype)
         self.activation, self.packed = activation, packs(self.weight)
         if self.packed:
@@ -54,8 +55,8 @@ class ReadyLinear(nn.Module):
         return y if self.activation is None else self.activation(y)
 
 
-class ReadyBlock(nn.Module):
-    """A block of the head over ready layers: the same numbers, without the calls in between.
+class PackedBlock(nn.Module):
+    """A block of the head over packed layers: the same numbers, without the calls in between.
 
     With two rows, modules, casts and look-ups take about as long as one product.
     """
@@ -83,11 +84,39 @@ def packs(weight: Tensor) -> bool:
             and (weight.dtype != torch.bfloat16 or ops._is_mkldnn_bf16_supported()))
 
 
-def prepared(generator: Generator, precision: str = "float32") -> Generator:
-    """A copy of the generator for sampling alone, with linear layers made ready.
+class Packer:
+    """What a head's `pack` is given: replaces layers by packed ones, in place."""
 
-    On a CPU, and in bf16, their weights are a second set in memory; all other weights are
-    shared, so after a change of weights the copy is to be made again (`LastPrepared` does).
+    def __init__(self, precision: str) -> None:
+        self.dtype = PRECISIONS[precision]
+
+    def linears(self, module: nn.Module, rounded: bool = True) -> None:
+        """Pack the linear layers among a module's children, in an MLP with their activations.
+
+        rounded: False keeps float32 whatever the precision is.
+        """
+        dtype, children = self.dtype if rounded else torch.float32, list(module.named_children())
+        for k, (name, child) in enumerate(children):
+            if isinstance(child, nn.Linear):
+                after = children[k + 1:k + 2] if isinstance(module, nn.Sequential) else []
+                fused = bool(after) and type(after[0][1]) in ONEDNN_NAMES
+                packed = PackedLinear(child, dtype, after[0][1] if fused else None, fused)
+                setattr(module, name, packed)
+                if fused:
+                    setattr(module, after[0][0], nn.Identity())
+
+    def residual_block(self, block: HeadBlock) -> PackedBlock:
+        """A block of the flow head."""
+        self.linears(block)
+        self.linears(block.mlp)
+        return PackedBlock(block)
+
+
+def packed(generator: Generator, precision: str = "float32") -> Generator:
+    """A copy of the generator for sampling alone, with packed linear layers.
+
+    On a CPU, and in bf16, their weights are a second set in memory; all other weights are shared,
+    so that after a change of weights the copy is to be made again (`LastPacked` does).
     precision: 'float32' computes the same function up to rounding, 'bf16' makes the matrix
     products in bfloat16.
     Raises ValueError for another precision.
@@ -95,36 +124,58 @@ def prepared(generator: Generator, precision: str = "float32") -> Generator:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     tensors = (*generator.parameters(), *generator.buffers())
-    twin = copy.deepcopy(generator, {id(t): t for t in tensors})  # shared
-    for module in list(twin.modules()):
-        once = module is twin.head.time_mlp  # per run: no reason to round it
-        _replace_linear_layers(module, torch.float32 if once else PRECISIONS[precision])
-    twin.head.blocks = nn.ModuleList(map(ReadyBlock, twin.head.blocks))
-    return twin.eval()
+    copied = copy.deepcopy(generator, {id(t): t for t in tensors})  # shared
+    packer, in_head = Packer(precision), set(copied.head.modules())
+    copied.head.pack(packer)
+    for module in [m for m in copied.modules() if m not in in_head]:
+        packer.linears(module)
+    return copied.eval()
 
 
-def _replace_linear_layers(module: nn.Module, dtype: torch.dtype) -> None:
-    """Make the linear layers among a module's children ready, in an MLP with their activations."""
-    children = list(module.named_children())
-    for k, (name, child) in enumerate(children):
-        if isinstance(child, nn.Linear):
-            after = children[k + 1] if isinstance(module, nn.Sequential) and children[k + 1:] else 0
-            fused = after and type(after[1]) in ONEDNN_NAMES
-            setattr(module, name, ReadyLinear(child, dtype, after[1] if fused else None, fused))
-            if fused:
-                setattr(module, after[0], nn.Identity())
+def fingerprint(module: nn.Module) -> tuple:
+    """A value that changes with the weights, however they are written.
+
+    torch counts in-place changes, but not those by fused optimizers or through `p.data`.  So all
+    bytes are added up as 64-bit integers: any single change shows, and only writes that neither
+    torch counts nor that change the sum (weights that merely change places) do not.
+    """
+    tensors = [t.detach() for t in (*module.parameters(), *module.buffers())]
+    sums = []
+    for t in tensors:
+        flat = t.contiguous().view(-1).view(torch.uint8)
+        whole = flat.numel() // 8 * 8
+        sums += [flat[:whole].view(torch.int64).sum(), flat[whole:].sum()]
+    found = torch.stack(sums).tolist() if sums else []
+    return (*found, *((t.data_ptr(), t._version) for t in tensors))
 
 
-class LastPrepared:
-    """Keeps the last prepared copy of a generator, until its weights change."""
+class LastPacked:
+    """Keeps the last packed copy of a generator, and its CUDA graphs, until its weights change.
+
+    Copies and pickles of it are empty.
+    """
 
     def __init__(self) -> None:
-        self.key, self.copy = None, None
+        self.key, self.copy, self.graphs = None, None, {}
+
+    def __reduce__(self) -> tuple:
+        return LastPacked, ()
 
     def __call__(self, generator: Generator, precision: str) -> Generator:
-        """`prepared`, made again only where the precision or a weight is not the same."""
-        key = (precision, *((p.data_ptr(), p._version) for p in generator.parameters()))
+        """`packed`, made again only where the precision or a weight is not the same."""
+        key = (precision, fingerprint(generator))
         if key != self.key:
-            self.copy = None  # frees it first
-            self.key, self.copy = key, prepared(generator, precision)
+            self.copy, self.graphs = None, {}  # frees them first
+            self.key, self.copy = key, packed(generator, precision)
         return self.copy
+
+    def graphed(self, options: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` recorded last for these options; one set is kept.
+
+        To record takes as long as drawing a column several times, so one picture after the other
+        uses the same graphs.
+        """
+        if options not in self.graphs:
+            self.graphs = {}
+            self.graphs[options] = make()
+        return self.graphs[options]

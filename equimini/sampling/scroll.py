@@ -23,9 +23,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from equimini.sampler import SamplerState
 from equimini.sampling.image_generator import ImageGenerator
-from equimini.sampling.tiled_decoder import WindowedDecoder
+from equimini.sampling.options import SamplingOptions
+from equimini.sampling.tiled_decoder import TiledDecoder
 from equimini.utils import checkpoint
 from equimini.utils.checkpoint import weights_hash
 from equimini.utils.errors import UserError
@@ -152,25 +152,28 @@ def check_new(folder: Path) -> None:
                         "choose another folder with --out")
 
 
-def scroll(model: ImageGenerator, labels: Tensor, seed: int, folder: Path, *, tile: int,
-           caption: str = "", settings: dict[str, Any] | None = None,
-           resumed: dict[str, Any] | None = None, stop: Callable[[], bool] = lambda: False,
-           progress: Callable[[Iterable], Iterable] = iter, **options: Any) -> int:
+def scroll(model: ImageGenerator, labels: Tensor, seed: int, folder: Path,
+           options: SamplingOptions, *, tile: int, caption: str = "",
+           settings: dict[str, Any] | None = None, resumed: dict[str, Any] | None = None,
+           stop: Callable[[], bool] = lambda: False,
+           progress: Callable[[Iterable], Iterable] = iter) -> int:
     """Draw a scroll of one class per column into `folder`; returns how many columns are drawn.
 
     labels: (columns,) class numbers; tile: columns per tile; settings: kept in the state, for
-    whoever resumes; resumed: `load_state`'s dict to go on from; stop: asked after every column,
-    True ends the scroll there.  options: as for `ImageGenerator.draw`.
+    whoever resumes; resumed: `load_state`'s dict to continue from; stop: asked after every
+    column, True ends the scroll there.
     Neither time nor memory per column depends on the columns before.  Interrupted and resumed
     gives the same files as in one go.  Raises UserError for a state that does not fit.
     """
     f, height = model.tokenizer.config.f, model.tokenizer.config.image_size
-    state, decoder = SamplerState(), WindowedDecoder(model.decode_whole, f, model.windows)
+    decoder = TiledDecoder(model.decode_whole, f, model.windows)
+    # guidance as of any picture longer than the training's: nothing may depend on the length
+    stream = model.stream(labels[:1], [seed], max(len(labels), model.columns + 1), options)
     made_by = weights_hash(model.generator.state_dict())
     remove_leftovers(folder)
     if resumed:
         _check_resumed(resumed, made_by, labels, folder)
-        state = SamplerState(**_on(resumed["sampler"], model.device))
+        stream.load_state(_on(resumed["sampler"], model.device))
         vars(decoder).update(_on(resumed["decoder"], model.device))
     pictures = ScrollFolder(folder, tile * f, height, len(labels) * f, caption,
                             resumed["done"] if resumed else 0)
@@ -180,21 +183,21 @@ def scroll(model: ImageGenerator, labels: Tensor, seed: int, folder: Path, *, ti
 
     def save() -> None:
         checkpoint.save(folder / "state.pt", "scroll", {
-            "sampler": vars(state), "decoder": decoder.state(), "done": pictures.done,
+            "sampler": stream.state(), "decoder": decoder.state(), "done": pictures.done,
             "rest": pictures.rest, "generator": made_by, "settings": settings or {}})
         if decoder.columns >= 2:
             pictures.show_end(decoder.finish())
 
-    drawn = model.draw(labels[None], len(labels), [seed], state=state, **options)
-    for x in progress(drawn):
-        filled = [pictures.add(pixels) for pixels in decoder.push(x[:, None])]
+    for i in progress(range(stream.column, len(labels))):
+        stream.set_class(labels[i:i + 1])
+        filled = [pictures.add(pixels) for pixels in decoder.push(stream.draw()[:, None])]
         if any(filled) or time.monotonic() - saved > SAVE_SECONDS:
             save()
             saved = time.monotonic()
         if stop():
             break
     save()
-    return state.column
+    return stream.column
 
 
 def _on(values: Any, device: torch.device) -> Any:

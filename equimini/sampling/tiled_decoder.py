@@ -46,7 +46,7 @@ class Windows:
         return (1 - torch.cos((torch.arange(n) + 0.5) * (math.pi / max(n, 1)))) / 2
 
 
-class WindowedDecoder:
+class TiledDecoder:
     """Tokens in, from left to right; pixels out, as soon as they are final.
 
     decode: tokens (B, n, C) to pixels (B, 3, H, n·f).  Kept are at most one window of tokens and
@@ -105,5 +105,5 @@ def decode_windows(decode: Callable[[Tensor], Tensor], tokens: Tensor, f: int,
     Equal to decode(tokens) where N is at most one window, or where decode is local and `discard`
     covers its reach.
     """
-    decoder = WindowedDecoder(decode, f, windows)
+    decoder = TiledDecoder(decode, f, windows)
     return torch.cat((*decoder.push(tokens), decoder.finish()), -1)

@@ -35,9 +35,10 @@ from tqdm import tqdm
 
 from equimini import load_generator
 from equimini.config import Checked, flag
-from equimini.sampler import SOLVERS
+from equimini.sampler import SCHEDULES, SOLVERS
 from equimini.sampling.edit import load_tokens
-from equimini.sampling.image_generator import POSITIONS, SCHEDULES, ImageGenerator
+from equimini.sampling.image_generator import ImageGenerator
+from equimini.sampling.options import POSITIONS, SamplingOptions
 from equimini.show.seams import brightness
 from equimini.training.data import load_data
 from equimini.training.loaders import fixed_loader
@@ -64,7 +65,7 @@ class DriftConfig(Checked):
     lead_in: int = flag(0, "columns drawn before the pictures and cut off", min=0)
     count: int = flag(24, "pictures, of the classes in turn", min=1)
     cfg: float = flag(3.0, "guidance scale; 1: none", min=0)
-    cfg_schedule: str = flag("auto", "see sample.py", choices=SCHEDULES)
+    cfg_schedule: str = flag("auto", "see sample.py", choices=("auto", *SCHEDULES))
     solver: str = flag("midpoint", "see sample.py", choices=tuple(SOLVERS))
     steps: int = flag(10, "steps of the solver per column", min=1)
     temperature: float = flag(1.0, "see sample.py", min=0)
@@ -156,9 +157,9 @@ def draw(cfg: DriftConfig, model: ImageGenerator, positions: str) -> tuple[Tenso
     labels = torch.arange(cfg.count) % len(model.classes)
     seeds = range(cfg.seed, cfg.seed + cfg.count)
     n = cfg.lead_in + cfg.columns
-    drawn = model.draw(labels, n, seeds, cfg=cfg.cfg, schedule=cfg.cfg_schedule,
-                       solver=cfg.solver, steps=cfg.steps, positions=positions,
-                       temperature=cfg.temperature)
+    drawn = model.draw(labels[:, None].expand(-1, n), seeds, SamplingOptions(
+        cfg=cfg.cfg, cfg_schedule=cfg.cfg_schedule, solver=cfg.solver, steps=cfg.steps,
+        positions=positions, temperature=cfg.temperature))
     tokens = torch.stack(list(tqdm(drawn, desc=positions, total=n))[cfg.lead_in:], 1)
     return tokens, labels[:, None].expand(-1, cfg.columns)
 

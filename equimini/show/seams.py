@@ -31,6 +31,7 @@ from equimini.config import Checked, flag
 from equimini.losses import psnr
 from equimini.sampling.edit import load_tokens
 from equimini.sampling.image_generator import ImageGenerator
+from equimini.sampling.options import SamplingOptions
 from equimini.sampling.tiled_decoder import Windows
 from equimini.utils.command_line import parse, pick_device
 from equimini.utils.errors import UserError
@@ -123,8 +124,8 @@ def main(argv: list[str]) -> None:
     else:
         classes = [i % len(model.classes) for i in range(cfg.count)]
         tokens = model.sample_tokens(
-            classes, cfg.columns, range(cfg.count), cfg=cfg.cfg, solver="midpoint",
-            steps=cfg.steps, progress=lambda drawn: tqdm(drawn, "columns", cfg.columns))
+            classes, cfg.columns, range(cfg.count),
+            SamplingOptions(cfg=cfg.cfg, solver="midpoint", steps=cfg.steps), lambda drawn: tqdm(drawn, "columns", cfg.columns))
     f, n = model.tokenizer.config.f, tokens.shape[1]
     whole = model.decode_whole(tokens)
     usual = column_colours(whole, f).diff(dim=2).abs().mean()

@@ -8,7 +8,8 @@ import torch
 
 from equimini.autoencoder import Tokenizer, add_noise
 from equimini.config import flag
-from equimini.generator import Generator, flow_matching_errors, flow_matching_loss, random_crops
+from equimini.generator import (flow_matching_errors, flow_matching_loss, make_generator,
+                                random_crops)
 from equimini.noise import normal, rng, seed_torch, uniform
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.training.options import RunConfig
@@ -65,7 +66,7 @@ class GeneratorTrainer:
         self.tokenizer = tokenizer.to(self.device)
         seed_torch(self.seed, 0)  # initial weights
         channels = self.tokenizer.config.token_channels
-        self.model = Generator(setup.model, len(classes), channels).to(self.device)
+        self.model = make_generator(setup.model, len(classes), channels).to(self.device)
         self.ema = Ema(self.model, self.cfg.ema_decay, warmup=False)
         if self.opts.checkpoint_activations:
             self.model.checkpoint_activations()

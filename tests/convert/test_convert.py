@@ -25,7 +25,7 @@ import torch
 
 from equimini.convert import release as convert
 from equimini.convert.unpickle import ForeignFile, stored
-from equimini.sampler import column_noise, sample_tokens
+from equimini.sampler import ColumnSampler, Guidance, Stream, column_noise, sample_tokens
 from equimini.sampling.image_generator import load_generator
 from equimini.utils import checkpoint
 from equimini.utils.errors import UserError
@@ -217,9 +217,12 @@ def test_sampling_numerics(generator_weights, guidance, schedule):
     noise = torch.stack([column_noise(seeds, i, 16) for i in range(columns)], 1)
     options = dict(cfg=guidance, schedule=schedule, steps=steps)
     ours = sample_tokens(generator, torch.tensor(labels), columns, seeds, **options)
-    on = sample_tokens(generator, torch.tensor(labels), columns, seeds, prefix=ours[:, :4],
-                       **options)
-    for drawn in ours, on:  # from the start, and on from four given columns
+    stream = Stream(generator, torch.tensor(labels), seeds, ColumnSampler(generator.head, steps),
+                    Guidance(guidance, schedule, columns))
+    for i in range(4):
+        stream.feed(ours[:, i])
+    on = torch.cat((ours[:, :4], torch.stack([stream.draw() for _ in range(3)], 1)), 1)
+    for drawn in ours, on:  # from the start, and from four given columns
         assert_agrees(drawn, lambda w, noise: reference.trajectory(
             w, noise, labels, HEADS, WINDOW, steps, guidance, schedule == "linear"), weights, noise)
 

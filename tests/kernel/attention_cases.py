@@ -15,8 +15,8 @@ import random
 
 import torch
 
-from equimini.rope import rope_tables
 from equimini.attention import keep_mask
+from equimini.rope import rope_tables
 
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 33, 64, 97, 128, 130, 257)
 LAYOUTS = ("packed", "heads first", "unaligned", "last dimension strided")

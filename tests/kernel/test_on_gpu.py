@@ -12,8 +12,8 @@ import subprocess
 import pytest
 import torch
 
-from equimini.sampler import sample_tokens
-from equimini.sampling.packed_weights import prepared
+from equimini.sampling.image_generator import ImageGenerator
+from equimini.sampling.options import SamplingOptions
 from tests.helpers.scripts import GENERATOR, ROOT, TOKENIZER, command
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -70,12 +70,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained):
 
 
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-4), ("bf16", 3e-2)])
-def test_graphs_draw_the_same_columns(generator, precision, tolerance):
+def test_graphs_draw_the_same_columns(generator, tokenizer, precision, tolerance):
     """With a class that changes, and again from the graphs that were kept."""
-    ready = prepared(generator.to(DEVICE), precision)
+    model = ImageGenerator(generator.to(DEVICE), tokenizer.to(DEVICE), ["cat", "dog", "eel"])
     labels = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [2] * 8])
-    plain, graphed, again = (
-        sample_tokens(ready, labels, 8, [1, 2], cfg=2.0, steps=4, hold=6, cuda_graphs=graphs)
-        for graphs in (False, DEVICE == "cuda", DEVICE == "cuda"))
-    torch.testing.assert_close(graphed, plain, rtol=tolerance, atol=tolerance)
-    assert torch.equal(again, graphed)
+    plain, graphs, again = (
+        torch.stack(list(model.draw(labels, [1, 2], SamplingOptions(
+            steps=4, precision=precision, cuda_graphs=graphs))), 1)
+        for graphs in ("off", *2 * ["on" if DEVICE == "cuda" else "off"]))
+    torch.testing.assert_close(graphs, plain, rtol=tolerance, atol=tolerance)
+    assert torch.equal(again, graphs)

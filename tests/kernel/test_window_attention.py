@@ -24,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from attention_cases import Case, draw_case, draw_inputs, run_case  # noqa: E402
 
 import equimini.attention as module  # noqa: E402
-from equimini.rope import rope_tables  # noqa: E402
 from equimini.attention import (implementation, keep_mask, reference_backward,  # noqa: E402
-                                       reference_forward, visible_pairs, window_attention,
-                                       window_mask)
+                                reference_forward, visible_pairs, window_attention, window_mask)
+from equimini.rope import rope_tables  # noqa: E402
 
 ROOT = Path(module.__file__).parent
 OPERATOR = (torch.ops.equimini.window_attention.default,

@@ -7,17 +7,17 @@ import torch
 
 from equimini.autoencoder import Tokenizer, TokenizerConfig
 from equimini.columnize import ColumnConv, GridConv, columnize, rasterize
-from equimini.generator import Generator, GeneratorConfig, flow_matching_loss, random_crops
+from equimini.generator import GeneratorConfig, flow_matching_loss, make_generator, random_crops
 from equimini.noise import rng
 from equimini.presets import PRESETS, parameters
-from equimini.sampler import sample_tokens
+from equimini.sampler import Guidance, sample_plainly, sample_tokens
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
 from equimini.training.setup import Setup
 from equimini.utils.command_line import config_from_dict
 from tests.conftest import SMALL_GENERATOR, SMALL_TOKENIZER, randomize
 from tests.helpers.scripts import GENERATOR, mistake
-from tests.method.test_sampler import LABELS, SEEDS, literal
+from tests.method.test_sampler import LABELS, SEEDS, filled
 
 GRID = dataclasses.replace(SMALL_TOKENIZER, multipliers=(1, 2), attention_rows=(16,),
                            layout="grid")  # 32 pixels, f = 2: 16 rows, 4×4 patches
@@ -26,7 +26,7 @@ REAL = dataclasses.replace(SMALL_GENERATOR, real_equivariant=True)  # 3 layers, 
 
 @pytest.fixture
 def real():
-    return randomize(Generator(REAL, num_classes=3, channels=6)).eval()
+    return randomize(make_generator(REAL, num_classes=3, channels=6)).eval()
 
 
 def test_grid_tokens_are_patches_in_raster_order():
@@ -89,7 +89,7 @@ def test_generator_over_a_grid_samples_square_pictures_only():
     tokenizer = randomize(Tokenizer(GRID)).eval()
     tokenizer.set_statistics(0.0, 1.0)
     config = dataclasses.replace(SMALL_GENERATOR, window=16)
-    model = ImageGenerator(randomize(Generator(config, 2, 6)).eval(), tokenizer, ["a", "b"])
+    model = ImageGenerator(randomize(make_generator(config, 2, 6)).eval(), tokenizer, ["a", "b"])
     assert model.sample(["a", "b"], cfg=1, steps=1).shape == (2, 3, 32, 32)
     with pytest.raises(Exception, match="square pictures only"):
         model.sample(["a"], columns=20)
@@ -119,9 +119,9 @@ def test_real_equivariant_predicts_as_in_a_crop_wherever_it_lies(real):
 @torch.no_grad()
 def test_real_equivariant_sampler_equals_the_literal_one(real):
     drawn = sample_tokens(real, LABELS, 8, SEEDS, cfg=2.5, steps=3)
-    torch.testing.assert_close(drawn, literal(real, LABELS, 8, SEEDS, 2.5, "linear", 3),
+    torch.testing.assert_close(drawn, sample_plainly(real, LABELS, 8, SEEDS, 2.5, "linear", 3),
                                rtol=1e-4, atol=1e-4)
-    given = sample_tokens(real, LABELS, 8, SEEDS, cfg=2.5, steps=3, prefix=drawn[:, :4])
+    given = filled(real, drawn[:, :4], 8, guidance=Guidance(2.5, "linear", 8), steps=3)
     torch.testing.assert_close(given, drawn, rtol=1e-4, atol=1e-4)
 
 

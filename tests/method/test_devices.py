@@ -8,7 +8,6 @@ back from its tensors are made up.  What the code does for CUDA alone does not r
 
 import contextlib
 import dataclasses
-import functools
 from unittest.mock import patch
 
 import pytest
@@ -22,6 +21,9 @@ from equimini.presets import GeneratorTraining, TokenizerTraining
 from equimini.pretrained.lpips import Lpips
 from equimini.pretrained.vision_transformer import (DinoTaps, DinoV2Teacher, VisionTransformer,
                                                     resize_matrix)
+from equimini.sampling import image_generator
+from equimini.sampling.cuda_graphs import GraphedColumn, GraphedStep
+from equimini.sampling.options import SamplingOptions
 from equimini.training import tokenizer_trainer
 from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
 from equimini.training.setup import Setup
@@ -112,19 +114,19 @@ def test_tokenizer_training(strict, losses):
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("options", [{}, {"positions": "grow", "cfg": 1.0}, {"solver": "heun"},
-                                     {"prefix": 5, "redraw": (2,)}, {"cuda_graphs": True}],
+                                     {"cuda_graphs": "on"}],
                          ids=str)
 def test_sampling(strict, model, precision, options, monkeypatch):
-    monkeypatch.setattr(sampler, "_check", lambda *_: None)
-    for name in ("GraphedStep", "GraphedColumn"):  # the recording without CUDA
-        graphed = functools.partial(getattr(sampler, name), record=lambda f, x: (bool, f(*x)))
-        monkeypatch.setattr(sampler, name, graphed)
-    if "prefix" in options:
-        options = options | {"prefix": torch.zeros(2, options["prefix"], 6)}
+    monkeypatch.setattr(sampler, "_check_labels", lambda *_: None)  # fake labels have no values
+
+    def record(function, buffers):  # without CUDA
+        return bool, function(*buffers)
+    monkeypatch.setattr(image_generator, "graphed", lambda generator, draw, last: (
+        GraphedStep(generator, last, record), GraphedColumn(draw, record)))
     model.generator.to(META), model.tokenizer.to(META)
     labels = torch.tensor([0, 1])
     with strict:
-        columns = list(model.draw(labels, 12, [0, 1], **{"cfg": 2.0, "steps": 2, **options},
-                                  precision=precision))
+        columns = list(model.draw(labels[:, None].expand(-1, 12), [0, 1], SamplingOptions(
+            **{"cfg": 2.0, "steps": 2, "precision": precision, **options})))
         assert all(x.device == META for x in columns)
         model.decode(torch.stack(columns * 4, 1))

@@ -1,4 +1,4 @@
-"""Drawing columns: against the literal sampler, guidance, seeds, prefixes."""
+"""Drawing columns: against the plain sampler, guidance, seeds, given columns, swapped parts."""
 
 import copy
 import inspect
@@ -7,28 +7,27 @@ import pytest
 import torch
 
 from equimini import sampler
-from equimini.bench.sample import literal
-from equimini.sampler import (ColumnSampler, SamplerState, column_noise, guidance_scale, guided,
-                              sample_columns, sample_tokens)
-from equimini.sampling.packed_weights import prepared
+from equimini.sampler import (ColumnSampler, Guidance, Solver, Stream, column_noise, sample_columns,
+                              sample_plainly, sample_tokens)
+from equimini.sampling.packed_weights import packed
 
 LABELS = torch.tensor([0, 2, 1])
 SEEDS = [3, 4, 5]
 
 
 def errors(generator, drawn, *arguments):
-    """RMS errors of `drawn` and of the literal float32 sampler, against the literal in float64."""
-    truth = literal(copy.deepcopy(generator).double(), *arguments)
-    slow = literal(generator, *arguments)
+    """RMS errors of `drawn` and of the plain float32 sampler, against the plain one in float64."""
+    truth = sample_plainly(copy.deepcopy(generator).double(), *arguments)
+    slow = sample_plainly(generator, *arguments)
     return [(x - truth).square().mean().sqrt().item() for x in (drawn, slow)]
 
 
 @pytest.mark.parametrize("schedule", ("linear", "constant"))
 @pytest.mark.parametrize("rows", (1, 20, 256))  # one step at a time; three (not a divisor); all
-def test_fast_sampler_equals_the_literal_one(generator, schedule, rows, monkeypatch):
-    """It may err four times as much as the literal one, whose sums only have another order."""
+def test_fast_sampler_equals_the_plain_one(generator, schedule, rows, monkeypatch):
+    """It may err four times as much as the plain one, whose sums only have another order."""
     monkeypatch.setattr(sampler, "PRODUCT_ROWS", rows)
-    for ready in (generator, prepared(generator)):
+    for ready in (generator, packed(generator)):
         drawn = sample_tokens(ready, LABELS, 8, SEEDS, cfg=2.5, schedule=schedule, steps=7)
         fast, slow = errors(generator, drawn, LABELS, 8, SEEDS, 2.5, schedule, 7)
         assert fast <= 4 * slow < 1e-4
@@ -50,17 +49,22 @@ def test_modulations_are_computed_once_per_time(generator, monkeypatch):
 
 
 def test_guidance_schedules():
-    assert [guidance_scale(i, 4, 3.0) for i in range(4)] == [1.5, 2.0, 2.5, 3.0]
-    assert [guidance_scale(i, 4, 3.0, "constant") for i in range(4)] == [3.0] * 4
-    assert guidance_scale(2, 7, 1.0) == 1.0
+    assert [Guidance(3.0, "linear", 4).scale(i) for i in range(6)] == [1.5, 2.0, 2.5, 3.0, 3.0, 3.0]
+    assert [Guidance(3.0, "constant", 4).scale(i) for i in range(4)] == [3.0] * 4
+    assert Guidance(1.0, "linear", 7).scale(2) == 1.0
     with pytest.raises(ValueError, match="schedule"):
-        guidance_scale(0, 4, 3.0, "cosine")
+        Guidance(3.0, "cosine")
 
 
-def test_guided_velocity_endpoints():
-    v = torch.randn(6, 5)
-    torch.testing.assert_close(guided(v, 1.0), v[:3])
-    assert torch.equal(guided(v, 0.0), v[3:])
+def test_guided_velocity_endpoints(generator):
+    """v_uncond + s·(v_cond − v_uncond), both branches from the same noise."""
+    draw, noise = ColumnSampler(generator.head, 1), torch.randn(3, 6)
+    cond, uncond = torch.randn(2, 3, 32)
+    with torch.no_grad():
+        ends = [noise - draw(z, noise, 1.0) for z in (cond, uncond)]  # one Euler step: the velocity
+        for s in (0.0, 1.0, 2.5):
+            v = noise - draw(torch.cat((cond, uncond)), noise, s)
+            torch.testing.assert_close(v, ends[1] + s * (ends[0] - ends[1]), rtol=1e-4, atol=1e-4)
 
 
 def test_scale_one_is_exactly_the_conditional_branch(generator):
@@ -69,7 +73,7 @@ def test_scale_one_is_exactly_the_conditional_branch(generator):
     generator.head.velocity = lambda x, m: calls.append(len(x)) or inner(x, m)
     drawn = sample_tokens(generator, LABELS, 5, SEEDS, cfg=1.0, steps=3)
     assert calls == [3] * 15  # the null branch did not run
-    slow = literal(generator, LABELS, 5, SEEDS, 1.0, "constant", 3)
+    slow = sample_plainly(generator, LABELS, 5, SEEDS, 1.0, "constant", 3)
     torch.testing.assert_close(drawn, slow, rtol=1e-4, atol=1e-4)
 
 
@@ -87,18 +91,26 @@ def test_a_longer_image_begins_with_the_shorter_one_under_constant_guidance(gene
     torch.testing.assert_close(long[:, :4], short)
 
 
-def test_a_prefix_is_continued_as_if_it_had_been_drawn(generator):
-    options = dict(cfg=2.0, steps=4)
-    whole = sample_tokens(generator, LABELS, 9, SEEDS, **options)
-    rest = sample_tokens(generator, LABELS, 9, SEEDS, prefix=whole[:, :5], **options)
-    torch.testing.assert_close(rest, whole, rtol=1e-4, atol=1e-4)
-    assert len(list(sample_columns(generator, LABELS, 9, SEEDS, prefix=whole[:, :5]))) == 4
+def fill(generator, given, columns, seeds=SEEDS, draw=(), guidance=Guidance(2.0, "linear", 9),
+         steps=4, **options):
+    """`given` (B, P, C) fed into a stream, but for the columns in `draw`; then up to `columns`."""
+    stream = Stream(generator, LABELS, seeds, ColumnSampler(generator.head, steps), guidance,
+                    **options)
+    for i in range(columns):
+        if i < given.shape[1] and i not in draw:
+            stream.feed(given[:, i])
+            yield given[:, i]
+        else:
+            yield stream.draw()
+
+
+def filled(*arguments, **options):
+    return torch.stack(list(fill(*arguments, **options)), 1)
 
 
 def test_guidance_reaches_its_full_scale_and_stays(generator):
-    assert [guidance_scale(i, 2, 3.0) for i in range(4)] == [2.0, 3.0, 3.0, 3.0]
-    long = sample_tokens(generator, LABELS, 9, SEEDS, cfg=2.0, steps=3, guidance_columns=4)
-    other = sample_tokens(generator, LABELS, 6, SEEDS, cfg=2.0, steps=3, guidance_columns=4)
+    nothing, rising = torch.zeros(3, 0, 6), Guidance(2.0, "linear", 4)
+    long, other = (filled(generator, nothing, n, guidance=rising) for n in (9, 6))
     assert torch.equal(long[:, :6], other)  # the length plays no part
 
 
@@ -117,45 +129,77 @@ def test_columns_are_drawn_under_their_own_class(generator):
         for i in range(4):
             generator(plain[:, i:i + 1], contexts[0], i, cache)
         z = generator(plain[:, 4:5], contexts[1], 4, cache)[:, 0]
-    one = sample_tokens(generator, classes, 8, SEEDS, cfg=1.0, steps=3, prefix=plain[:, :5])
     draw = ColumnSampler(generator.head, steps=3)
+    stream = Stream(generator, LABELS, SEEDS, draw)
+    for i in range(5):
+        stream.feed(plain[:, i])
+    stream.set_class((LABELS + 1) % 3)
     with torch.no_grad():
         expected = draw(z, column_noise(SEEDS, 5, generator.channels), 1.0)
-    torch.testing.assert_close(one[:, 5], expected)
+    torch.testing.assert_close(stream.draw(), expected)
 
 
 def test_a_given_column_and_a_drawn_one_leave_the_same_to_the_last_bit(generator):
-    options = dict(cfg=2.0, steps=4)
-    whole = sample_tokens(generator, LABELS, 9, SEEDS, **options)
-    rest = sample_tokens(generator, LABELS, 9, SEEDS, prefix=whole[:, :5], **options)
-    assert torch.equal(rest, whole)
-    again = sample_tokens(generator, LABELS, 9, SEEDS, prefix=whole, redraw=[3, 4], **options)
-    assert torch.equal(again, whole)
+    whole = sample_tokens(generator, LABELS, 9, SEEDS, cfg=2.0, steps=4)
+    assert torch.equal(filled(generator, whole[:, :5], 9), whole)
+    assert torch.equal(filled(generator, whole, 9, draw=[3, 4]), whole)
 
 
 def test_columns_drawn_again_leave_the_others_alone(generator):
-    options = dict(cfg=2.0, steps=4)
-    whole = sample_tokens(generator, LABELS, 9, SEEDS, **options)
+    whole = sample_tokens(generator, LABELS, 9, SEEDS, cfg=2.0, steps=4)
     new = [seed + 10 for seed in SEEDS]
-    kept = sample_tokens(generator, LABELS, 9, new, prefix=whole, redraw=[3, 4], **options)
+    kept = filled(generator, whole, 9, new, draw=[3, 4])
     same = [(kept[:, i] == whole[:, i]).all().item() for i in range(9)]
     assert same == [i not in (3, 4) for i in range(9)]
-    later = sample_tokens(generator, LABELS, 9, new, prefix=whole, redraw=range(3, 9), **options)
+    later = filled(generator, whole, 9, new, draw=range(3, 9))
     assert torch.equal(later[:, :5], kept[:, :5]) and (later[:, 5:] != whole[:, 5:]).any()
-    assert len(list(sample_columns(generator, LABELS, 9, new, prefix=whole, redraw=[4]))) == 1
 
 
-def test_a_saved_state_goes_on_to_the_last_bit_and_does_not_grow(generator):
-    options = dict(cfg=2.0, schedule="constant", steps=3)
-    whole = sample_tokens(generator, LABELS, 12, SEEDS, **options)
-    state, sizes = SamplerState(), []
-    for _ in sample_columns(generator, LABELS, 12, SEEDS, state=state, **options):
-        sizes.append(sum(x.numel() for pair in state.cache for x in pair))
-        if state.column == 7:
-            kept = copy.deepcopy(state)
+def test_a_saved_state_is_continued_to_the_last_bit_and_does_not_grow(generator):
+    def begin():
+        return Stream(generator, LABELS, SEEDS, ColumnSampler(generator.head, 3),
+                      Guidance(2.0, "constant"))
+    whole = sample_tokens(generator, LABELS, 12, SEEDS, cfg=2.0, schedule="constant", steps=3)
+    stream, resumed, sizes = begin(), begin(), []
+    while stream.column < 12:
+        stream.draw()
+        sizes.append(sum(x.numel() for pair in stream.cache for x in pair))
+        if stream.column == 7:
+            resumed.load_state(copy.deepcopy(stream.state()))
     assert sizes[3:] == sizes[3:4] * 9
-    rest = list(sample_columns(generator, LABELS, 12, SEEDS, state=kept, **options))
-    assert torch.equal(torch.stack(rest, 1), whole[:, 7:])
+    assert torch.equal(torch.stack([resumed.draw() for _ in range(5)], 1), whole[:, 7:])
+
+
+class LinearHead(torch.nn.Module):
+    """v = A·x + t·z: all that a head of one's own needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Linear(6, 6, bias=False)
+
+    def embed_time(self, t):
+        return t[:, None]
+
+    def modulations(self, time, z):
+        return [(time * z[..., :6],)]
+
+    def velocity(self, x, modulations):
+        return self.a(x) + modulations[0][0]
+
+    def pack(self, packer):
+        packer.linears(self)
+
+
+def test_another_head_and_another_solver(generator):
+    """Swapped in: exact for v = t·z, as a step's integral of t is (t² − r²)/2 at the midpoint."""
+    generator.head = LinearHead()
+    torch.nn.init.zeros_(generator.head.a.weight)
+    middle = Solver(lambda v, x, t, r: x + (r - t) * v(x, (t + r) / 2),
+                    lambda t, r: ((t + r) / 2,))
+    for model in (generator, packed(generator)):
+        drawn = sample_tokens(model, LABELS, 4, SEEDS, steps=2, solver=middle)
+        z = generator.encode_classes(LABELS).z0[:, 0, :6].detach()
+        torch.testing.assert_close(drawn[:, 0], column_noise(SEEDS, 0, 6) - z / 2)
 
 
 def test_temperature_scales_the_noise(generator):
@@ -172,22 +216,22 @@ def test_temperature_scales_the_noise(generator):
 
 def test_held_positions(generator):
     free = sample_tokens(generator, LABELS, 10, SEEDS, cfg=1.0, steps=3)
-    held = sample_tokens(generator, LABELS, 10, SEEDS, cfg=1.0, steps=3, hold=4)
+    held = filled(generator, torch.zeros(3, 0, 6), 10, guidance=Guidance(), steps=3, max_position=4)
     # column i follows from the token at position i − 1: 5 is the last one with a position up to 4
     assert torch.equal(held[:, :6], free[:, :6]) and (held[:, 6] != free[:, 6]).any()
     with torch.no_grad():  # beyond the limit, no place can be told from another
         tokens, context = torch.randn(3, 6, generator.channels), generator.encode_classes(LABELS)
-        near, far = (generator(tokens, context, p, hold=4) for p in (20, 10_000))
+        near, far = (generator(tokens, context, p, max_position=4) for p in (20, 10_000))
         torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-5)
         assert (generator(tokens, context, 20) - generator(tokens, context, 30)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("change, name", (
-    (dict(seeds=[1, 2]), "seeds"), (dict(seeds=[1, 2, -1]), "seeds"), (dict(columns=0), "columns"),
+    (dict(seeds=[1, 2]), "seeds"), (dict(seeds=[1, 2, -1]), "seeds"),
     (dict(labels=torch.tensor([0, 1, 3])), "labels"), (dict(steps=0), "steps"),
+    (dict(labels=torch.zeros(3, 5, dtype=torch.long)), "labels must be .B,. or .B, columns = 4"),
     (dict(solver="rk4"), "solver must be one of euler, midpoint, heun"),
-    (dict(time_shift=0.0), "time_shift"), (dict(temperature=-1.0), "temperature"),
-    (dict(cuda_graphs=True), "cuda_graphs")))
+    (dict(time_shift=0.0), "time_shift"), (dict(temperature=-1.0), "temperature")))
 def test_bad_arguments_are_named(generator, change, name):
     arguments = dict(labels=LABELS, columns=4, seeds=SEEDS) | change
     with pytest.raises(ValueError, match=name):

@@ -1,6 +1,7 @@
 """The ODE solvers: known fields, orders of convergence, grids of times."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,19 +11,25 @@ from equimini.sampler import SOLVERS, euler, evaluation_times, time_grid
 from tests.conftest import randomize
 
 
+def along(step, velocity, x, times):
+    for t, r in pairwise(times):
+        x = step(velocity, x, t, r)
+    return x
+
+
 def test_euler_on_known_fields():
     x = torch.tensor([3.0, -1.0], dtype=torch.float64)
     constant = torch.tensor([0.5, 2.0], dtype=torch.float64)
-    torch.testing.assert_close(euler(lambda x, t: constant, x, time_grid(10)), x - constant)
+    torch.testing.assert_close(along(euler, lambda x, t: constant, x, time_grid(10)), x - constant)
     # dx/dt = x has the solution x(0) = x(1)/e; Euler's is x(1)·(1 − 1/n)^n
-    torch.testing.assert_close(euler(lambda x, t: x, x, time_grid(50)), x * (1 - 1 / 50) ** 50)
+    torch.testing.assert_close(along(euler, lambda x, t: x, x, time_grid(50)), x * (1 - 1 / 50) ** 50)
 
 
 def test_euler_carries_noise_to_the_data_when_the_velocity_is_exact():
     """One data point x*: v = (x_t − x*)/t, and any number of steps ends on x*."""
     star, eps = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
     for shift in (1.0, 3.0):
-        ends = euler(lambda x, t: (x - star) / t, eps, time_grid(9, shift))
+        ends = along(euler, lambda x, t: (x - star) / t, eps, time_grid(9, shift))
         torch.testing.assert_close(ends, star)
 
 
@@ -47,7 +54,7 @@ def test_order_of_convergence(solver, order, shift):
         return x
 
     truth = rk4(1.5, 4096)
-    coarse, fine = (abs(SOLVERS[solver](field, 1.5, time_grid(n, shift)) - truth)
+    coarse, fine = (abs(along(SOLVERS[solver].step, field, 1.5, time_grid(n, shift)) - truth)
                     for n in (256, 512))
     # the next term of the error's expansion is of the order 1/256: far under 0.1
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
@@ -72,6 +79,10 @@ def test_evaluations_are_counted_and_in_order():
     assert evaluation_times("euler", grid) == [1.0, 0.75, 0.5, 0.25]
     assert evaluation_times("midpoint", grid) == [1, .875, .75, .625, .5, .375, .25, .125]
     assert evaluation_times("heun", grid) == [1, .75, .75, .5, .5, .25, .25, 0]
+    for solver in SOLVERS.values():  # they ask for the velocity when they say
+        asked = []
+        along(solver.step, lambda x, t: asked.append(t) or x, 1.0, grid)
+        assert asked == evaluation_times(solver, grid)
     with pytest.raises(ValueError, match="solver must be one of"):
         evaluation_times("rk4", grid)
 

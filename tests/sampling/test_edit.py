@@ -5,14 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from equimini.sampling.class_schedule import parse_plan, plan_labels
+from equimini.sampling.class_schedule import parse_schedule, schedule_labels
 from equimini.sampling.edit import (UNKNOWN, Tokens, extend, load_tokens, next_seed, open_picture,
                                     parse_columns, paste, resample, save_tokens)
+from equimini.sampling.options import SamplingOptions
 from equimini.utils import checkpoint
 from equimini.utils.errors import UserError
 from equimini.utils.images import to_uint8
 
-OPTIONS = dict(cfg=2.0, steps=3)
+HOW = SamplingOptions(cfg=2.0, steps=3)
 
 
 def close(a, b):
@@ -23,7 +24,7 @@ def close(a, b):
 def drawn(model) -> Tokens:
     """Two pictures of ten columns, the second one turning from cat to eel."""
     labels = torch.tensor([[0] * 10, [0] * 6 + [2] * 4])
-    tokens = torch.stack(list(model.draw(labels, 10, [4, 9], **OPTIONS)), 1)
+    tokens = torch.stack(list(model.draw(labels, [4, 9], HOW)), 1)
     return Tokens(tokens, labels, torch.tensor([[4] * 10, [9] * 10]), {"steps": 3})
 
 
@@ -51,7 +52,7 @@ def test_classes_of_a_token_file_are_found_by_name(model, drawn, tmp_path):
     back = load_tokens(tmp_path / "a.pt", model)
     assert back.labels[1].tolist() == [UNKNOWN] * 6 + [0] * 4
     with pytest.raises(UserError, match="--classes"):
-        resample(model, back[1], [2], [5], **OPTIONS)
+        resample(model, back[1], [2], [5], HOW)
 
 
 def test_token_files_that_do_not_serve_are_refused(model, drawn, tmp_path):
@@ -76,51 +77,51 @@ def test_token_files_that_do_not_serve_are_refused(model, drawn, tmp_path):
 
 def test_columns_of_a_token_file_drawn_again_with_their_own_seed_are_the_same(model, drawn):
     one = drawn[1]
-    same = resample(model, one, [6, 7], [9], **OPTIONS)
+    same = resample(model, one, [6, 7], [9], HOW)
     close(same.tokens, one.tokens)  # drawn alone and in a batch of two: equal to rounding
     assert torch.equal(same.tokens[:, :6], one.tokens[:, :6])
     assert torch.equal(same.seeds, one.seeds)
     seed = next_seed(one)
-    other = resample(model, one, [6, 7], [seed, seed + 1], **OPTIONS)
+    other = resample(model, one, [6, 7], [seed, seed + 1], HOW)
     assert other.seeds[1].tolist() == [9] * 6 + [11] * 2 + [9] * 2
     kept = [0, 1, 2, 3, 4, 5, 8, 9]
     assert torch.equal(other.tokens[0, kept], one.tokens[0, kept])
     assert (other.tokens[:, 6:8] != one.tokens[:, 6:8]).any(-1).all()
     assert (other.tokens[0, 6:8] != other.tokens[1, 6:8]).any()
-    later = resample(model, one, [6, 7], [seed], later=True, **OPTIONS)
+    later = resample(model, one, [6, 7, 8, 9], [seed], HOW)
     close(later.tokens[0, :8], other.tokens[0, :8])
     assert (later.tokens[0, 8:] != one.tokens[0, 8:]).any(-1).all()
 
 
 def test_another_class_for_the_drawn_columns_only(model, drawn):
-    changed = resample(model, drawn[0], [4, 5], [20], plan=[(1, 0)], **OPTIONS)
+    changed = resample(model, drawn[0], [4, 5], [20], HOW, [(1, 0)])
     assert changed.labels[0].tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 0]
 
 
 def test_a_picture_is_continued_as_if_it_had_been_drawn(model, drawn):
     shorter = Tokens(drawn.tokens[:1, :7], drawn.labels[:1, :7], drawn.seeds[:1, :7])
-    longer = extend(model, shorter, 3, [4], **OPTIONS)
+    longer = extend(model, shorter, 3, [4], HOW)
     # ten columns are longer than the training pictures: guidance is constant either way
     close(longer.tokens, drawn.tokens[:1])
-    turned = extend(model, shorter, 4, [4], plan=[(1, 2), (2, 2)], **OPTIONS)
+    turned = extend(model, shorter, 4, [4], HOW, [(1, 2), (2, 2)])
     assert turned.labels[0].tolist() == [0] * 7 + [1, 1, 2, 2]
 
 
 def test_a_photograph_is_encoded_and_keeps_its_pixels(model, photo):
     with pytest.raises(UserError, match="--classes"):
-        resample(model, open_picture(photo, model)[0], [2], [0], **OPTIONS)
+        resample(model, open_picture(photo, model)[0], [2], [0], HOW)
     source, before = open_picture(photo, model)
     assert source.tokens.shape == (1, 8, 6) and before.shape == (1, 3, 32, 32)
     scaled = np.asarray(Image.open(photo).resize((35, 32), Image.Resampling.BICUBIC))
     assert np.array_equal(to_uint8(before)[0], scaled[:, :32])
     assert np.array_equal(to_uint8(open_picture(photo, model, keep="right")[1])[0], scaled[:, 3:])
-    drawn = resample(model, source, [5], [0], plan=[(1, 0)], **OPTIONS)
+    drawn = resample(model, source, [5], [0], HOW, [(1, 0)])
     changed = torch.arange(8) == 5
     after = paste(before, model.decode(drawn.tokens), changed, f=4, fade=1)
     assert np.array_equal(to_uint8(after)[0, :, :16], scaled[:, :16])  # columns 0-3
     assert np.array_equal(to_uint8(after)[0, :, 28:], scaled[:, 28:32])  # column 7
     assert torch.equal(after[..., 20:24], model.decode(drawn.tokens)[..., 20:24])
-    extend(model, source, 2, [0], plan=[(1, 0)], **OPTIONS)
+    extend(model, source, 2, [0], HOW, [(1, 0)])
 
 
 def test_pasting_goes_over_smoothly_and_leaves_the_rest():
@@ -163,11 +164,11 @@ def test_lists_of_columns():
 
 def test_class_plans(model):
     def read(text):
-        return parse_plan(text, model.class_numbers, model.classes)
+        return parse_schedule(text, model.class_numbers, model.classes)
 
     assert read("cat, eel") == [(0, 0), (2, 0)] and read("1:3,cat:2") == [(1, 3), (0, 2)]
-    assert plan_labels(read("cat:3,eel:2"), 12).tolist() == [0, 0, 0, 2, 2] * 2 + [0, 0]
-    assert plan_labels(read("dog"), 3).tolist() == [1, 1, 1]
+    assert schedule_labels(read("cat:3,eel:2"), 12).tolist() == [0, 0, 0, 2, 2] * 2 + [0, 0]
+    assert schedule_labels(read("dog"), 3).tolist() == [1, 1, 1]
     model.classes = ["cat", "dog", "a:2"]
     assert read("a:2,cat") == [(2, 0), (0, 0)] and read("a:2:5,cat:1") == [(2, 5), (0, 1)]
     for text, message in (("cat:3,dog", "to every class"), ("cat:0", "from 1 up"),
@@ -176,6 +177,6 @@ def test_class_plans(model):
         with pytest.raises(UserError, match=message):
             read(text)
     with pytest.raises(UserError, match="lengths in columns"):
-        plan_labels([(0, 0), (1, 0)], 8)
+        schedule_labels([(0, 0), (1, 0)], 8)
     with pytest.raises(UserError, match="add up to 9"):
-        plan_labels([(0, 5), (1, 4)], 8)
+        schedule_labels([(0, 5), (1, 4)], 8)

@@ -1,7 +1,8 @@
-"""Generators made ready for sampling: layouts of weights, bf16, static buffers."""
+"""Generators packed for sampling: layouts of weights, bf16, static buffers."""
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -9,25 +10,25 @@ from torch import nn
 
 from equimini.generator import Generator
 from equimini.sampler import ColumnSampler, sample_tokens
-from equimini.sampling import packed_weights as inference
-from equimini.sampling.cuda_graphs import GraphedColumn, GraphedStep, StaticCall, kept
-from equimini.sampling.packed_weights import LastPrepared, ReadyLinear, prepared
+from equimini.sampling import packed_weights
+from equimini.sampling.cuda_graphs import GraphedColumn, GraphedStep, StaticCall
+from equimini.sampling.packed_weights import LastPacked, PackedLinear, packed
 
 LABELS = torch.tensor([0, 2, 1])
 SEEDS = [3, 4, 5]
 
 
 @pytest.mark.parametrize("rows", (1, 2, 7, 300))
-@pytest.mark.parametrize("packed", (True, False))  # False: as on a GPU, or without oneDNN
+@pytest.mark.parametrize("onednn", (True, False))  # False: as on a GPU, or without oneDNN
 @torch.no_grad()
-def test_ready_linear(rows, packed, monkeypatch):
-    if not packed:
-        monkeypatch.setattr(inference, "packs", lambda weight: False)
+def test_packed_linear(rows, onednn, monkeypatch):
+    if not onednn:
+        monkeypatch.setattr(packed_weights, "packs", lambda weight: False)
     linear, x = nn.Linear(37, 53), torch.randn(2, rows, 37)
     truth = (x.double() @ linear.weight.double().T + linear.bias.double())
     size = x.abs() @ linear.weight.abs().T + linear.bias.abs()  # of the terms that are summed
     for dtype, roundings in ((torch.float32, 39), (torch.bfloat16, 5)):
-        y = ReadyLinear(linear, dtype)(x)
+        y = PackedLinear(linear, dtype)(x)
         assert y.dtype == torch.float32
         # float32: 38 sums at worst, and the bias; bf16: x, w, bias, the result, and float32's sums
         unit = torch.finfo(dtype).eps / 2
@@ -35,22 +36,22 @@ def test_ready_linear(rows, packed, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_prepared_copy_leaves_the_original_alone(generator):
+def test_a_packed_copy_leaves_the_original_alone(generator):
     before, names = copy.deepcopy(generator.state_dict()), str(generator)
     generator.train()
-    ready = prepared(generator)
+    ready = packed(generator)
     assert not ready.training and all(m.training for m in generator.modules())
     assert str(generator) == names and not any(type(m) is nn.Linear for m in ready.modules())
     assert isinstance(ready, Generator) and ready.no_class is generator.no_class
     for name, value in generator.state_dict().items():
         assert torch.equal(value, before[name])
     with pytest.raises(ValueError, match="precision must be one of float32, bf16"):
-        prepared(generator, "fp8")
+        packed(generator, "fp8")
 
 
 @torch.no_grad()
-def test_a_prepared_copy_is_kept_until_a_weight_changes(generator):
-    keep = LastPrepared()
+def test_a_packed_copy_is_kept_until_a_weight_changes(generator):
+    keep = LastPacked()
     first = keep(generator, "float32")
     assert keep(generator, "float32") is first
     assert keep(generator, "bf16") is not first
@@ -62,13 +63,42 @@ def test_a_prepared_copy_is_kept_until_a_weight_changes(generator):
     assert not torch.allclose(before, after, atol=0.1)
 
 
-@pytest.mark.parametrize("packed", (True, False))
-def test_bf16_deviates_as_bf16_should(generator, packed, monkeypatch):
+@pytest.mark.parametrize("precision", ("float32", "bf16"))
+@pytest.mark.parametrize("write", ("fused AdamW", "data", "one bit"))
+def test_weights_that_were_written_unseen_are_packed_again(generator, precision, write):
+    """torch does not count these changes; a column is drawn from the new weights all the same."""
+    keep, weight = LastPacked(), generator.head.x_out.weight
+    keep(generator, precision)
+    if write == "fused AdamW":
+        optimizer = torch.optim.AdamW(generator.parameters(), lr=0.1, fused=True)
+        generator.head.x_out(torch.ones(24)).sum().backward()
+        optimizer.step()
+    elif write == "data":
+        weight.data.add_(0.1)
+    else:
+        weight.data.view(torch.int32)[0, 0] ^= 1
+    after, fresh = (sample_tokens(g, LABELS, 1, SEEDS, steps=1)
+                    for g in (keep(generator, precision), packed(generator, precision)))
+    assert torch.equal(after, fresh)
+    if write == "one bit":
+        assert keep.copy is not keep(generator, "bf16" if precision == "float32" else "float32")
+
+
+def test_a_model_that_has_sampled_is_copied_and_saved(model, tmp_path):
+    before = model.sample([0], steps=1)
+    torch.save(model, tmp_path / "model.pt")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)),
+                 torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(twin.sample([0], steps=1), before)
+
+
+@pytest.mark.parametrize("onednn", (True, False))
+def test_bf16_deviates_as_bf16_should(generator, onednn, monkeypatch):
     """Unit roundoff 2⁻⁹ per product, carried through some 30 layers and 5 columns."""
-    if not packed:
-        monkeypatch.setattr(inference, "packs", lambda weight: False)
+    if not onednn:
+        monkeypatch.setattr(packed_weights, "packs", lambda weight: False)
     exact = sample_tokens(generator, LABELS, 5, SEEDS, cfg=2.0, steps=8)
-    drawn = sample_tokens(prepared(generator, "bf16"), LABELS, 5, SEEDS, cfg=2.0, steps=8)
+    drawn = sample_tokens(packed(generator, "bf16"), LABELS, 5, SEEDS, cfg=2.0, steps=8)
     assert drawn.dtype == torch.float32
     deviation = (drawn - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert 2**-12 < deviation < 30 * 2**-9
@@ -97,25 +127,22 @@ def test_static_calls_copy_in_and_out():
 
 
 def test_graphs_are_kept_for_the_same_options_and_weights(generator):
-    made = []
+    made, keep = iter(range(9)), LastPacked()
 
-    def make():
-        made.append(len(made))
-        return made[-1], None
+    def graphs(options):
+        keep(generator, "float32")
+        return keep.graphed(options, lambda: next(made))
 
-    calls = [(0, 1), (0, 1), (0, 2), (0, 2)]
-    assert [kept(generator, options, make)[0] for options in calls] == [0, 0, 1, 1]
-    with torch.no_grad():
-        generator.no_class.add_(1)
-    assert kept(generator, (0, 2), make)[0] == 2
-    assert kept(copy.deepcopy(generator), (0, 2), make)[0] == 3  # a copy records its own
+    assert [graphs(options) for options in (1, 1, 2, 2)] == [0, 0, 1, 1]
+    generator.no_class.data.add_(1)
+    assert graphs(2) == 2
 
 
 @torch.no_grad()
 def test_static_buffers_draw_the_same_columns(generator):
     """What a CUDA graph replays, called over the same buffers without a graph."""
     plain_draw = ColumnSampler(generator.head, 4)
-    steps = (functools.partial(generator, hold=4), GraphedStep(generator, 4, rerun))
+    steps = (functools.partial(generator, max_position=4), GraphedStep(generator, 4, rerun))
     draws = (plain_draw, GraphedColumn(plain_draw, rerun))
     labels = torch.tensor([0, 1, 0, 1])
     context = generator.encode_classes(labels, torch.tensor([False, False, True, True]))

@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
+from equimini.sampling.options import SamplingOptions
 from equimini.sampling.scroll import check_new, load_state, scroll
 from equimini.utils.errors import UserError
 from equimini.utils.images import to_uint8
 
 N, TILE, F = 90, 20, 4
-OPTIONS = dict(tile=TILE, cfg=2.0, schedule="constant", steps=2)
+HOW = SamplingOptions(cfg=2.0, cfg_schedule="constant", steps=2)
+OPTIONS = dict(options=HOW, tile=TILE)
 
 
 @pytest.fixture
@@ -42,8 +44,7 @@ def after(columns):
 
 def test_a_scroll_is_the_picture_drawn_at_once(model, labels, tmp_path):
     assert scroll(model, labels[:N], 7, tmp_path, **OPTIONS) == N
-    tokens = torch.stack(list(model.draw(labels[None, :N], N, [7], cfg=2.0, schedule="constant",
-                                         steps=2)), 1)
+    tokens = torch.stack(list(model.draw(labels[None, :N], [7], HOW)), 1)
     picture = to_uint8(model.decode(tokens))[0]
     assert np.array_equal(whole(tmp_path), picture)
     assert [p.name for p in sorted(tmp_path.iterdir())] == [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from equimini.sampling.tiled_decoder import WindowedDecoder, Windows, decode_windows
+from equimini.sampling.tiled_decoder import TiledDecoder, Windows, decode_windows
 
 SIZES = [Windows(8, 4, 1), Windows(8, 4, 2), Windows(6, 2, 1), Windows(9, 4, 1), Windows(16, 8, 3)]
 
@@ -25,7 +25,7 @@ def test_a_local_decoder_gives_the_same_as_in_one_piece(windows):
 @pytest.mark.parametrize("windows", SIZES, ids=str)
 def test_columns_one_by_one_give_the_same_pixels_from_bounded_memory(windows):
     tokens = torch.randn(1, 53, 5)
-    decoder, pixels = WindowedDecoder(local, 3, windows), []
+    decoder, pixels = TiledDecoder(local, 3, windows), []
     for x in tokens.split(1, 1):
         pixels += decoder.push(x)
         assert decoder.tokens.untyped_storage().nbytes() <= windows.length * 5 * 4

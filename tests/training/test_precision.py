@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_generator
 from equimini import flow_head
 from equimini.generator import Generator, flow_matching_loss
-from equimini.sampling.packed_weights import prepared
+from equimini.sampling.packed_weights import packed
 from equimini.training import precision
 from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
 from equimini.training.precision import adamw, compiled, load_optimizer, set_float32
@@ -95,7 +95,7 @@ def test_a_copy_for_sampling_still_takes_norms_and_times(generator):
     x, t, z = torch.randn(4, 6), torch.rand(4), torch.randn(4, 32)
     for bf16 in (False, True):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, bf16):
-            assert prepared(generator).head(x, t, z).shape == (4, 6)
+            assert packed(generator).head(x, t, z).shape == (4, 6)
 
 
 @pytest.mark.parametrize("bf16", (False, True))
