@@ -79,6 +79,9 @@ def train_generator(setup: Setup) -> None:
         train, val = (CachedLatents(setup.run.latents, split, tokenizer, setup.run.seed)
                       for split in ("train", "val"))
         classes = train.classes
+        meta = {"split": "order", **read_meta(setup.run.latents)}  # for who asks the checkpoint
+        setup.run = replace(setup.run, **{k: meta[k] for k in ("split", "val_fraction")
+                                          if k in meta})
     else:
         train, val, classes = load_data(setup.run, tokenizer.config)
     columns = (setup.run.width or tokenizer.config.image_size) // tokenizer.config.f

@@ -284,6 +284,8 @@ def scan_zip(path: str, volume: int, found: Search) -> None:
     labels = dataset_labels(table, path)
     for member in members:
         name = member.filename
+        if member.create_system == 3 and not member.flag_bits & 0x800:  # Unix: any bytes
+            name = name.encode("cp437").decode(*ENCODING)
         clean = os.path.normpath(name).lstrip("/")
         if name.startswith("/") or clean.startswith(".."):
             found.leave_out(OUTSIDE, name)
@@ -338,8 +340,8 @@ def scan_parquet(path: str, volume: int, found: Search) -> None:
                 found.leave_out(NO_LABEL, f"row {row} of group {group} of {path}")
                 continue
             name = os.path.basename(name or f"{stem}-{group:05d}-{row:05d}")
-            name = f"{group:05d}-{row:05d}-{name}" if name in used else name
-            used.add(name)
+            name = f"{group:05d}-{row:05d}-{name}" if (label, name) in used else name
+            used.add((label, name))
             found.add(name, volume, group << 32 | row, 0,
                       "" if label is None else str(label).replace("/", "_"))
 
