@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from equimini.autoencoder import Tokenizer, TokenizerConfig
-from equimini.utils import checkpoint
 from equimini.utils.command_line import config_from_dict
 from equimini.utils.errors import UserError, first_line
 from equimini.utils.files import replacing
@@ -211,12 +210,12 @@ def tokenizer_inside(content: dict[str, Any], path: Any) -> Tokenizer:
     """The tokenizer that a generator's checkpoint, loaded from `path`, holds or (packed) names."""
     inside = content["tokenizer"]
     if "file" in inside:
-        beside = checkpoint.find(path).with_name(Path(inside["file"]).name)
+        beside = find(path).with_name(Path(inside["file"]).name)
         if not beside.is_file():
             raise UserError(f"{path} needs its tokenizer beside it; there is no {beside}")
-        return checkpoint.load_tokenizer(beside)
-    return checkpoint.tokenizer_from_dict({"config": {"model": inside["config"]},
-                                           "ema": inside["weights"]}, path)
+        return load_tokenizer(beside)
+    return tokenizer_from_dict({"config": {"model": inside["config"]},
+                                "ema": inside["weights"]}, path)
 
 
 def load_any_tokenizer(path: Path | str, device: str | torch.device = "cpu",
