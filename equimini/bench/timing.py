@@ -1,12 +1,13 @@
-"""What all benchmarks share: medians after a warm-up, the machine's name, its copy bandwidth."""
+"""What all benchmarks share: medians after a warm-up, and the machine's copy bandwidth."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+
+from equimini.utils.machine import seconds
 
 
 def median_seconds(run: Callable[[], object], device: str, budget: float = 1.0,
@@ -34,26 +35,6 @@ def _quiet_gpu() -> Callable[[], None]:
         memory.fill_(0)
         torch.cuda._sleep(2_000_000)
     return hold
-
-
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Time of one call."""
-    return (_cuda_seconds if device == "cuda" else _cpu_seconds)(run)
-
-
-def _cpu_seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _cuda_seconds(run: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def copy_bandwidth(device: str) -> float:

@@ -32,7 +32,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from equimini.autoencoder import Tokenizer
-from equimini.bench.timing import median_seconds, seconds
+from equimini.bench.timing import median_seconds
 from equimini.config import Checked, flag
 from equimini.generator import Generator, flow_matching_loss
 from equimini.presets import PRESETS
@@ -40,7 +40,7 @@ from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
 from equimini.training.setup import set_up
 from equimini.utils.command_line import command, override, pick_device
 from equimini.utils.errors import UserError
-from equimini.utils.machine import machine
+from equimini.utils.machine import machine, seconds
 
 CLASSES = 1000
 # what each name means: flags of train_generator.py

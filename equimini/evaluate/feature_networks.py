@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,20 +42,29 @@ class FeatureNetwork:
 
         Raises UserError if the network does not take the call.
         """
-        at_a_time = AT_A_TIME if self.device.type == "cpu" else len(pictures)
         parts = []
-        for x in pictures.split(at_a_time):
-            x = x.to(self.device)
+        for x in self.parts(pictures):
             self.both = self.both or self.fastest(x)
             parts.append(self.both(x))
-        features, probabilities = (torch.cat(part).float().cpu() for part in zip(*parts))
-        if not (features.isfinite().all() and probabilities.isfinite().all()):
-            raise UserError(f"the network {self.name} gave values that are not finite")
+        features, probabilities = map(self.joined, zip(*parts))
         return features, probabilities
 
+    @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) to float32 (B, d), on the CPU."""
-        return self(pictures)[0]
+        """uint8 (B, 3, H, W) to float32 (B, d), CPU; the network may have features alone."""
+        return self.joined([self.call(x, return_features=True) for x in self.parts(pictures)])
+
+    def parts(self, pictures: Tensor) -> Iterator[Tensor]:
+        """As many pictures at a time as are quick, on the network's device."""
+        for x in pictures.split(AT_A_TIME if self.device.type == "cpu" else len(pictures)):
+            yield x.to(self.device)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """One output of all parts; raises UserError for values that are not finite."""
+        values = torch.cat(tuple(parts)).float().cpu()
+        if not values.isfinite().all():
+            raise UserError(f"the network {self.name} gave values that are not finite")
+        return values
 
     def fastest(self, x: Tensor) -> Callable:
         """One run that gives both outputs, if it gives what two do on the pictures x."""

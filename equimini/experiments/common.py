@@ -19,6 +19,7 @@ from equimini.config import Checked, flag
 from equimini.experiments.training_runs import TrainingRun
 from equimini.training import cache_latents
 from equimini.training.options import DataConfig
+from equimini.training.split import as_trained
 from equimini.utils.command_line import output_folder
 
 
@@ -72,10 +73,10 @@ class ExperimentConfig(Checked):
     workers: int = flag(1, "processes that load images; 0: none but the main one", min=0)
     device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")
 
-    @property
-    def pictures(self) -> DataConfig:
-        """Its data set."""
-        return DataConfig(data=self.data, val_data=self.val_data)
+    def pictures(self, path: Path) -> DataConfig:
+        """Its data set, with the pictures held out that were in the training of `path`."""
+        data = DataConfig(data=self.data, val_data=self.val_data, out=self.out)
+        return as_trained(data, str(path))
 
 
 class Lab:

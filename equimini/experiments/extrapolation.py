@@ -64,7 +64,7 @@ class Mirrored(Dataset):
 def long_pictures(cfg: ExtrapolationConfig, probe: Probe) -> Dataset:
     """Held-out pictures, `times` as long as those of the training."""
     shape = probe.tokenizer.config
-    val = load_data(cfg.pictures, shape)[1]
+    val = load_data(cfg.pictures(probe.path), shape)[1]
     if isinstance(val, ImageFolder):
         return Mirrored(val, cfg.times)
     return load_data(DataConfig(data=cfg.data, width=cfg.times * shape.image_size), shape)[1]

@@ -82,7 +82,7 @@ def checkpoints(cfg: MatrixConfig, lab: Lab) -> dict[str, list[Path]]:
 def measured(cfg: MatrixConfig, path: Path, seed: int) -> np.ndarray:
     """The matrix of a checkpoint; raises UserError if --data has other classes."""
     probe = Probe(path, pick_device(cfg.device), cfg.precision)
-    train, val, classes = load_data(cfg.pictures, probe.tokenizer.config)
+    train, val, classes = load_data(cfg.pictures(path), probe.tokenizer.config)
     if classes != probe.classes:
         raise UserError(f"{path} knows the classes {', '.join(probe.classes)}, --data has "
                         f"{', '.join(classes)}")

@@ -32,7 +32,7 @@ class Probe:
     Raises UserError for a file that is no generator.
     """
 
-    def __init__(self, path: Path | str, device: torch.device, precision: str = "float32") -> None:
+    def __init__(self, path: Path, device: torch.device, precision: str = "float32") -> None:
         self.path, self.device, self.precision = path, device, precision
         self.content = checkpoint.load(path, "generator")
         self.classes: list[str] = self.content["classes"]

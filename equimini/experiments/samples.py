@@ -63,9 +63,10 @@ class Judge:
         if cfg.network:
             net = load_network(cfg.network, device=self.device)
             self.features, self.name = net.features, net.name
-        tokenizer = load_tokenizer(lab.tokenizer().last, self.device)
+        trained = lab.tokenizer().last
+        tokenizer = load_tokenizer(trained, self.device)
         self.tokenizer = tokenizer if decoded else None
-        train, val, _ = load_data(cfg.pictures, tokenizer.config)
+        train, val, _ = load_data(cfg.pictures(trained), tokenizer.config)
         if min(len(train), len(val)) < 2:
             raise UserError("a Fréchet distance needs at least two training and two held-out "
                             "pictures; give more as --data, or --val-data")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from typing import Callable
 
 import torch
@@ -19,6 +18,7 @@ from equimini.training.loop import Trainer
 from equimini.training.setup import Setup
 from equimini.utils import distributed
 from equimini.utils.errors import UserError
+from equimini.utils.machine import seconds
 
 MEASURED_STEPS = 3
 FEW = 4  # images of a step whose bytes are counted, at most; on a CPU of one that is timed, too
@@ -110,7 +110,8 @@ def time_step(train: Callable[[int], None], count: int,
     """
     while count:
         try:
-            return count, min(timed(lambda: train(count), device) for _ in range(MEASURED_STEPS))
+            return count, min(seconds(lambda: train(count), device.type)
+                              for _ in range(MEASURED_STEPS))
         except torch.OutOfMemoryError:
             count //= 2
         torch.cuda.empty_cache()  # here, where no frame of the failed step holds its tensors
@@ -121,17 +122,6 @@ def time_step(train: Callable[[int], None], count: int,
 def parts(piece: int, fitting: int) -> int:
     """The fewest equal parts of `piece` images that hold at most `fitting` each."""
     return next(n for n in range(1, piece + 1) if piece % n == 0 and piece // n <= fitting)
-
-
-def timed(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def duration(hours: float) -> str:

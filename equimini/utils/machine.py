@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import time
+from typing import Callable
 
 import torch
 
@@ -23,3 +25,17 @@ def processor() -> str:
             return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """Time of one call; on a GPU between events before and after its kernels."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
