@@ -22,7 +22,6 @@ from equimini.experiments.common import ExperimentConfig, Lab
 from equimini.experiments.probe import Probe
 from equimini.experiments.report import Report, spread, verdict
 from equimini.experiments.training_runs import TrainingRun
-from equimini.sampler import sample_tokens
 from equimini.sampling.image_generator import load_generator
 from equimini.training.data import ImageFolder, load_data
 from equimini.training.loaders import fixed_loader
@@ -80,11 +79,9 @@ def long_losses(cfg: ExtrapolationConfig, runs: list[TrainingRun]) -> np.ndarray
 def draw(cfg: ExtrapolationConfig, run: TrainingRun) -> Tensor:
     """Long pictures (shown, 3, H, W), with positions that grow beyond those of training."""
     model = load_generator(run.last, pick_device(cfg.device))
-    labels = torch.arange(cfg.shown) % len(model.classes)
-    tokens = sample_tokens(model.generator, labels, cfg.times * model.tokenizer.config.columns,
-                           range(cfg.shown), cfg=cfg.cfg, schedule="constant",
-                           steps=cfg.euler_steps)
-    return model.decode(tokens).cpu()
+    return model.sample([i % len(model.classes) for i in range(cfg.shown)],
+                        cfg.times * model.tokenizer.config.columns, cfg=cfg.cfg,
+                        cfg_schedule="constant", positions="grow", steps=cfg.euler_steps).cpu()
 
 
 def main(argv: list[str]) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from equimini.pretrained.torchscript import FeatureDistance
 from equimini.training.data import load_data
 from equimini.training.loaders import fixed_loader
 from equimini.training.options import DataConfig
+from equimini.training.split import as_trained
 from equimini.utils.checkpoint import load_tokenizer
 from equimini.utils.command_line import command, output_folder, override, pick_device
 from equimini.utils.errors import UserError
@@ -64,13 +65,28 @@ class AblationConfig(DataConfig):
     shown: int = flag(8, "held-out pictures that are shown", min=1)
 
 
+def data_flags(cfg: DataConfig) -> list[str]:
+    """The flags that give a training the same data."""
+    found = []
+    for f in fields(DataConfig):
+        value = getattr(cfg, f.name)
+        if f.name != "out" and value != f.default:
+            found += [f"--{f.name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return found
+
+
+def settings(cfg: AblationConfig, extra: list[str]) -> dict[str, Any]:
+    """What the results depend on, in the form of folders made before there was a split."""
+    before = {"split": "order", "class_names": "", "allow_truncated": False}
+    return {name: value for name, value in asdict(cfg).items()
+            if name not in ("out", "workers", "device", "shown", "index")
+            and before.get(name) != value} | {"training": extra}
+
+
 def variants(cfg: AblationConfig, extra: list[str]) -> tuple[list[TrainingRun], list[Variant]]:
     """Every training, in an order in which forks follow what they continue; the table's rows."""
     out, steps, net = Path(cfg.out), cfg.steps, cfg.maps_network
-    common = ["--preset", cfg.preset, "--data", cfg.data, "--width", str(cfg.width), "--seed",
-              str(cfg.seed), "--workers", str(cfg.workers), "--device", cfg.device,
-              "--val-fraction", str(cfg.val_fraction)]
-    common += [*(["--val-data", cfg.val_data] if cfg.val_data else []), *extra]
+    common = ["--preset", cfg.preset, *data_flags(cfg), *extra]
     perceptual = [*common, "--perceptual-net", net]
     patchgan = ["--discriminator", "patchgan", "--adv-start", str(cfg.adv_start)]
     heads = ["--discriminator", "dino", "--disc-net", net, "--adv-start", str(cfg.adv_start)]
@@ -100,7 +116,7 @@ class Comparison:
 
     def __init__(self, cfg: AblationConfig, run: TrainingRun) -> None:
         """run: any variant's training, for the pictures' size."""
-        _, val, _ = load_data(cfg, load_tokenizer(run.last).config)
+        _, val, _ = load_data(as_trained(cfg, str(run.last)), load_tokenizer(run.last).config)
         self.device, self.cfg = pick_device(cfg.device), cfg
         self.loader: DataLoader = fixed_loader(val, 64, cfg.val_images or len(val))
         self.net = load_network(cfg.metrics_network, device=self.device)
@@ -174,10 +190,11 @@ def main(argv: list[str] | None = None) -> None:
     args, extra = parser.parse_known_args(argv)
     cfg = complete(override(defaults, args))
     out = output_folder(cfg.out)
-    plan: dict[str, Any] = {k: v for k, v in asdict(cfg).items()
-                            if k not in ("out", "workers", "device", "shown")}
-    plan["training"] = extra
-    if any(out.iterdir()) and not (out / "plan.json").exists():
+    begun = out / "plan.json"
+    if begun.exists() and "split" not in json.loads(begun.read_text()):
+        cfg = replace(cfg, split="order")
+    plan = settings(cfg, extra)
+    if any(out.iterdir()) and not begun.exists():
         raise UserError(f"{out} holds files that are not this experiment's; choose another --out")
     claim(out, plan, "this experiment", "give the same ones to resume it, or another --out")
     runs, rows = variants(cfg, extra)

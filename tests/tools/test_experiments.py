@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from equimini.experiments import compute, training_runs
+from equimini.experiments import tokenizer as ablation
 from equimini.experiments.attention import order, pairs
 from equimini.experiments.common import ExperimentConfig, Lab, key
 from equimini.experiments.extrapolation import Mirrored
@@ -229,6 +230,14 @@ def test_claim_keeps_experiments_apart(tmp_path):
         claim(tmp_path, {"steps": 3, "sizes": sizes}, "things", "choose another --out")
     with pytest.raises(UserError, match=r"things of other settings \(steps\); choose"):
         claim(tmp_path, {"steps": 4, "sizes": (1, 2)}, "things", "choose another --out")
+
+
+def test_the_ablation_gives_its_data_options_on(tmp_path):
+    cfg = ablation.AblationConfig(data="d", split="order", allow_truncated=True, out="o", seed=3)
+    assert ablation.data_flags(cfg) == "--data d --split order --allow-truncated --seed 3".split()
+    plan = ablation.settings(cfg, ["--lr", "1"])
+    assert "split" not in plan and plan["allow_truncated"] and plan["training"] == ["--lr", "1"]
+    assert ablation.settings(ablation.AblationConfig(), [])["split"] == "name"
 
 
 def test_numbers_and_tables():
