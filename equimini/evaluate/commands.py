@@ -1,7 +1,8 @@
-"""Measure a trained generator or tokenizer against real pictures.
+"""Measure a trained generator or tokenizer, or any pictures, against real pictures.
 
     python -m equimini.evaluate generator --network NET.pt --n 1000 --cfg 1,2,3
     python -m equimini.evaluate tokenizer --network NET.pt --data my/pictures
+    python -m equimini.evaluate images samples.npz --reference my/pictures --network NET.pt
     torchrun --nproc-per-node=4 -m equimini.evaluate generator --samples 50000 ...
 
 The last one shares the work among 4 processes (torchrun would take --n for its own option).
@@ -12,132 +13,96 @@ on where it was.  What the numbers mean: docs/evaluation.md.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch.utils.data import Dataset
 
 from equimini import load_generator
 from equimini.autoencoder import Tokenizer, TokenizerConfig
-from equimini.config import flag
 from equimini.evaluate.feature_networks import FeatureNetwork, load_network
-from equimini.evaluate.feature_shards import (SHOWN, RealPictures, Reconstructions, Samples,
+from equimini.evaluate.feature_shards import (SHARD, SHOWN, RealPictures, Reconstructions, Samples,
                                               measure, read_all)
-from equimini.evaluate.report import (Reference, compare, distance_name, notes, print_report,
-                                      read_reference, score_reference)
+from equimini.evaluate.metrics import frechet_distance
+from equimini.evaluate.options import (GENERATOR, IMAGES, TOKENIZER, EvaluateConfig,
+                                       GeneratorEvaluation, ImagesEvaluation, NetworkConfig)
+from equimini.evaluate.report import compare, distance_name, notes, write_report
+from equimini.evaluate.sources import Reference, open_source, score_reference
 from equimini.pretrained.published_weights import load_lpips
 from equimini.pretrained.torchscript import FeatureDistance
-from equimini.sampler import SCHEDULES, SOLVERS
 from equimini.sampling.commands import check_device
 from equimini.sampling.options import SamplingOptions
-from equimini.sampling.packed_weights import PRECISIONS
 from equimini.training.data import Synthetic, load_data
-from equimini.training.options import DataConfig
-from equimini.training.split import as_trained
+from equimini.training.options import BUILT_IN, DataConfig
+from equimini.training.split import as_trained, open_pictures
 from equimini.utils import distributed
 from equimini.utils.checkpoint import find, load_any_tokenizer, tokenizer_hash, weights_hash
 from equimini.utils.command_line import add_flags, output_folder, override
-from equimini.utils.errors import UserError
-from equimini.utils.files import claim, file_hash, remove_leftovers, write_text
-from equimini.utils.images import grid, save_png, to_float
+from equimini.utils.errors import UserError, first_line
+from equimini.utils.files import claim, file_hash, remove_leftovers
+from equimini.utils.images import grid, read_rgb, save_png, to_float
+from equimini.utils.npz import write_samples
 from equimini.utils.plot import curves
 
 
-@dataclass(frozen=True)
-class EvaluateConfig(DataConfig):
-    """What is measured, against what, with which network."""
-
-    checkpoint: str = flag("", "checkpoint to measure")
-    weights: str = flag("ema", "moving average of the weights, or the raw ones",
-                        choices=("ema", "raw"))
-    seed: int = flag(0, "the --seed of the training: with it the same pictures of --data are held "
-                     "out", min=0, max=2**32 - 1)
-    n: int = flag(1000, "pictures measured; published FIDs use 50000", min=4)
-    reference: str = flag("", "what pictures are compared with: a folder of images, 'synthetic' / "
-                          "'synthetic-object', or an .npz file with mu and sigma; empty: the "
-                          "held-out pictures of --data")
-    network: str = flag("", "TorchScript network that gives the features, called as the Inception "
-                        "of StyleGAN2-ADA is; 'download': that one")
-    network_sha256: str = flag("", "hash that the network's file must have")
-    lpips_weights: str = flag("", "LPIPS of reconstructions: 'download', a folder with "
-                              "vgg16-397923af.pth and LPIPS v0.1's vgg.pth, or the two files with "
-                              "a comma between")
-    maps_network: str = flag("", "TorchScript network whose feature maps give a perceptual "
-                             "distance of reconstructions; empty: none")
-    batch_size: int = flag(64, "pictures computed at a time", min=1)
-    cache: str = flag("runs/features", "folder where features of real pictures and of "
-                      "reconstructions are kept, for all evaluations")
-
-
-@dataclass(frozen=True)
-class GeneratorEvaluation(EvaluateConfig):
-    """How a generator draws its samples."""
-
-    cfg: str = flag("2", "guidance scale; several with commas: all of them, and a curve")
-    cfg_schedule: str = flag("linear", "guidance from 1 up to --cfg over the columns, or --cfg "
-                             "throughout", choices=SCHEDULES)
-    steps: int = flag(100, "steps of the solver per column", min=1)
-    solver: str = flag("euler", "how a column follows the head's flow", choices=tuple(SOLVERS))
-    time_shift: float = flag(1.0, "above 1: smaller steps near the noise, below 1: near the "
-                             "token; 1: equal steps", min=1e-3)
-    temperature: float = flag(1.0, "factor on the noise that columns start from; above 1: more "
-                              "detail and variety, below 1: smoother", min=0)
-    precision: str = flag("float32", "arithmetic of the generator's matrix products",
-                          choices=tuple(PRECISIONS))
-    cuda_graphs: str = flag("off", "on: replay recorded kernels, which is faster for few "
-                            "pictures at a time; needs CUDA", choices=("off", "on"))
-    tokenizer: str = flag("", "checkpoint of the generator's tokenizer with a fine-tuned decoder; "
-                          "empty: the tokenizer inside the generator's checkpoint")
-    sample_seed: int = flag(0, "seed of the first sample; the next ones count up", min=0)
-    reference_n: int = flag(0, "pictures of the reference, at most; 0: all", min=0)
-    keep_images: bool = flag(False, "keep every sample as a PNG in OUT/images")
-    overwrite: bool = flag(False, "drop samples of other settings that --out holds")
-
-
-GENERATOR = GeneratorEvaluation(checkpoint="runs/generator/last.pt", out="runs/evaluate-generator")
-TOKENIZER = EvaluateConfig(checkpoint="runs/tokenizer/last.pt", out="runs/evaluate-tokenizer")
-
-
 class Bench:
-    """What both commands share: the network, the data, the folders."""
+    """What all commands share: the network, and features that are kept."""
 
-    def __init__(self, cfg: EvaluateConfig, shape: TokenizerConfig, device: torch.device) -> None:
+    def __init__(self, cfg: NetworkConfig, height: int, width: int, device: torch.device) -> None:
         self.cfg, self.out, self.cache = cfg, output_folder(cfg.out), output_folder(cfg.cache)
+        self.pixels, self.distances = f"{width}x{height}", {}
         for folder in (self.out, self.cache, *self.out.glob("*/cfg-*")):
             remove_leftovers(folder)
         with distributed.main_first():
             self.net = load_network(cfg.network, cfg.network_sha256, device)
-        self.distances = perceptual_distances(cfg, device)
+        picture = torch.zeros(1, 3, height, width, dtype=torch.uint8)
+        self.dim = self.net(picture)[0].shape[1]  # an error comes now, not after hours
+
+    def real(self, data: Dataset, n: int) -> RealPictures:
+        """The first n pictures of a data set (in its fixed random order); 0: all."""
+        return RealPictures(data, n or len(data), self.net.sha256, self.cache,
+                            self.cfg.batch_size, self.cfg.workers)
+
+    def measured(self, data: Dataset, n: int, label: str) -> RealPictures:
+        """The same, with their features computed.  Raises UserError for too few pictures."""
+        if len(data) < 4:
+            raise UserError(f"the {label} has {len(data)} pictures; it takes at least 4")
+        pictures = self.real(data, n)
+        measure(pictures, self.net, label)
+        return pictures
+
+
+class ModelBench(Bench):
+    """The bench of a trained model, with the pictures of --data and what it is compared with."""
+
+    def __init__(self, cfg: EvaluateConfig, shape: TokenizerConfig, device: torch.device) -> None:
+        super().__init__(cfg, shape.image_size, cfg.width or shape.image_size, device)
+        if cfg.lpips_weights:
+            lpips = load_lpips(cfg.lpips_weights)
+            self.distances["lpips"] = weights_hash(lpips.state_dict()), lpips.to(device)
+        if cfg.maps_network:
+            maps = FeatureDistance(cfg.maps_network)
+            self.distances["feature_distance"] = file_hash(cfg.maps_network), maps.to(device)
         cfg = as_trained(cfg, cfg.checkpoint)
         self.train, self.held_out, self.classes = load_data(cfg, shape)
-        self.statistics = None  # published ones, if the reference is such
-        if cfg.reference.endswith(".npz"):
-            self.statistics = read_reference(cfg.reference)
-        elif cfg.reference:
-            self.held_out = reference_data(cfg, shape)
+        self.published = None  # statistics of the reference, where it is such
+        if cfg.reference:
+            source = open_source(cfg.reference, "--reference", self.dim, cfg, shape)
+            if isinstance(source, Reference):
+                self.published = source
+            else:
+                self.held_out = source
         for data, name in ((self.train, "--data"), (self.held_out, "the reference")):
             if len(data) < 4:
                 raise UserError(f"{name} has {len(data)} pictures; it takes at least 4")
-        self.try_network()
-
-    def try_network(self) -> None:
-        """Find out on one picture, not after hours, that the network does not serve."""
-        picture = torch.zeros(1, 3, self.train.height, self.train.width, dtype=torch.uint8)
-        found = self.net.features(picture).shape[1]
-        if self.statistics and found != len(self.statistics.gaussian.mean):
-            raise UserError(f"--reference {self.cfg.reference} has "
-                            f"{len(self.statistics.gaussian.mean)} features, the network {found}; "
-                            "give the --network that the statistics were made with")
-
-    def real(self, data: Any, n: int) -> RealPictures:
-        """The first n pictures of a data set (in its fixed random order)."""
-        return RealPictures(data, n, self.net.sha256, self.cache, self.cfg.batch_size,
-                            self.cfg.workers)
 
     def reconstructed(self, pictures: RealPictures, tokenizer: Tokenizer) -> Reconstructions:
         """What the tokenizer makes of them."""
@@ -145,33 +110,9 @@ class Bench:
 
     def reference(self, n: int) -> Reference:
         """The published statistics, or those of n reference pictures."""
-        if self.statistics:
-            return self.statistics
-        pictures = self.real(self.held_out, n)
-        measure(pictures, self.net, "reference")
-        return score_reference(pictures, self.cfg.reference or self.cfg.val_data
-                               or f"held out of {self.cfg.data}")
-
-
-def perceptual_distances(cfg: EvaluateConfig,
-                         device: torch.device) -> dict[str, tuple[str, torch.nn.Module]]:
-    """By name, a hash of the network's weights (or file) and the distance, where asked for."""
-    found = {}
-    if cfg.lpips_weights:
-        lpips = load_lpips(cfg.lpips_weights)
-        found["lpips"] = weights_hash(lpips.state_dict()), lpips.to(device)
-    if cfg.maps_network:
-        maps = FeatureDistance(cfg.maps_network)
-        found["feature_distance"] = file_hash(cfg.maps_network), maps.to(device)
-    return found
-
-
-def reference_data(cfg: EvaluateConfig, shape: TokenizerConfig) -> Any:
-    """The data set --reference, all of it: a folder, or the built-in held-out pictures."""
-    other = dataclasses.replace(cfg, data=cfg.reference, val_data="")
-    if cfg.reference in ("synthetic", "synthetic-object"):
-        return load_data(other, shape)[1]
-    return load_data(dataclasses.replace(other, val_data=cfg.reference), shape)[1]
+        return self.published or score_reference(
+            self.measured(self.held_out, n, "reference"),
+            self.cfg.reference or self.cfg.val_data or f"held out of {self.cfg.data}")
 
 
 def scales(text: str) -> list[float]:
@@ -183,13 +124,6 @@ def scales(text: str) -> list[float]:
     if not found or not all(math.isfinite(s) and s >= 0 for s in found):
         raise UserError(f"--cfg takes numbers of at least 0, with commas between, got {text!r}")
     return found
-
-
-def drop_samples(out: Path) -> None:
-    """Delete the samples in a folder, and then the note on what they were made with."""
-    for old in (*out.glob("samples/cfg-*/*.npz"), *out.glob("images/cfg-*/class*_seed*.png")):
-        old.unlink()
-    (out / "plan.json").unlink(missing_ok=True)
 
 
 def sampling(cfg: GeneratorEvaluation, scale: float) -> SamplingOptions:
@@ -205,8 +139,11 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     found = scales(cfg.cfg)
     check_device(sampling(cfg, 0), device)
     model = load_generator(cfg.checkpoint, device, cfg.weights == "ema", cfg.tokenizer)
-    shape = model.tokenizer.config
-    bench = Bench(cfg, shape, device)
+    shape, classes = model.tokenizer.config, len(model.classes)
+    if cfg.n < classes:
+        raise UserError(f"--n {cfg.n} would draw only the first {cfg.n} of the {classes} classes "
+                        f"and compare them with all; give at least --n {classes}")
+    bench = ModelBench(cfg, shape, device)
     if isinstance(bench.train, Synthetic) and bench.classes != model.classes:
         raise UserError(f"--data {cfg.data} has the classes {', '.join(bench.classes)}, the "
                         f"generator {', '.join(model.classes[:30])}; give --data the pictures it "
@@ -224,104 +161,180 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
             claim(bench.out, plan, "samples", "choose another --out, or add --overwrite")
     sets = {}
     for scale in found:
-        keep = output_folder(str(bench.out / f"images/cfg-{scale}")) if cfg.keep_images else None
+        keep = (output_folder(str(bench.out / f"images/cfg-{scale}"))
+                if cfg.keep_images or cfg.npz else None)
         sets[scale] = Samples(model, cfg.n, columns, cfg.sample_seed, sampling(cfg, scale),
                               bench.out / f"samples/cfg-{scale}", cfg.batch_size, keep)
         measure(sets[scale], bench.net, f"samples, cfg {scale:g}")
-    floor = bench.real(bench.train, cfg.n)
-    measure(floor, bench.net, "floor: training pictures")
+        if cfg.npz and distributed.is_main():
+            save_npz(sets[scale], bench.out / f"cfg-{scale}.npz")
+    floor = bench.measured(bench.train, cfg.n, "floor: training pictures")
     limit = bench.reconstructed(floor, model.tokenizer)
     measure(limit, bench.net, "limit: reconstructions")
-    reference = bench.reference(cfg.reference_n or len(bench.held_out))
+    reference = bench.reference(cfg.reference_n)
     if distributed.is_main():
         rows = [{"set": "samples", "cfg": scale, **compare(read_all(s), reference)}
                 for scale, s in sets.items()]
         rows += [{"set": "tokenizer's limit", **compare(read_all(limit), reference)},
                  {"set": "floor (real pictures)", **compare(read_all(floor), reference)}]
         left_out = draw_sweep(bench.out, sets, rows, bench.net, cfg.n)
+        if model.classes != bench.classes:
+            left_out.append("the generator's classes are not those of --data")
         finish(bench, "generator", rows, reference, floor, {**settings, "sample k":
-               f"class k mod {len(model.classes)}, seed {cfg.sample_seed} + k"},
-               model.classes, left_out)
+               f"class k mod {classes}, seed {cfg.sample_seed} + k"}, left_out)
+
+
+def drop_samples(out: Path) -> None:
+    """Delete the samples in a folder, and then the note on what they were made with."""
+    for old in (*out.glob("samples/cfg-*/*.npz"), *out.glob("images/cfg-*/class*_seed*.png")):
+        old.unlink()
+    (out / "plan.json").unlink(missing_ok=True)
+
+
+def save_npz(samples: Samples, path: Path) -> None:
+    """The samples, read from their PNGs a shard at a time, as one file."""
+    first = np.asarray(Image.open(samples.png(0)))
+    with write_samples(path, samples.n, *first.shape[:2]) as add:
+        for k in range(0, samples.n, SHARD):
+            which = range(k, min(k + SHARD, samples.n))
+            add(np.stack([np.asarray(Image.open(samples.png(i))) for i in which]),
+                [samples.job(i)[0] for i in which])
+    print(f"samples: {path}")
 
 
 def draw_sweep(out: Path, sets: dict[float, Samples], rows: list[dict], net: FeatureNetwork,
-               n: int) -> str:
+               n: int) -> list[str]:
     """The first pictures of every scale below each other; of several scales, the curve.
 
-    Returns what could not be drawn.
+    Returns what the report says of pictures that could not be drawn.
     """
     pictures = [to_float(read_all(s)["shown"][:n]) for s in sets.values()]
     save_png(grid(pictures, [f"cfg {scale:g}" for scale in sets]), out / "samples.png")
     if len(sets) < 2:
-        return ""
+        return []
     samples = [row for row in rows if row["set"] == "samples"]
     line = [(row["cfg"], row["frechet_distance"]) for row in samples]
     levels = {row["set"]: row["frechet_distance"] for row in rows if row["set"] != "samples"}
-    return curves(out / "curve.png", {"samples": line}, "guidance scale", "Frechet distance",
-                  distance_name(net, n), levels)
+    missing = curves(out / "curve.png", {"samples": line}, "guidance scale", "Frechet distance",
+                     distance_name(net, n), levels)
+    return [missing] if missing else []
 
 
 def evaluate_tokenizer(cfg: EvaluateConfig, device: torch.device) -> None:
     """Reconstructions of held-out pictures; beside them training pictures as they are."""
     tokenizer = load_any_tokenizer(cfg.checkpoint, device, cfg.weights == "ema")
-    bench = Bench(cfg, tokenizer.config, device)
+    bench = ModelBench(cfg, tokenizer.config, device)
+    found = f"{bench.held_out.width}x{bench.held_out.height}"
+    if found != bench.pixels:
+        raise UserError(f"--reference {cfg.reference} has pictures of {found} pixels; the "
+                        f"tokenizer takes {bench.pixels}")
     originals = bench.real(bench.held_out, cfg.n)
     decoded = bench.reconstructed(originals, tokenizer)
     measure(decoded, bench.net, "reconstructions")
-    floor = bench.real(bench.train, cfg.n)
-    measure(floor, bench.net, "floor: training pictures")
+    floor = bench.measured(bench.train, cfg.n, "floor: training pictures")
     reference = bench.reference(cfg.n)
     if distributed.is_main():
-        paired = reference.features is not None  # then it is the originals
-        rows = [{"set": "reconstructions", **compare(read_all(decoded), reference, paired)},
+        rows = [{"set": "reconstructions",
+                 **compare(read_all(decoded), reference, paired=not bench.published)},
                 {"set": "floor (real pictures)", **compare(read_all(floor), reference)}]
         finish(bench, "tokenizer", rows, reference, floor,
-               {"decoded": "from the mode of the posterior"})
+               {"decoded": "from the mode of the posterior"}, [])
         before = torch.cat([x for x, _ in originals.batches(0, min(SHOWN, originals.n))])
         after = read_all(decoded)["shown"]
         save_png(grid([to_float(before), to_float(after)], ["original", "decoded"]),
                  bench.out / "reconstructions.png")
 
 
-def finish(bench: Bench, kind: str, rows: list[dict], reference: Reference, floor: RealPictures,
-           settings: dict[str, Any], classes: list[str] | None = None, left_out: str = "") -> None:
-    """Write report.json and print it.  classes: the generator's; left_out: what was not drawn."""
+def finish(bench: ModelBench, kind: str, rows: list[dict], reference: Reference,
+           floor: RealPictures, settings: dict[str, Any], remarks: list[str]) -> None:
+    """Write and print the report of a model."""
     cfg = bench.cfg
-    remarks = notes(rows, reference, bench.net, floor) + ([left_out] if left_out else [])
-    if classes not in (None, bench.classes):
-        remarks.append("the generator's classes are not those of --data")
-    report = {
+    write_report({
         "what": kind, "distance": distance_name(bench.net, rows[0]["n"], kind),
         "checkpoint": {"file": Path(cfg.checkpoint).name, "sha256": file_hash(find(cfg.checkpoint)),
                        "weights": cfg.weights},
         "network": bench.net.describe(), "reference": reference.about, "settings": settings,
         "distances": {name: sha256 for name, (sha256, _) in bench.distances.items()},
-        "pixels": f"{floor.data.width}x{floor.data.height}", "results": rows, "notes": remarks}
-    write_text(bench.out / "report.json", json.dumps(report, indent=1))
-    print_report(report)
-    print(f"written to {bench.out}")
+        "pixels": bench.pixels, "results": rows,
+        "notes": notes(rows, reference, bench.net, bench.pixels, floor) + remarks}, bench.out)
+
+
+def picture_size(path: str, run: DataConfig) -> tuple[int, int] | None:
+    """Height and width of the first picture of a folder or archive; None for all else."""
+    if path.endswith(".npz") or path in BUILT_IN:
+        return None
+    source = open_pictures(run, path)
+    try:
+        image = read_rgb(BytesIO(source.read(0)))
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        raise UserError(f"the size of the pictures is taken from the first, {source.where(0)}, "
+                        f"which cannot be read ({first_line(error)}); give --image-size") from None
+    return image.height, image.width
+
+
+def evaluate_images(cfg: ImagesEvaluation, device: torch.device, samples: str) -> None:
+    """Pictures that any model drew (a folder, an .npz of pictures or of statistics) against others
+    of the same kinds."""
+    if not cfg.reference:
+        raise UserError("--reference is needed: a folder of images, or an .npz of pictures (arr_0) "
+                        "or of statistics (mu, sigma)")
+    run = DataConfig(out=str(output_folder(cfg.out)))
+    if cfg.image_size:
+        height, width = cfg.image_size, cfg.width or cfg.image_size
+    else:
+        height, width = (picture_size(samples, run) or picture_size(cfg.reference, run)
+                         or (64, 64))  # only to try the network: those of an .npz are as they are
+    bench = Bench(cfg, height, width, device)
+    run = replace(run, width=width)
+    shape = SimpleNamespace(image_size=height, f=1, layout="columns")  # any size will do
+    given, reference = (open_source(spec, option, bench.dim, run, shape) for spec, option in (
+        (samples, "SAMPLES"), (cfg.reference, "--reference")))
+    if not isinstance(given, Reference):
+        pictures = bench.measured(given, cfg.n, "samples")
+    if not isinstance(reference, Reference):
+        reference = score_reference(bench.measured(reference, 0, "reference"), cfg.reference)
+    if not distributed.is_main():
+        return
+    if isinstance(given, Reference):
+        about = given.about
+        row = {"n": None, "frechet_distance": frechet_distance(given.gaussian, reference.gaussian)}
+    else:
+        about, row = score_reference(pictures, samples).about, compare(read_all(pictures), reference)
+    pixels = about.get("pixels", "no")
+    rows = [{"set": "samples", **row}]
+    write_report({
+        "what": "images", "distance": distance_name(bench.net, row["n"] or 0),
+        "checkpoint": {"file": samples, "sha256": about["sha256"]},
+        "network": bench.net.describe(), "reference": reference.about, "settings": {},
+        "pixels": pixels, "results": rows,
+        "notes": notes(rows, reference, bench.net, pixels)}, bench.out)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m equimini.evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="generator|tokenizer")
-    for defaults, function in ((GENERATOR, evaluate_generator), (TOKENIZER, evaluate_tokenizer)):
+    commands = parser.add_subparsers(required=True, metavar="generator|tokenizer|images")
+    for defaults, function in ((GENERATOR, evaluate_generator), (TOKENIZER, evaluate_tokenizer),
+                               (IMAGES, evaluate_images)):
         name = function.__name__.removeprefix("evaluate_")
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__,
                                       allow_abbrev=False)
         add_flags(command, defaults, "options")
         command.set_defaults(function=function, defaults=defaults)
-        command.add_argument("--samples", dest="n", type=int, metavar="N",
-                             default=argparse.SUPPRESS, help="the same as --n, which torchrun "
-                             "takes for one of its own options")
+        if name == "images":
+            command.add_argument("pictures", metavar="SAMPLES", nargs=1, help="pictures to "
+                                 "measure: a folder, or an .npz")
+        else:
+            command.add_argument("--samples", dest="n", type=int, metavar="N",
+                                 default=argparse.SUPPRESS, help="the same as --n, which torchrun "
+                                 "takes for one of its own options")
     args = parser.parse_args(argv)
     cfg = override(args.defaults, args)
     device = distributed.local_device(cfg.device)
     with distributed.processes(device):
         try:
-            args.function(cfg, device)
+            args.function(cfg, device, *getattr(args, "pictures", ()))
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on from here", file=sys.stderr)
             raise

@@ -74,7 +74,8 @@ class RealPictures:
             data = data.subset(slice(None))
         self.data, self.cache, self.batch_size = data, cache, batch_size
         self.order = rng("subset", 0).permutation(len(data))[:n].tolist()
-        self.n, self.workers = len(self.order), workers
+        self.n = len(self.order)
+        self.workers = getattr(data, "workers", workers)  # none for pixels that are at hand
         # all that is done to a picture (True: with probabilities, which once could be left out)
         self.process = f"{FORMAT} {network} True {data.height}x{data.width}"
         self._hashes: dict[int, str] = {}
@@ -147,9 +148,9 @@ class Samples:
             labels, seeds = zip(*jobs)
             tokens = self.model.sample_tokens(labels, self.columns, seeds, self.options)
             pictures = pixels(self.model.decode(tokens))
-            for job, picture in zip(jobs, pictures):
+            for i, picture in enumerate(pictures):
                 if self.keep:
-                    save_png(picture.permute(1, 2, 0).numpy(), self._png(*job))
+                    save_png(picture.permute(1, 2, 0).numpy(), self.png(k + i))
             yield pictures, {}
 
     def path(self, first: int, last: int) -> Path:
@@ -160,9 +161,11 @@ class Samples:
 
     def complete(self, first: int, last: int) -> bool:
         return self.path(first, last).exists() and not (self.keep and any(
-            not self._png(*self.job(k)).exists() for k in range(first, last)))
+            not self.png(k).exists() for k in range(first, last)))
 
-    def _png(self, label: int, seed: int) -> Path:
+    def png(self, k: int) -> Path:
+        """Where picture k is kept."""
+        label, seed = self.job(k)
         return self.keep / f"class{label:04d}_seed{seed:06d}.png"
 
 

@@ -170,13 +170,21 @@ def _mean_off_diagonal(k: Tensor) -> Tensor:
     return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
 
 
+def are_probabilities(rows: Tensor) -> bool:
+    """Whether all rows (n, classes) are 0 or more and sum to 1, to the digits of half precision."""
+    sums = rows.double().sum(1)
+    return bool((rows >= 0).all() and ((sums - 1).abs() < 0.01).all())
+
+
 def inception_score(probabilities: Tensor, splits: int = 1) -> tuple[float, float]:
     """exp(mean KL(p(y|x) ‖ p(y))) (Salimans et al. 2016).
 
     probabilities: (n, classes), rows that sum to 1.  Returns mean and standard deviation (biased,
     as is usual) over `splits` consecutive parts.  Too low for n not far above the classes.
-    Raises ValueError for more splits than rows.
+    Raises ValueError for other rows (logits), and for more splits than rows.
     """
+    if not are_probabilities(probabilities):
+        raise ValueError("the Inception Score takes rows of probabilities, which sum to 1")
     if not 1 <= splits <= len(probabilities):
         raise ValueError(f"splits must be 1 to {len(probabilities)}, got {splits}")
     scores = []

@@ -17,7 +17,7 @@ from PIL import Image
 
 from equimini import load_generator, load_tokenizer
 from equimini.evaluate import commands as evaluate
-from equimini.evaluate import feature_networks, feature_shards
+from equimini.evaluate import feature_networks, feature_shards, sources
 from equimini.evaluate.feature_networks import FeatureNetwork, both_in_one, load_network
 from equimini.evaluate.feature_shards import pixels
 from equimini.evaluate.report import distance_name
@@ -254,12 +254,41 @@ def test_statistics_from_an_npz(folder, capsys):
         assert one["frechet_distance"] == pytest.approx(other["frechet_distance"], rel=1e-3)
         assert "kid" in one and "kid" not in other
     assert "no KID" in capsys.readouterr().out
-    np.savez("wrong.npz", mu=x.mean(0))
+
+
+def test_a_reference_that_is_none_is_one_clear_error(folder):
+    np.savez("good.npz", mu=np.zeros(12), sigma=np.eye(12))
+    np.savez("wrong.npz", mu=np.zeros(12))
     np.savez("small.npz", mu=np.zeros(3), sigma=np.eye(3))
-    for name, text in (("wrong.npz", "mu and sigma"), ("small.npz", "3 features"),
-                       ("none.npz", "none.npz")):
-        with pytest.raises(UserError, match=text):
-            call(*GENERATOR, "--reference", name, "--out", "c")
+    np.savez("lopsided.npz", mu=np.zeros(12), sigma=np.triu(np.ones((12, 12))))
+    np.savez("objects.npz", mu=np.array([{}]), sigma=np.eye(12))
+    np.savez("scalar.npz", mu=3.0, sigma=np.eye(12))
+    np.savez("floats.npz", arr_0=np.zeros((5, 8, 8, 3)))
+    np.savez("flat.npz", arr_0=np.zeros((5, 8), np.uint8))
+    np.savez("few.npz", arr_0=np.zeros((3, 32, 32, 3), np.uint8))
+    np.save("array.npy", np.zeros(3))
+    Path("array.npy").rename("renamed.npz")
+    whole = Path("good.npz").read_bytes()
+    Path("short.npz").write_bytes(whole[:-40])
+    Path("empty.npz").write_bytes(b"")
+    Path("page.npz").write_text("<!DOCTYPE html><html>Not found</html>")
+    damaged = bytearray(whole)
+    damaged[200:220] = b"\x01" * 20
+    Path("damaged.npz").write_bytes(damaged)
+    tokenizer = load_tokenizer("tokenizer.pt")
+    cfg = dataclasses.replace(evaluate.TOKENIZER, data="train", val_data="val", network="net.pt",
+                              workers=0)
+    for name, text in (("wrong", "it has mu"), ("small", "3 features, the network 12"),
+                       ("none", "No such file"), ("lopsided", "not symmetric"),
+                       ("objects", "objects.npz must be"), ("scalar", "scalar.npz must be"),
+                       ("floats", "float64.*not uint8"), ("flat", "not uint8"),
+                       ("few", "3 pictures; it takes at least 4"), ("renamed", "one array"),
+                       ("short", "cut short"), ("empty", "is empty"), ("page", "begins with"),
+                       ("damaged", "damaged.npz must be")):
+        with pytest.raises(UserError, match=text) as caught:
+            evaluate.ModelBench(dataclasses.replace(cfg, reference=f"{name}.npz"),
+                                tokenizer.config, torch.device("cpu"))
+        assert "\n" not in str(caught.value) and "allow_pickle" not in str(caught.value), name
 
 
 def test_the_tokenizer_against_its_originals(folder):
@@ -285,7 +314,7 @@ def test_lpips_where_its_weights_are_given(folder):
     found = report("a")
     assert len(found["distances"]["lpips"]) == 64
     tokenizer, lpips = load_tokenizer("tokenizer.pt"), load_lpips("vgg.pt,lin.pt")
-    x = evaluate.Bench(dataclasses.replace(
+    x = evaluate.ModelBench(dataclasses.replace(
         evaluate.TOKENIZER, data="train", val_data="val", network="net.pt", workers=0),
         tokenizer.config, torch.device("cpu"))
     x = to_float(next(x.real(x.held_out, 8).batches(0, 8))[0])
@@ -318,6 +347,96 @@ def test_a_perfect_tokenizer_is_at_distance_zero(folder, monkeypatch):
     assert perfect["frechet_distance"] < 1e-9 and abs(perfect["frechet_extrapolated"]) < 1e-9
     assert perfect["ssim"] == pytest.approx(1) and abs(perfect["kid"]) < 1e-12
     assert perfect["feature_distance"] < 1e-6 and perfect["psnr"] > 90
+
+
+def test_pairs_stay_pairs_where_only_some_reference_features_are_kept(folder, monkeypatch):
+    from equimini.autoencoder import Tokenizer
+    monkeypatch.setattr(sources, "FEATURES_KEPT", 8)
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, x: x)
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, x: x)
+    call("tokenizer", "--checkpoint", "tokenizer.pt", *DATA, "--out", "a")
+    perfect = row(report("a"), "reconstructions")
+    assert perfect["n"] == 30 and perfect["frechet_distance"] < 1e-9
+    assert abs(perfect["frechet_extrapolated"]) < 1e-9 and abs(perfect["kid"]) < 1e-12
+
+
+class Logits(TinyNet):
+    """A network without the softmax."""
+
+    def forward(self, img: torch.Tensor, return_features: bool = False,
+                no_output_bias: bool = False) -> torch.Tensor:
+        x = torch.nn.functional.adaptive_avg_pool2d(img.float() / 255, [2, 2]).flatten(1)
+        return x if return_features else 20 * x[:, :5] - 10
+
+
+def test_no_inception_score_of_what_is_no_probability(folder):
+    torch.jit.script(Logits()).save("logits.pt")
+    call("tokenizer", "--checkpoint", "tokenizer.pt", *DATA, "--network", "logits.pt", "--out", "a")
+    found = report("a")
+    assert "inception_score" not in found["results"][0] and "kid" in found["results"][0]
+    assert any("no Inception Score" in note for note in found["notes"])
+
+
+def test_a_report_is_json_whatever_the_numbers(folder, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "compare", lambda *_, **__: {"n": 30, "kid": float("nan"),
+                                                         "frechet_distance": float("inf")})
+    call("tokenizer", "--checkpoint", "tokenizer.pt", *DATA, "--out", "a")
+    found = json.loads(Path("a/report.json").read_text(), parse_constant=pytest.fail)
+    assert found["results"][0]["kid"] is None and found["results"][0]["frechet_distance"] is None
+
+
+def samples_folder(count=9, size=(30, 20)):
+    """Pictures of one size, as files and as an array."""
+    pixels = np.random.default_rng(1).integers(0, 256, (count, size[1], size[0], 3), np.uint8)
+    Path("drawn").mkdir()
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(f"drawn/{i}.png")
+    return pixels
+
+
+def test_images_of_any_kind_are_compared(folder, capsys):
+    pixels = samples_folder()
+    np.savez("stored.npz", arr_0=pixels, arr_1=np.zeros(9, np.int64))
+    np.savez_compressed("compressed.npz", pixels)
+    x = TinyNet()(torch.from_numpy(pixels).permute(0, 3, 1, 2), True).double()
+    np.savez("stats.npz", mu=x.mean(0), sigma=torch.cov(x.T), mu_s=np.zeros(3), sigma_s=np.eye(3))
+    found = {}
+    for name in ("drawn", "stored.npz", "compressed.npz", "stats.npz"):
+        call("images", name, "--reference", "val", "--network", "net.pt", "--workers", 0,
+             "--image-size", 20, "--width", 30, "--out", "a")
+        found[name] = report("a")
+    distances = [r["results"][0]["frechet_distance"] for r in found.values()]
+    assert distances == pytest.approx([distances[0]] * 4, rel=1e-4) and distances[0] > 0
+    kids = [r["results"][0].get("kid") for r in found.values()]
+    assert kids[3] is None and kids[:3] == pytest.approx([kids[0]] * 3, rel=1e-4)
+    assert found["drawn"]["pixels"] == "30x20" and found["drawn"]["reference"]["n"] == 30
+    for name in ("drawn", "stored.npz", "stats.npz"):
+        call("images", "drawn", "--reference", name, "--network", "net.pt", "--out", "b")
+        assert report("b")["results"][0]["frechet_distance"] < 1e-6
+    assert "mu_s, sigma_s in the file are not used" in capsys.readouterr().out
+    # ADM's references hold both: another network than theirs takes the pictures
+    np.savez("adm.npz", arr_0=pixels, mu=np.zeros(3), sigma=np.eye(3))
+    call("images", "drawn", "--reference", "adm.npz", "--network", "net.pt", "--out", "c")
+    assert report("c")["reference"]["n"] == 9
+    with pytest.raises(UserError, match="--reference is needed"):
+        call("images", "drawn", "--network", "net.pt")
+    with pytest.raises(UserError, match="nowhere"):
+        call("images", "nowhere", "--reference", "val", "--network", "net.pt")
+
+
+def test_samples_are_written_as_adm_reads_them(folder):
+    call(*GENERATOR, "--npz", "--cfg", "2", "--out", "a")
+    with np.load("a/cfg-2.0.npz") as file:
+        assert file.files == ["arr_0", "arr_1"]
+        assert file["arr_0"].shape == (20, 32, 32, 3) and file["arr_0"].dtype == np.uint8
+        assert file["arr_1"].tolist() == [k % 3 for k in range(20)]
+        for k in (0, 19):
+            png = Image.open(f"a/images/cfg-2.0/class{k % 3:04d}_seed{k:06d}.png")
+            assert np.array_equal(file["arr_0"][k], np.asarray(png))
+    call("images", "a/cfg-2.0.npz", "--reference", "val", "--network", "net.pt", "--image-size", 32,
+         "--out", "b")
+    again = report("b")["results"][0]["frechet_distance"]
+    assert again == pytest.approx(row(report("a"), "samples")["frechet_distance"], rel=1e-4)
 
 
 def test_files_that_cannot_be_read_are_counted(folder):
@@ -458,6 +577,14 @@ def test_mistakes_are_one_clear_error(folder, arguments, text):
     if "--steps" in arguments:
         call(*GENERATOR, *arguments, "--overwrite")
         assert report("runs/evaluate-generator")["settings"]["steps"] == 3
+
+
+def test_fewer_samples_than_classes_are_refused(folder):
+    content = checkpoint.load("generator.pt", "generator")
+    content["ema"]["class_table.weight"] = content["ema"]["class_table.weight"].repeat(4, 1)
+    checkpoint.save("generator.pt", "generator", {**content, "classes": list("abcdefghijkl")})
+    with pytest.raises(UserError, match="--n 8 would draw only the first 8 of the 12 classes"):
+        call(*GENERATOR, "--n", 8)
 
 
 def test_a_small_reference_and_a_damaged_shard(folder):

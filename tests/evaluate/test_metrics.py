@@ -194,6 +194,9 @@ def test_inception_score_of_known_mixtures():
     assert inception_score(halves, splits=2) == pytest.approx((3, 2))  # 1 and 5
     with pytest.raises(ValueError, match="splits"):
         inception_score(sure, 21)
+    for wrong in (2 * sure, sure - 0.1, torch.randn(20, 5), sure.log()):
+        with pytest.raises(ValueError, match="sum to 1"):
+            inception_score(wrong)
 
 
 def test_ssim_closed_forms():
