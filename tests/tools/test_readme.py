@@ -1,9 +1,10 @@
-"""Every command and every line of Python in the README, run in order at small sizes."""
+"""Every command and line of Python in the README and its first page, in order, at small sizes."""
 
 import functools
 import re
 import shlex
 
+import pytest
 import torch
 
 from equimini.sampling.image_generator import ImageGenerator
@@ -12,6 +13,7 @@ from tests.convert.test_convert import (HEADS, WINDOW, generator_file, random_ge
 from tests.evaluate.test_evaluate import TinyNet
 from tests.helpers.scripts import ROOT, invoke
 
+PAGES = ("README.md", "docs/your-pictures.md")
 SHORT = "--steps 2 --batch-size 2 --val-images 2 --workers 0"
 # what makes a command quick, added to its flags (the last one of two counts)
 SMALL = {
@@ -51,8 +53,9 @@ def test_commands_are_found():
     assert quick(["sample.py", "--steps", "9"])[-2:] == ["--steps", "1"]
 
 
-def test_readme(picture_folder, tmp_path, monkeypatch):
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.slow
+def test_every_command_of_the_pages_for_users(picture_folder, tmp_path, monkeypatch):
+    text = "\n".join((ROOT / page).read_text() for page in PAGES)
     found = commands(text)
     assert {words[0] for words in found} >= {"train_tokenizer.py", "train_generator.py",
                                              "sample.py"}
