@@ -1,7 +1,7 @@
 """The critics of the tokenizer's adversarial loss: PatchGAN, and heads on a frozen network.
 
-A critic works in two halves: `look` is frozen (and empty in PatchGAN), `judge` is trained.  What
-was seen of x̂ serves the autoencoder's step and the critic's, so the frozen half runs twice a
+A critic works in two halves: `features` is frozen (and empty in PatchGAN), `logits` is trained.
+The features of x̂ serve the autoencoder's step and the critic's, so the frozen half runs twice a
 step, on x̂ and on x, and backwards once.
 """
 
@@ -41,13 +41,13 @@ class PatchGAN(nn.Sequential):
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.02)
 
-    def look(self, images: Tensor, rngs: list[np.random.Generator]) -> list[Tensor]:
-        """What is judged: the images themselves."""
+    def features(self, images: Tensor, rngs: list[np.random.Generator]) -> list[Tensor]:
+        """The images themselves: nothing is frozen, nothing drawn."""
         return [images]
 
-    def judge(self, seen: list[Tensor]) -> Tensor:
-        """Logits (B, 1, h, w)."""
-        return self(seen[0])
+    def logits(self, features: list[Tensor]) -> Tensor:
+        """(B, 1, h, w)."""
+        return self(features[0])
 
 
 def augment(images: Tensor, rngs: list[np.random.Generator]) -> Tensor:
@@ -120,7 +120,7 @@ class CircularConv(nn.Conv1d):
 
 
 class Head(nn.Module):
-    """Logits (B, 1, L) from one tap (B, C, L); every convolution is spectrally normalised."""
+    """Logits (B, 1, L) from features (B, C, L); every convolution is spectrally normalised."""
 
     def __init__(self, c_in: int, channels: int) -> None:
         super().__init__()
@@ -137,21 +137,21 @@ class Head(nn.Module):
 
 
 class FeatureCritic(nn.Module):
-    """The "stronger" discriminator: a head on each tap of a frozen network.
+    """The "stronger" discriminator: a head on each intermediate feature map of a frozen network.
 
-    taps: DinoTaps or ScriptTaps.  Augmentation is always on; it is drawn anew for every call of
-    `look`, so separately for real and decoded images.
+    frozen: DinoFeatures or ScriptFeatures.  Augmentation is always on, and drawn anew for every
+    call of `features`, so separately for real and decoded images.
     """
 
-    def __init__(self, taps: nn.Module, channels: int) -> None:
+    def __init__(self, frozen: nn.Module, channels: int) -> None:
         super().__init__()
-        self.frozen = [taps]  # in a list: no part of the weights or of the state dict
-        self.heads = nn.ModuleList(Head(c, channels) for c in taps.channels)
+        self.frozen = [frozen]  # in a list: no part of the weights or of the state dict
+        self.heads = nn.ModuleList(Head(c, channels) for c in frozen.channels)
 
-    def look(self, images: Tensor, rngs: list[np.random.Generator]) -> list[Tensor]:
-        """The taps of the augmented images, [(B, C, L), …]; images: (B, 3, H, W) in [−1, 1]."""
+    def features(self, images: Tensor, rngs: list[np.random.Generator]) -> list[Tensor]:
+        """Those of the augmented images, [(B, C, L), …]; images: (B, 3, H, W) in [−1, 1]."""
         return self.frozen[0](augment(images, rngs), rngs[0])
 
-    def judge(self, seen: list[Tensor]) -> Tensor:
-        """The logits of all heads, (B, 1, ΣL)."""
-        return torch.cat([head(tap.float()) for head, tap in zip(self.heads, seen)], 2)
+    def logits(self, features: list[Tensor]) -> Tensor:
+        """Of all heads, (B, 1, ΣL)."""
+        return torch.cat([head(x.float()) for head, x in zip(self.heads, features)], 2)

@@ -1,4 +1,4 @@
-"""The tokenizer's losses (Eq. 5).
+"""The tokenizer's losses and their sum, Eq. 5 (`total_loss`).
 
 All are sums over an image's pixels or latents, averaged over the batch, as in latent diffusion's
 autoencoder: their weights only mean something on that scale.
@@ -45,25 +45,9 @@ def adaptive_weight(grad_rec: Tensor, grad_adv: Tensor) -> Tensor:
     return (grad_rec / (grad_adv + 1e-4)).clamp(0, 1e4).detach()
 
 
-class Pulls(NamedTuple):
-    """Gradients of the reconstruction loss and of the adversarial one, both made from x̂."""
-
-    at_image: tuple[Tensor, Tensor]  # (B, 3, H, W) each
-    at_weight: tuple[Tensor, Tensor]  # at the weight of the decoder's last conv
-
-
-def pulls(rec: Tensor, adv: Tensor, image: Tensor, x_hat: Tensor, last_weight: Tensor) -> Pulls:
-    """Both losses' gradients at x̂, and through it at the weight of the conv that made it.
-
-    rec, adv: scalars computed from `image`, a detached copy of x̂ that requires a gradient.  So the
-    frozen networks behind them are gone through backwards once, to `image`: both the adaptive
-    weight λ and the step's gradient, that of Σ x̂·(pull_rec + factor·λ·pull_adv), are made from
-    what is returned.
-    """
-    at_image = tuple(torch.autograd.grad(loss, image)[0] for loss in (rec, adv))
-    at_weight = tuple(torch.autograd.grad(x_hat, last_weight, pull, retain_graph=True)[0]
-                      for pull in at_image)
-    return Pulls(at_image, at_weight)
+def alignment_loss(semantics: Tensor, target: Tensor) -> Tensor:
+    """Σ (s − t)² over an image's map, averaged over the batch; both (B, C, rows, columns)."""
+    return (semantics.float() - target).square().sum() / len(target)
 
 
 def adversarial_ramp(step: int, start: int, length: int) -> float:
@@ -74,9 +58,42 @@ def adversarial_ramp(step: int, start: int, length: int) -> float:
     return min(1.0, (step - start + 1) / length) if length else 1.0
 
 
-def alignment_loss(semantics: Tensor, target: Tensor) -> Tensor:
-    """Σ (s − t)² over an image's map, averaged over the batch; both (B, C, rows, columns)."""
-    return (semantics.float() - target).square().sum() / len(target)
+def total_loss(x: Tensor, x_hat: Tensor, mean: Tensor, distance: Tensor, fake_logits: Tensor,
+               semantics: Tensor, target: Tensor, last_weight: Tensor, *, kl_weight: float = 0.01,
+               adv_weight: float = 0.5, align_weight: float = 5.0) -> Tensor:
+    """Eq. 5, the autoencoder's loss: what training computes faster by `image_gradients`.
+
+    x, x_hat: (B, 3, H, W); mean: μ (B, N, D); distance: (B,), weighted perceptual distances;
+    fake_logits: D(x̂); semantics, target: maps (B, C, rows, columns); last_weight: that of the
+    decoder's last conv.  Returns a scalar.
+    """
+    rec = reconstruction_loss(x, x_hat, distance)
+    adv = -fake_logits.mean()
+    norms = [torch.autograd.grad(loss, last_weight, retain_graph=True)[0].norm()
+             for loss in (rec, adv)]
+    return (rec + kl_weight * kl_loss(mean) + adv_weight * adaptive_weight(*norms) * adv
+            + align_weight * alignment_loss(semantics, target))
+
+
+class ImageGradients(NamedTuple):
+    """Gradients of the reconstruction loss and of the adversarial one, in this order."""
+
+    image: tuple[Tensor, Tensor]  # at x̂: (B, 3, H, W) each
+    weight: tuple[Tensor, Tensor]  # at the weight of the decoder's last conv
+
+
+def image_gradients(rec: Tensor, adv: Tensor, image: Tensor, x_hat: Tensor,
+                    last_weight: Tensor) -> ImageGradients:
+    """Both losses' gradients at x̂, and through it at the weight of the conv that made it.
+
+    rec, adv: scalars computed from `image`, a detached copy of x̂ that requires a gradient.  The
+    frozen networks behind them are gone through backwards once, to `image`; λ is made from the
+    gradients at the weight, and Σ x̂·(grad_rec + factor·λ·grad_adv) has `total_loss`'s gradient.
+    """
+    at_image = tuple(torch.autograd.grad(loss, image)[0] for loss in (rec, adv))
+    at_weight = tuple(torch.autograd.grad(x_hat, last_weight, gradient, retain_graph=True)[0]
+                      for gradient in at_image)
+    return ImageGradients(at_image, at_weight)
 
 
 def psnr(x: Tensor, x_hat: Tensor) -> Tensor:

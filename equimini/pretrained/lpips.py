@@ -20,7 +20,7 @@ class MaxPool2x2(nn.Module):
 class Vgg16(nn.Module):
     """VGG16's convolutions, with torchvision's numbering; the five maps that LPIPS compares."""
 
-    taps = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+    after = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Vgg16(nn.Module):
         maps = []
         for i, layer in enumerate(self.features):
             x = layer(x)
-            if i in self.taps:
+            if i in self.after:
                 maps.append(x)
         return maps
 

@@ -78,7 +78,7 @@ def script_maps(path: str) -> ScriptMaps:
     return _script_maps(file.absolute(), changed)
 
 
-class ScriptTaps(nn.Module):
+class ScriptFeatures(nn.Module):
     """The same from the maps of a TorchScript network, at the images' own size."""
 
     def __init__(self, maps: ScriptMaps, example: Tensor) -> None:

@@ -141,7 +141,7 @@ class VisionTransformer(nn.Module):
         tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), patches.flatten(2).mT), 1)
         return tokens + self.positions(*patches.shape[2:])
 
-    def taps(self, x: Tensor, after: tuple[int, ...]) -> list[Tensor]:
+    def intermediate(self, x: Tensor, after: tuple[int, ...]) -> list[Tensor]:
         """Token sequences (B, 1 + N, C): the embedding's, and those after the given blocks."""
         x = self.embed(x)
         found = [x]
@@ -169,10 +169,10 @@ def dinov2_vitb14() -> VisionTransformer:
     return VisionTransformer(14, 768, 12, 12, grid=37, layer_scale=True)
 
 
-class DinoTaps(nn.Module):
-    """What the DINO discriminator looks at: five taps of ViT-S/16, each (B, 384, 196).
+class DinoFeatures(nn.Module):
+    """What the DINO discriminator looks at: five feature maps of ViT-S/16, each (B, 384, 196).
 
-    Each tap (after the position embedding and after blocks 2, 5, 8, 11) is the patch tokens plus
+    Each (after the position embedding and after blocks 2, 5, 8, 11) is the patch tokens plus
     the class token; there is no final norm.
     """
 
@@ -195,7 +195,7 @@ class DinoTaps(nn.Module):
 
     def forward(self, images: Tensor, draw: np.random.Generator) -> list[Tensor]:
         x = self.view(imagenet_normalize(images), draw)
-        return [(t[:, 1:] + t[:, :1]).mT for t in self.vit.taps(x, self.after)]
+        return [(t[:, 1:] + t[:, :1]).mT for t in self.vit.intermediate(x, self.after)]
 
 
 class DinoV2Teacher(nn.Module):

@@ -10,8 +10,8 @@ from equimini.losses import hinge_loss
 from equimini.noise import rng
 from equimini.presets import TokenizerTraining
 from equimini.pretrained.published_weights import chosen, load_dino, load_dinov2, load_lpips, unused
-from equimini.pretrained.torchscript import FeatureDistance, ScriptTaps, ScriptTeacher, script_maps
-from equimini.pretrained.vision_transformer import DinoTaps, DinoV2Teacher
+from equimini.pretrained.torchscript import FeatureDistance, ScriptFeatures, ScriptTeacher, script_maps
+from equimini.pretrained.vision_transformer import DinoFeatures, DinoV2Teacher
 from equimini.training.step import Stepper
 from equimini.utils import checkpoint
 from equimini.utils.errors import UserError, first_line
@@ -61,8 +61,8 @@ def make_critic(cfg: TokenizerTraining, images: Tensor) -> PatchGAN | FeatureCri
     if cfg.discriminator == "dino":
         source = chosen("required", "discriminator", cfg.dino_weights, "dino-weights",
                         cfg.disc_net, "disc-net")
-        taps = (DinoTaps(load_dino(cfg.dino_weights).to(images.device)) if source == "published"
-                else ScriptTaps(script_maps(cfg.disc_net).to(images.device), images))
+        taps = (DinoFeatures(load_dino(cfg.dino_weights).to(images.device)) if source == "published"
+                else ScriptFeatures(script_maps(cfg.disc_net).to(images.device), images))
         return FeatureCritic(taps, cfg.disc_head_channels).to(images.device)
     unused("--discriminator patchgan", cfg, "dino_weights", "disc_net")
     critic = PatchGAN(cfg.disc_channels, cfg.disc_layers).to(images.device)

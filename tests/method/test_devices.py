@@ -19,7 +19,7 @@ from equimini import sampler
 from equimini.discriminator import FeatureCritic
 from equimini.presets import GeneratorTraining, TokenizerTraining
 from equimini.pretrained.lpips import Lpips
-from equimini.pretrained.vision_transformer import (DinoTaps, DinoV2Teacher, VisionTransformer,
+from equimini.pretrained.vision_transformer import (DinoFeatures, DinoV2Teacher, VisionTransformer,
                                                     resize_matrix)
 from equimini.sampling import image_generator
 from equimini.sampling.cuda_graphs import GraphedColumn, GraphedStep
@@ -92,7 +92,7 @@ def test_tokenizer_training(strict, losses):
     """With PatchGAN; or with the published networks, in their sizes, and pieces."""
     everything = losses == "all"
     with META:  # no data, so no time either
-        dino = DinoTaps(VisionTransformer(16, 384, 12, 6, 14))
+        dino = DinoFeatures(VisionTransformer(16, 384, 12, 6, 14))
         teacher = DinoV2Teacher(VisionTransformer(14, 768, 2, 12, 37, layer_scale=True))
         distance = Lpips()
     training = TokenizerTraining(batch_size=4, warmup_steps=0, adv_start=0, align_start=0,

@@ -12,8 +12,8 @@ from equimini.discriminator import (CircularConv, FeatureCritic, Head, PatchGAN,
                                     augment)
 from equimini.noise import rng
 from equimini.presets import TokenizerTraining
-from equimini.pretrained.torchscript import ScriptTaps, script_maps
-from equimini.pretrained.vision_transformer import DinoTaps, VisionTransformer
+from equimini.pretrained.torchscript import ScriptFeatures, script_maps
+from equimini.pretrained.vision_transformer import DinoFeatures, VisionTransformer
 from equimini.training.tokenizer_losses import Adversary, make_critic
 from equimini.utils.errors import UserError
 from tests.method.test_losses import TwoMaps
@@ -29,7 +29,7 @@ def rngs(count, key=0):
 def critic(tmp_path):
     torch.jit.script(TwoMaps()).save(str(tmp_path / "maps.pt"))
     torch.manual_seed(0)
-    return FeatureCritic(ScriptTaps(script_maps(str(tmp_path / "maps.pt")),
+    return FeatureCritic(ScriptFeatures(script_maps(str(tmp_path / "maps.pt")),
                                     torch.zeros(1, 3, 8, 8)), 8)
 
 
@@ -124,18 +124,18 @@ def test_the_parts_of_the_augmentation():
     torch.testing.assert_close(flat, ((x + x.mean()) / 2)[inside])
 
 
-def test_dino_taps_see_224_pixels_of_any_image():
+def test_dino_features_see_224_pixels_of_any_image():
     torch.manual_seed(0)
     vit = VisionTransformer(16, 12, 12, 2, grid=14, tanh_gelu=True)
-    taps = DinoTaps(vit)
+    features = DinoFeatures(vit)
     for size in ((64, 64), (64, 256), (300, 200), (256, 256)):
         images = torch.rand(2, 3, *size) * 2 - 1
-        found = taps(images, rng("test", 0))
+        found = features(images, rng("test", 0))
         assert [tuple(t.shape) for t in found] == [(2, 12, 196)] * 5
-    views = [taps.view(torch.rand(1, 3, 240, 256), rng("test", i)) for i in range(20)]
+    views = [features.view(torch.rand(1, 3, 240, 256), rng("test", i)) for i in range(20)]
     assert {tuple(v.shape) for v in views} == {(1, 3, 224, 224)}
     x = torch.arange(240 * 256.0).view(1, 1, 240, 256)
-    crops = [v for i in range(20) for v in [taps.view(x, rng("test", i))]
+    crops = [v for i in range(20) for v in [features.view(x, rng("test", i))]
              if (v == v.round()).all() and (v[0, 0, 0, 1] - v[0, 0, 0, 0]) == 1
              and (v[0, 0, 1, 0] - v[0, 0, 0, 0]) == 256]
     assert 4 <= len(crops) <= 16  # the coin, 20 times

@@ -13,7 +13,7 @@ from equimini.presets import TokenizerTraining
 from equimini.pretrained import published_weights as weights
 from equimini.pretrained.lpips import Lpips, Vgg16
 from equimini.pretrained.torchscript import FeatureDistance, ScriptTeacher, script_maps
-from equimini.pretrained.vision_transformer import (DinoTaps, DinoV2Teacher, VisionTransformer,
+from equimini.pretrained.vision_transformer import (DinoFeatures, DinoV2Teacher, VisionTransformer,
                                                     dino_vits16, dinov2_vitb14, imagenet_normalize,
                                                     resize)
 from equimini.training.tokenizer_losses import make_distance, make_teacher
@@ -213,7 +213,7 @@ def test_lpips_equals_torchvision_and_lpips(files):
     h, expected = x, []
     for i, layer in enumerate(features):
         h = layer(h)
-        if i in Vgg16.taps:
+        if i in Vgg16.after:
             expected.append(h.clone())
     for a, b in zip(net.vgg(x), expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -230,7 +230,7 @@ def test_lpips_equals_torchvision_and_lpips(files):
     torch.testing.assert_close(net(x, y), theirs(x, y).flatten(), rtol=1e-4, atol=1e-6)
 
 
-def plain_vit(x, state, heads, patch, tanh, taps=()):
+def plain_vit(x, state, heads, patch, tanh, after=()):
     """A ViT with torch's functions, at the grid of its position embedding."""
     def norm(h, name):
         return F.layer_norm(h, h.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
@@ -251,7 +251,7 @@ def plain_vit(x, state, heads, patch, tanh, taps=()):
         m = F.gelu(linear(norm(h, f"{b}.norm2"), f"{b}.mlp.fc1"),
                    approximate="tanh" if tanh else "none")
         h = h + linear(m, f"{b}.mlp.fc2") * state.get(f"{b}.ls2.gamma", 1)
-        if n in taps:
+        if n in after:
             found.append(h)
         n += 1
     return norm(h, "norm"), found
@@ -263,20 +263,20 @@ def test_vit_is_its_definition(tanh, scale):
     vit = VisionTransformer(4, 24, 4, 3, grid=3, tanh_gelu=tanh, layer_scale=scale)
     weights.load_published(vit, state, "x", "ViT", ignored=("mask_token",))
     x = torch.randn(2, 3, 12, 12)
-    out, taps = plain_vit(x, state, 3, 4, tanh, taps=(1, 3))
+    out, features = plain_vit(x, state, 3, 4, tanh, after=(1, 3))
     torch.testing.assert_close(vit(x), out, rtol=1e-4, atol=1e-5)
-    for a, b in zip(vit.taps(x, (1, 3)), taps, strict=True):
+    for a, b in zip(vit.intermediate(x, (1, 3)), features, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_dino_taps_are_patch_tokens_plus_the_class_token():
+def test_dino_features_are_patch_tokens_plus_the_class_token():
     state = vit_layout(24, 16, 197, depth=12)
     vit = VisionTransformer(16, 24, 12, 3, grid=14, tanh_gelu=True)
     weights.load_published(vit, state, "x", "ViT")
     x = torch.rand(2, 3, 224, 224) * 2 - 1
-    _, taps = plain_vit(imagenet_normalize(x), state, 3, 16, True, taps=(2, 5, 8, 11))
-    found = DinoTaps(vit)(x, None)  # at 224 there is nothing to draw
-    for a, b in zip(found, taps, strict=True):
+    _, features = plain_vit(imagenet_normalize(x), state, 3, 16, True, after=(2, 5, 8, 11))
+    found = DinoFeatures(vit)(x, None)  # at 224 there is nothing to draw
+    for a, b in zip(found, features, strict=True):
         torch.testing.assert_close(a, (b[:, 1:] + b[:, :1]).transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
