@@ -3,16 +3,22 @@
     python train_generator.py                          # after train_tokenizer.py, same data
     python train_generator.py --data my/pictures --tokenizer runs/mine/last.pt --out runs/gen
 
-Writes last.pt, best.pt (lowest validation loss), log.jsonl and previews/ into --out.
+Writes last.pt, best.pt (lowest validation loss), log.jsonl and previews/ into --out.  One step is
+that of equimini/training/generator_trainer.py.
 """
 
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from equimini.attention import implementation
 from equimini.autoencoder import Tokenizer
-from equimini.presets import PRESETS
+from equimini.generator import Generator
+from equimini.noise import seed_torch
+from equimini.presets import PRESETS, parameters
+from equimini.sampling.image_generator import ImageGenerator
 from equimini.training.cache_latents import CachedLatents, read_meta
 from equimini.training.data import count_images, load_data
 from equimini.training.dry_run import dry_run
@@ -43,56 +49,73 @@ def count_training(opts: GeneratorRun) -> int:
     return read_meta(opts.latents)["images"]["train"] if opts.latents else count_images(opts)
 
 
-def rehearsal(setup: Setup) -> tuple[GeneratorTrainer, torch.Tensor]:
-    """GeneratorTrainer and example for --dry-run; without --tokenizer, the preset's tokenizer, untrained."""
-    if setup.run.tokenizer:
-        tokenizer = find_tokenizer(setup)
+def make_trainer(setup: Setup, tokenizer: Tokenizer, classes: list[str]) -> GeneratorTrainer:
+    """The generator and what trains it."""
+    opts, tokenizer = setup.run, tokenizer.to(setup.device)
+    seed_torch(opts.seed, 0)  # initial weights
+    model = Generator(setup.model, len(classes), tokenizer.config.token_channels)
+
+    def sample(generator: Generator, names: list[str]) -> Tensor:  # for the previews
+        return ImageGenerator(generator, tokenizer, classes).sample(
+            names, seed=opts.seed, cfg=opts.preview_cfg, steps=opts.preview_steps)
+
+    return GeneratorTrainer(model.to(setup.device), tokenizer, classes, setup.training, opts,
+                            sample)
+
+
+def read_data(setup: Setup, tokenizer: Tokenizer) -> tuple[Dataset, Dataset, list[str]]:
+    """Training set, validation set and class names: pictures, or what --latents holds of them."""
+    opts, shape = setup.run, tokenizer.config
+    if not opts.latents:
+        columns = (opts.width or shape.image_size) // shape.f
+        train, val, classes = load_data(opts, shape)
+    elif (opts.data, opts.val_data, opts.width) != ("synthetic", "", 0):
+        raise UserError("--latents holds the data already; leave out --data, --val-data and "
+                        "--width")
     else:
-        tokenizer = Tokenizer(PRESETS[setup.preset].tokenizer).eval().requires_grad_(False)
-        tokenizer.set_statistics(0.0, 1.0)
-    shape = tokenizer.config
-    width = setup.run.width or shape.image_size
-    example = (torch.randn(1, width // shape.f, shape.token_channels) if setup.run.latents else
-               torch.randint(0, 256, (1, 3, shape.image_size, width), dtype=torch.uint8))
-    classes = (read_meta(setup.run.latents)["classes"] if setup.run.latents else
-               load_data(setup.run, shape)[2])
-    return GeneratorTrainer(setup, tokenizer, classes), example
+        train, val = (CachedLatents(opts.latents, split, tokenizer, opts.seed)
+                      for split in ("train", "val"))
+        columns, classes = len(train[0, 0][0]), train.classes
+        meta = {"split": "order", **read_meta(opts.latents)}  # for who asks the checkpoint
+        setup.run = replace(opts, **{k: meta[k] for k in ("split", "val_fraction") if k in meta})
+    if max(setup.training.subtasks, default=0) >= columns:
+        raise UserError(f"--subtasks must be columns 0 to {columns - 1}, got "
+                        f"{','.join(map(str, setup.training.subtasks))}")
+    return train, val, classes
 
 
 def main(argv: list[str] | None = None) -> None:
     setup = set_up("generator", __doc__.split("\n")[0], GeneratorRun(out="runs/generator"), argv,
                    count_training)
-    with distributed.processes(setup.device, PATIENCE):
-        train_generator(setup)
+    with distributed.processes(setup.device, PATIENCE), setup.folder():
+        if setup.dry_run:
+            dry_run(setup, count_training(setup.run), lambda: rehearsal(setup))
+        else:
+            train_generator(setup)
+
+
+def rehearsal(setup: Setup) -> tuple[GeneratorTrainer, Tensor]:
+    """For --dry-run: a trainer and an example; without --tokenizer, the preset's, untrained."""
+    opts = setup.run
+    if opts.tokenizer:
+        tokenizer = find_tokenizer(setup)
+    else:
+        tokenizer = Tokenizer(PRESETS[setup.preset].tokenizer).eval().requires_grad_(False)
+        tokenizer.set_statistics(0.0, 1.0)
+    shape = tokenizer.config
+    width = opts.width or shape.image_size
+    example = (torch.randn(1, width // shape.f, shape.token_channels) if opts.latents else
+               torch.randint(0, 256, (1, 3, shape.image_size, width), dtype=torch.uint8))
+    classes = (read_meta(opts.latents)["classes"] if opts.latents else load_data(opts, shape)[2])
+    return make_trainer(setup, tokenizer, classes), example
 
 
 def train_generator(setup: Setup) -> None:
     """A whole training, from the first step or the resumed one."""
-    if setup.dry_run:
-        dry_run(setup, count_training(setup.run), lambda: rehearsal(setup))
-        return
     tokenizer = find_tokenizer(setup)
-    if setup.run.latents:
-        if (setup.run.data, setup.run.val_data, setup.run.width) != ("synthetic", "", 0):
-            raise UserError("--latents holds the data already; leave out --data, --val-data and "
-                            "--width")
-        train, val = (CachedLatents(setup.run.latents, split, tokenizer, setup.run.seed)
-                      for split in ("train", "val"))
-        classes = train.classes
-        meta = {"split": "order", **read_meta(setup.run.latents)}  # for who asks the checkpoint
-        setup.run = replace(setup.run, **{k: meta[k] for k in ("split", "val_fraction")
-                                          if k in meta})
-    else:
-        train, val, classes = load_data(setup.run, tokenizer.config)
-    columns = (setup.run.width or tokenizer.config.image_size) // tokenizer.config.f
-    if setup.run.latents:
-        columns = len(train[0, 0][0])
-    if max(setup.training.subtasks, default=0) >= columns:
-        raise UserError(f"--subtasks must be columns 0 to {columns - 1}, got "
-                        f"{','.join(map(str, setup.training.subtasks))}")
-    trainer = GeneratorTrainer(setup, tokenizer, classes)
-    millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-    print(f"generator {setup.preset}: {millions:.2f} M parameters, tokens of "
+    train, val, classes = read_data(setup, tokenizer)
+    trainer = make_trainer(setup, tokenizer, classes)
+    print(f"generator {setup.preset}: {parameters(trainer.model) / 1e6:.2f} M parameters, tokens of "
           f"{tokenizer.config.token_channels} channels, {len(train)} training and {len(val)} "
           f"held-out images of {len(classes)} classes, on {setup.device}, attention by "
           f"{implementation(setup.device)}")

@@ -53,6 +53,8 @@ class TokenizerTraining(Checked):
     disc_head_channels: int = flag(384, "channels of each head on the frozen network", min=1)
     disc_lr: float = flag(0.0, "learning rate of the discriminator, constant; 0: that of --lr",
                           min=0)
+    carry_disc: bool = flag(True, "stage 2 (--finetune-decoder) begins with the discriminator of "
+                            "stage 1, as the release does; else with a new one", before=False)
     adv_weight: float = flag(0.5, "weight of the adversarial term, on top of the adaptive weight",
                              min=0)
     adv_start: int = flag(5000, "step from which both adversarial losses are on", min=0)
@@ -92,6 +94,8 @@ class GeneratorTraining(Checked):
                                      "0,2,4 (the others are context only); empty: all", min=0)
     position_shift: int = flag(16, "positions are shifted by a random number of columns below "
                                "this; 1: no augmentation", min=1)
+    shift_group: int = flag(32, "images of a batch that share a shift, as those of one process of "
+                            "the release; 0: all", min=0, before=0)
 
 
 @dataclass(frozen=True)

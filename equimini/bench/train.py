@@ -127,7 +127,7 @@ def peak_memory(device: torch.device) -> int:
 # Steps -------------------------------------------------------------------------------------
 
 
-def trainer_of(cfg: TrainBench, setting: str, out: str) -> Any:
+def trainer_of(cfg: TrainBench, setting: str, out: str) -> GeneratorTrainer:
     """A trainer with the flags of a setting."""
     shape = PRESETS[cfg.preset].tokenizer
     setup = set_up("generator", "", GeneratorRun(out=out), [
@@ -137,7 +137,10 @@ def trainer_of(cfg: TrainBench, setting: str, out: str) -> Any:
     tokenizer = Tokenizer(dataclasses.replace(PRESETS["tiny"].tokenizer, noise=shape.noise,
                                               token_channels=shape.token_channels))
     tokenizer.set_statistics(0.0, 1.0)
-    return GeneratorTrainer(setup, tokenizer, [str(k) for k in range(CLASSES)])
+    torch.manual_seed(0)
+    model = Generator(setup.model, CLASSES, shape.token_channels)
+    return GeneratorTrainer(model.to(setup.device), tokenizer.to(setup.device),
+                            [str(k) for k in range(CLASSES)], setup.training, setup.run)
 
 
 def time_setting(cfg: TrainBench, setting: str) -> dict[str, Any]:

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from equimini.generator import GeneratorConfig
+from equimini.generator import Generator, GeneratorConfig
 from equimini.presets import GeneratorTraining
 from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
 from equimini.training.loaders import fixed_loader
-from equimini.training.setup import Setup
 from equimini.training.step import Stepper
 from equimini.utils import checkpoint
 from equimini.utils.checkpoint import tokenizer_inside
@@ -45,13 +44,11 @@ class Probe:
         `validate` measures the weights that are trained, not their moving average.
         """
         before = config_from_dict(GeneratorTraining, self.content["config"]["training"])
-        setup = Setup("", self.model, dataclasses.replace(before, ema_decay=0.0, **training),
-                      GeneratorRun(seed=seed, precision=self.precision), self.device,
-                      Path(), None)
-        trainer = GeneratorTrainer(setup, self.tokenizer, self.classes)
-        for model in (trainer.model, trainer.ema.model):
-            checkpoint.load_weights(model, self.content["ema"], self.path)
-        return trainer
+        model = Generator(self.model, len(self.classes), self.tokenizer.config.token_channels)
+        checkpoint.load_weights(model, self.content["ema"], self.path)
+        return GeneratorTrainer(model.to(self.device), self.tokenizer, self.classes,
+                                dataclasses.replace(before, ema_decay=0.0, **training),
+                                GeneratorRun(seed=seed, precision=self.precision))
 
     def descender(self, seed: int, length: float, **training: Any) -> GeneratorTrainer:
         """A trainer whose steps go straight down the gradient, all of one length.

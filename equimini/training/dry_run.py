@@ -34,18 +34,17 @@ def dry_run(setup: Setup, images: int, make: Callable[[], tuple[Trainer, Tensor]
     number of the step that is measured, one at which all losses are on.
     """
     cfg, processes = setup.training, distributed.world_size()
-    share = distributed.share(cfg.batch_size)
-    piece = share // setup.run.accumulate
+    count = distributed.local_batch(cfg.batch_size) // setup.run.accumulate  # a micro-batch's
     for title, part in (("run", setup.run), ("model", setup.model), ("training", cfg)):
         print_settings(title, part)
     print(f"\ntraining pictures      {images:,}")
     print(f"steps                  {cfg.steps:,} = {cfg.steps * cfg.batch_size / images:,.1f} epochs "
           f"of {images / cfg.batch_size:,.1f} steps")
     print(f"effective batch        {cfg.batch_size} = {processes} processes x "
-          f"{setup.run.accumulate} pieces x {piece} images")
+          f"{setup.run.accumulate} micro-batches x {count} images")
     print(f"learning rate          {cfg.lr:g}, after {cfg.warmup_steps:,} steps of warm-up")
     try:
-        measure(setup, *make(), images, piece, step)
+        print_costs(setup, *make(), images, count, step)
     except UserError as error:
         print(f"memory and time        not measured: {error}")
 
@@ -58,10 +57,13 @@ def print_settings(title: str, part: Checked) -> None:
         print(f"  {name.replace('_', '-'):20} {'none' if shown in ('', None) else shown}")
 
 
-def measure(setup: Setup, trainer: Trainer, example: Tensor, images: int, piece: int,
-            step: int) -> None:
-    """Print parameters, memory and time, from a few steps on copies of `example`."""
-    few, gpu = min(piece, FEW), setup.device.type == "cuda"
+def print_costs(setup: Setup, trainer: Trainer, example: Tensor, images: int, wanted: int,
+                step: int) -> None:
+    """Print parameters, memory and time, from a few steps on copies of `example`.
+
+    images: of the training set; wanted: of a micro-batch.
+    """
+    few, gpu = min(wanted, FEW), setup.device.type == "cuda"
     trainer.opts = dataclasses.replace(setup.run, accumulate=1)
 
     steps = itertools.count(step)  # counting up, as draws are made for the step to come
@@ -77,7 +79,7 @@ def measure(setup: Setup, trainer: Trainer, example: Tensor, images: int, piece:
         kept[n] = saved.bytes
     (fewer, low), (few, high) = min(kept.items()), max(kept.items())
     per_image = (high - low) / (few - fewer) if few > fewer else high
-    for_pass = high + per_image * (piece - few)
+    for_pass = high + per_image * (wanted - few)
 
     trained = sum(p.numel() for group in trainer.stepper.optimizer.param_groups
                   for p in group["params"])
@@ -86,14 +88,14 @@ def measure(setup: Setup, trainer: Trainer, example: Tensor, images: int, piece:
           f"{parameters(trainer.model) / 1e6:.2f} M in all")
     print(f"memory per process     about {(state + for_pass) / 2**30:.2f} GiB: "
           f"{state / 2**30:.2f} for weights, gradients, Adam and average,\n{'':23}"
-          f"{for_pass / 2**30:.2f} for what {piece} images keep for the backward pass")
-    count, seconds = time_step(train, piece if gpu else few, setup.device)
+          f"{for_pass / 2**30:.2f} for what {wanted} images keep for the backward pass")
+    count, seconds = time_step(train, wanted if gpu else few, setup.device)
     if gpu:
         print(f"{'':23}{torch.cuda.max_memory_allocated() / 2**30:.2f} measured on this GPU with "
               f"{count} images")
-    if gpu and count < piece:
-        print(f"{'':23}{piece} images do not fit: --accumulate "
-              f"{setup.run.accumulate * parts(piece, count)} makes pieces that do")
+    if gpu and count < wanted:
+        print(f"{'':23}{wanted} images do not fit: --accumulate "
+              f"{setup.run.accumulate * parts(wanted, count)} makes micro-batches that do")
     per_second = count * distributed.world_size() / seconds
     hours = images / per_second / 3600
     epochs = setup.training.steps * setup.training.batch_size / images
@@ -119,9 +121,9 @@ def time_step(train: Callable[[int], None], count: int,
     raise UserError("one image at a time needs more memory than there is")
 
 
-def parts(piece: int, fitting: int) -> int:
-    """The fewest equal parts of `piece` images that hold at most `fitting` each."""
-    return next(n for n in range(1, piece + 1) if piece % n == 0 and piece // n <= fitting)
+def parts(images: int, fitting: int) -> int:
+    """The fewest equal parts of so many images that hold at most `fitting` each."""
+    return next(n for n in range(1, images + 1) if images % n == 0 and images // n <= fitting)
 
 
 def duration(hours: float) -> str:

@@ -2,21 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 
 from equimini.autoencoder import Tokenizer, add_noise
 from equimini.config import flag
-from equimini.generator import (flow_matching_errors, flow_matching_loss, make_generator,
-                                random_crops)
+from equimini.generator import Generator, flow_matching_errors, flow_matching_loss, random_crops
 from equimini.noise import normal, rng, seed_torch, uniform
-from equimini.sampling.image_generator import ImageGenerator
+from equimini.presets import GeneratorTraining
 from equimini.training.options import RunConfig
 from equimini.training.precision import PRECISIONS, adamw, compiled, load_optimizer, set_float32
-from equimini.training.prefetch import Ahead
-from equimini.training.setup import Setup
-from equimini.training.step import Ema, Stepper, add, pieces, warmup_decay_lr, weight_decay_groups
+from equimini.training.prefetch import Prefetcher
+from equimini.training.step import (Ema, MicroBatch, Stepper, add, micro_batches, warmup_decay_lr,
+                                    weight_decay_groups)
 from equimini.utils import checkpoint, distributed
 from equimini.utils.checkpoint import tokenizer_content
 from equimini.utils.errors import UserError
@@ -46,7 +45,7 @@ class GeneratorRun(RunConfig):
 
 
 class Draws(NamedTuple):
-    """All that is random in the loss of B images but for dropout, keyed per image; on the CPU."""
+    """All that is random in the loss of B images but for dropout, keyed per image."""
 
     sigma: torch.Tensor  # (B,) normal
     noise: torch.Tensor  # (B, N, C) normal: σ-noise on the tokens, with sigma
@@ -54,31 +53,97 @@ class Draws(NamedTuple):
     eps: torch.Tensor  # (M, B, N, C) normal: the flow's noise
     drop: torch.Tensor  # (B,) uniform: below the label dropout, the class is left out
     starts: torch.Tensor  # (B, k) uniform: places of crops, k = 0 without --real-equivariant
+    shift: int | torch.Tensor = 0  # of positions: of all images, or of each (B,)
 
 
 class GeneratorTrainer:
     """The generator, its frozen tokenizer and the optimizer; `step` is one training step."""
 
-    def __init__(self, setup: Setup, tokenizer: Tokenizer, classes: list[str]) -> None:
-        self.cfg, self.opts, self.classes = setup.training, setup.run, classes
-        self.device, self.seed = setup.device, setup.run.seed
-        set_float32(self.opts.precision, self.device)
-        self.tokenizer = tokenizer.to(self.device)
-        seed_torch(self.seed, 0)  # initial weights
-        channels = self.tokenizer.config.token_channels
-        self.model = make_generator(setup.model, len(classes), channels).to(self.device)
-        self.ema = Ema(self.model, self.cfg.ema_decay, warmup=False)
-        if self.opts.checkpoint_activations:
-            self.model.checkpoint_activations()
-        self.flow_errors = compiled(flow_matching_errors) if self.opts.compile else \
-            flow_matching_errors
-        self.optimizer = adamw(weight_decay_groups(self.model, self.cfg.weight_decay), self.cfg.lr,
-                               self.opts.fused_optimizer)
-        self.stepper, self.draw_ahead = Stepper(self.optimizer), Ahead()
-        self.columns = 0  # of the training pictures, once one has been seen
-        if self.cfg.subtasks and setup.model.real_equivariant:
+    def __init__(self, model: Generator, tokenizer: Tokenizer, classes: list[str],
+                 cfg: GeneratorTraining, opts: GeneratorRun,
+                 sample: Callable[[Generator, list[str]], torch.Tensor] | None = None) -> None:
+        """model, tokenizer: on the device; sample: from a generator and n class names to pictures
+        (n, 3, H, W), for the previews."""
+        if cfg.subtasks and model.config.real_equivariant:
             raise UserError("--subtasks are places in the picture, which --real-equivariant does "
                             "not train on; give one of the two")
+        self.model, self.tokenizer, self.classes, self.sample = model, tokenizer, classes, sample
+        self.cfg, self.opts, self.seed = cfg, opts, opts.seed
+        self.device = model.no_class.device
+        set_float32(opts.precision, self.device)
+        self.ema = Ema(model, cfg.ema_decay, warmup=False)
+        if opts.checkpoint_activations:
+            model.checkpoint_activations()
+        self.flow_errors = compiled(flow_matching_errors) if opts.compile else flow_matching_errors
+        self.optimizer = adamw(weight_decay_groups(model, cfg.weight_decay), cfg.lr,
+                               opts.fused_optimizer)
+        self.stepper, self.prefetch = Stepper(self.optimizer), Prefetcher()
+        self.columns = 0  # of the training pictures, once one has been seen
+        self.all_losses_from = 0  # see loop.Trainer
+
+    def step(self, step: int, data: torch.Tensor, labels: torch.Tensor) -> dict:
+        """One step of the generator (Eq. 8).
+
+        data, as in `tokens`, and labels (B,): this process's local batch.  Returns the scalars to
+        log, and the loss of every column and of T_BINS equal parts of t from 0 to 1.
+        """
+        cfg, sums = self.cfg, {}
+        lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps)
+        drawn = self.prefetch(self.step_draws, step, len(data), *self.shape(data))
+        for part, draws in zip(micro_batches(len(data), self.opts.accumulate), drawn):
+            seed_torch(self.seed, 1, step, part.places[0])  # dropout
+            draws = Draws(*self.on_device(*draws))
+            x = self.tokens(data[part.rows], draws)  # encode: (B, N, C)
+            errors, u = self.errors(x, labels[part.rows], draws)  # (M, B, N)
+            chosen = errors[:, :, list(cfg.subtasks)] if cfg.subtasks else errors
+            loss = part.weight * chosen.mean()
+            self.stepper.backward(loss)
+            add(sums, {"loss": loss, "loss_per_column": part.weight * errors.mean((0, 1)),
+                       **sums_by_time(errors, u)})
+        found = distributed.total(sums)
+        norm = self.stepper(lr, cfg.grad_clip)  # AdamW
+        self.ema.update(self.model)
+        return {"loss": found["loss"], "lr": lr, "grad_norm": norm,
+                "loss_per_column": [round(v, 5) for v in found["loss_per_column"]],
+                "loss_per_t": [round(s / n, 5) if n else None
+                               for s, n in zip(found["t_sums"], found["t_counts"])]}
+
+    @torch.no_grad()
+    def tokens(self, data: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """uint8 images (B, 3, H, W), or their cached means μ (B, N, C), to normalised noisy
+        tokens (B, N, C): the transformer's input and the flow's target."""
+        mean, = self.on_device(data)
+        if data.dtype == torch.uint8:
+            with self.autocast():
+                mean = self.tokenizer.encode(to_float(mean)).float()
+        z = add_noise(mean, self.tokenizer.config.noise, draws.sigma, draws.noise)
+        return self.tokenizer.normalize(z)
+
+    def errors(self, x: torch.Tensor, labels: torch.Tensor,
+               draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eq. 8's errors (M, B, N) on tokens (B, N, C), and their u."""
+        self.columns = x.shape[1]
+        labels, = self.on_device(labels)
+        if self.model.config.real_equivariant:
+            x, labels, draws = self.crops(x, labels, draws)
+        with self.autocast():
+            return self.flow_errors(self.model, x, labels, draws.u, draws.eps,
+                                    draws.drop < self.cfg.label_dropout, draws.shift), draws.u
+
+    def crops(self, x: torch.Tensor, labels: torch.Tensor,
+              draws: Draws) -> tuple[torch.Tensor, torch.Tensor, Draws]:
+        """A batch of random crops of W columns (Eq. 6): as many of each image as it is long."""
+        w, n, k = self.model.config.window, x.shape[1], draws.starts.shape[1]
+        if k == 0:
+            raise UserError(f"--window {w} is longer than the pictures of {n} columns, of which "
+                            "--real-equivariant takes crops")
+
+        def each(a: int | torch.Tensor) -> int | torch.Tensor:  # (B,) to (B·k,)
+            return a.repeat_interleave(k) if isinstance(a, torch.Tensor) else a
+
+        u, eps = (a[:, :, :k * w].unflatten(2, (k, w)).flatten(1, 2) for a in (draws.u, draws.eps))
+        return (random_crops(x, w, (draws.starts * (n - w + 1)).long()), each(labels),
+                draws._replace(u=u, eps=eps, drop=each(draws.drop), shift=each(draws.shift)))
 
     def autocast(self) -> torch.autocast:
         """Matrix products in bfloat16 where asked for; weights and the loss stay in float32."""
@@ -91,7 +156,7 @@ class GeneratorTrainer:
         return data.shape[3] // self.tokenizer.config.f, self.tokenizer.config.token_channels
 
     def draws(self, rngs: list, n: int, c: int) -> Draws:
-        """What is random in the loss of len(rngs) images of n tokens of c channels."""
+        """What is random in the loss of len(rngs) images of n tokens of c channels; on the CPU."""
         m, config = self.cfg.batch_multiplier, self.model.config
         crops = n // config.window if config.real_equivariant else 0
         return Draws(sigma=normal((), rngs), noise=normal((n, c), rngs),
@@ -100,79 +165,28 @@ class GeneratorTrainer:
                      drop=uniform((), rngs), starts=uniform((crops,), rngs))
 
     def step_draws(self, step: int, images: int, n: int, c: int) -> list[Draws]:
-        """Those of a step, for each piece of this process's share of `images` images."""
-        draws = [self.draws(piece.rngs("flow", self.seed, step), n, c)
-                 for piece in pieces(images, self.opts.accumulate)]
+        """Those of a step, for each micro-batch of the local batch of `images` images."""
+        draws = [self.draws(part.rngs("flow", self.seed, step), n, c)._replace(
+            shift=self.shift(step, part)) for part in micro_batches(images, self.opts.accumulate)]
         if self.device.type == "cuda":  # as the loader's batches are
-            return [Draws(*(x.pin_memory() for x in of_piece)) for of_piece in draws]
+            return [Draws(*(x.pin_memory() if isinstance(x, torch.Tensor) else x for x in of_part))
+                    for of_part in draws]
         return draws
 
-    def on_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors on the device; from pinned memory to a GPU without waiting for the copies."""
+    def shift(self, step: int, part: MicroBatch) -> int | torch.Tensor:
+        """The position augmentation: one number for each group of images of the global batch."""
+        size, below = self.cfg.shift_group, self.cfg.position_shift
+        if not size:
+            return int(rng("shift", self.seed, step).integers(below))
+        groups = [place // size for place in part.places]
+        drawn = {g: int(rng("shift", self.seed, step, g).integers(below)) for g in set(groups)}
+        return torch.tensor([drawn[g] for g in groups])  # (B,)
+
+    def on_device(self, *values: int | torch.Tensor) -> list:
+        """Tensors on the device; from pinned memory to a GPU without waiting for the copies."""
         cuda = self.device.type == "cuda"
-        return [x.to(self.device, non_blocking=cuda) for x in tensors]
-
-    @torch.no_grad()
-    def tokens(self, data: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """uint8 images (B, 3, H, W), or their cached means μ (B, N, C), to normalised noisy
-        tokens (B, N, C): the transformer's input and the flow's target."""
-        mean, sigma, noise = self.on_device(data, draws.sigma, draws.noise)
-        if data.dtype == torch.uint8:
-            with self.autocast():
-                mean = self.tokenizer.encode(to_float(mean)).float()
-        z = add_noise(mean, self.tokenizer.config.noise, sigma, noise)
-        return self.tokenizer.normalize(z)
-
-    def crops(self, x: torch.Tensor, labels: torch.Tensor, u: torch.Tensor, eps: torch.Tensor,
-              drop: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """A batch of random crops of W columns (Eq. 6): as many of each image as it is long."""
-        w, n, k = self.model.config.window, x.shape[1], starts.shape[1]
-        if k == 0:
-            raise UserError(f"--window {w} is longer than the pictures of {n} columns, of which "
-                            "--real-equivariant takes crops")
-        starts = (starts * (n - w + 1)).long()
-        u, eps = (a[:, :, :k * w].unflatten(2, (k, w)).flatten(1, 2) for a in (u, eps))
-        return (random_crops(x, w, starts), labels.repeat_interleave(k), u, eps,
-                drop.repeat_interleave(k))
-
-    def step(self, step: int, data: torch.Tensor, labels: torch.Tensor) -> dict:
-        """One step of the generator (Eq. 8).
-
-        data, as in `tokens`, and labels (B,): this process's share.  Returns the scalars to log,
-        and the loss of every column and of T_BINS equal parts of t from 0 to 1.
-        """
-        cfg, sums = self.cfg, {}
-        lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps)
-        shift = int(rng("shift", self.seed, step).integers(cfg.position_shift))
-        ready = self.draw_ahead(self.step_draws, step, len(data), *self.shape(data))
-        for piece, draws in zip(pieces(len(data), self.opts.accumulate), ready):
-            seed_torch(self.seed, 1, step, piece.first)  # dropout
-            errors, u = self.errors(data[piece.rows], labels[piece.rows], shift, draws)
-            chosen = errors[:, :, list(cfg.subtasks)] if cfg.subtasks else errors
-            loss = piece.weight * chosen.mean()
-            self.stepper.backward(loss)
-            add(sums, {"loss": loss, "loss_per_column": piece.weight * errors.mean((0, 1)),
-                       **sums_by_time(errors, u)})
-        found = distributed.total(sums)
-        norm = self.stepper(lr, cfg.grad_clip)
-        self.ema.update(self.model)
-        return {"loss": found["loss"], "lr": lr, "grad_norm": norm,
-                "loss_per_column": [round(v, 5) for v in found["loss_per_column"]],
-                "loss_per_t": [round(s / n, 5) if n else None
-                               for s, n in zip(found["t_sums"], found["t_counts"])]}
-
-    def errors(self, data: torch.Tensor, labels: torch.Tensor, shift: int,
-               draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eq. 8's errors (M, B, N) on a piece of the batch, and their u."""
-        x = self.tokens(data, draws)  # (B, N, C)
-        self.columns = x.shape[1]
-        labels, u, eps, drop, starts = self.on_device(labels, draws.u, draws.eps, draws.drop,
-                                                      draws.starts)
-        drop = drop < self.cfg.label_dropout
-        if self.model.config.real_equivariant:
-            x, labels, u, eps, drop = self.crops(x, labels, u, eps, drop, starts)
-        with self.autocast():
-            return self.flow_errors(self.model, x, labels, u, eps, drop, shift), u
+        return [x.to(self.device, non_blocking=cuda) if isinstance(x, torch.Tensor) else x
+                for x in values]
 
     def state(self) -> dict:
         """Everything a resumed run needs, and the tokenizer that sampling needs."""
@@ -214,11 +228,11 @@ class GeneratorTrainer:
         """Loss of the EMA generator, always with the same noise, and the same per column."""
         sums = {}
         for data, labels, indices in loader:
-            draws = self.draws([rng("validation", int(i)) for i in indices],
-                               *self.shape(data))
+            draws = self.draws([rng("validation", int(i)) for i in indices], *self.shape(data))
+            draws = Draws(*self.on_device(*draws))
             x = self.tokens(data, draws)
-            loss = flow_matching_loss(self.ema.model, x,
-                                      *self.on_device(labels, draws.u, draws.eps))  # (B, N)
+            loss = flow_matching_loss(self.ema.model, x, *self.on_device(labels), draws.u,
+                                      draws.eps)  # (B, N)
             add(sums, {"columns": loss.cpu().double().sum(0), "count": torch.tensor(len(x))})
         if not sums:  # more processes than pictures
             sums = {"columns": torch.zeros(self.columns).double(), "count": torch.tensor(0)}
@@ -229,15 +243,11 @@ class GeneratorTrainer:
 
     def preview(self, path: Path) -> None:
         """Samples of up to eight classes: raw weights on the left, EMA weights on the right."""
-        names, sides = self.classes[:8], []
-        for model in (self.model.eval(), self.ema.model):
-            images = ImageGenerator(model, self.tokenizer, self.classes).sample(
-                [n for n in names for _ in range(4)], seed=self.seed, cfg=self.opts.preview_cfg,
-                steps=self.opts.preview_steps)
-            sides.append(images.unflatten(0, (len(names), 4)))
+        names = self.classes[:8]
+        raw, average = (self.sample(model, [n for n in names for _ in range(4)]).unflatten(
+            0, (len(names), 4)) for model in (self.model.eval(), self.ema.model))
         self.model.train()
-        gap = torch.ones_like(sides[0][:, :1])
-        sheet = torch.cat((sides[0], gap, sides[1]), 1)
+        sheet = torch.cat((raw, torch.ones_like(raw[:, :1]), average), 1)
         save_png(grid(list(sheet), [f"{name} (raw, EMA)" for name in names]), path)
 
 

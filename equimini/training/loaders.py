@@ -17,7 +17,7 @@ class Batches:
     """Batch sampler whose order is a function of (seed, step): each epoch a new permutation.
 
     Yields, for each step from `start` to `stop` − 1, the (epoch, index) pairs of this process's
-    share of its batch; a batch that crosses the end of an epoch goes on in the next.
+    local batch; a batch that crosses the end of an epoch goes on in the next.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, start: int, stop: int) -> None:
@@ -29,10 +29,10 @@ class Batches:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, np.empty(0, np.int64)
-        share = distributed.share(self.batch_size)
+        local = distributed.local_batch(self.batch_size)
         for step in range(self.start, self.stop):
-            batch, first = [], step * self.batch_size + distributed.rank() * share
-            for place in range(first, first + share):
+            batch, first = [], step * self.batch_size + distributed.rank() * local
+            for place in range(first, first + local):
                 if place // self.n != epoch:
                     epoch = place // self.n
                     order = rng("order", self.seed, epoch).permutation(self.n)
@@ -44,7 +44,7 @@ def training_loader(data: Dataset, batch_size: int, run: RunConfig, start: int,
                     stop: int, pinned: bool = False) -> DataLoader:
     """Batches (images uint8 (B, 3, H, W), labels (B,), indices (B,)) of steps start … stop−1.
 
-    Of several processes each gets its share: B is batch_size / processes.  pinned: in memory from
+    Of several processes each gets a local batch: B is batch_size / processes.  pinned: in memory from
     which a GPU copies while it computes.
     """
     sampler = Batches(len(data), batch_size, run.seed, start, stop)

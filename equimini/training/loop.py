@@ -84,20 +84,21 @@ class Progress:
 
 
 class Trainer(Protocol):
-    """What `fit` needs of a training script: the method itself, without the machinery."""
+    """What `fit` needs: the method itself, without the machinery."""
 
     model: nn.Module
     ema: Ema
     stepper: Stepper
+    all_losses_from: int  # step from which all losses are on, and best.pt is chosen anew
 
     def step(self, step: int, data: Tensor, labels: Tensor) -> dict[str, float | list[float]]:
-        """One training step on this process's share of a batch.
+        """One training step on this process's local batch.
 
         Returns `loss`, `lr` and more, of the whole batch: the same on every process.
         """
 
     def validate(self, loader: DataLoader) -> dict[str, Any]:
-        """Scores on held-out images, `val_loss` among them; `loader` has this process's share."""
+        """Scores on held-out images, `val_loss` among them; `loader` has this process's part."""
 
     def preview(self, path: Path) -> None:
         """Draw a picture of how far the training is."""
@@ -164,10 +165,12 @@ def train_steps(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: 
     """
     cfg, opts, step, main = setup.training, setup.run, setup.start, distributed.is_main()
     log = Log(setup.out / "log.jsonl", step) if main else None
-    val_loader = fixed_loader(val, distributed.share(cfg.batch_size), opts.val_images, shared=True)
+    val_loader = fixed_loader(val, distributed.local_batch(cfg.batch_size), opts.val_images, shared=True)
     with closing(Progress(step, cfg.steps, cfg.batch_size, kind)) as progress:
         for data, labels, _ in training_loader(train, cfg.batch_size, opts, step, cfg.steps,
                                                setup.device.type == "cuda"):
+            if step == trainer.all_losses_from:  # a critic raises the loss on held-out images
+                best = math.inf
             scalars = trainer.step(step, data, labels)
             step += 1
             progress.step(scalars, trainer.stepper.skipped)

@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable
 
 
-class Ahead:
-    """Calls a pure function(step, …), always the same one, for step + 1, too, in another thread.
+class Prefetcher:
+    """Calls a pure function(step, …), always the same one, and for step + 1 in another thread.
 
-    If that, and the same rest, is what is asked for next, its result is there.  An error is raised
-    when its step is asked for.  Results of two steps are in memory, and at the end one was
+    If that, with the same rest, is what is asked for next, its result is there.  An error is
+    raised when its step is asked for.  Results of two steps are in memory, and the last one was
     made for nothing.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from equimini.training.split import check_split
 from equimini.utils import checkpoint, distributed
 from equimini.utils.command_line import add_flags, config_from_dict, output_folder, override
 from equimini.utils.errors import UserError
-from equimini.utils.files import remove_leftovers
+from equimini.utils.files import locked, remove_leftovers
 
 PATIENCE = timedelta(minutes=30)  # that one process waits for another in training
 
@@ -47,6 +48,11 @@ class Setup:
         parts = {"model": self.model, "training": self.training, "run": self.run}
         return {"preset": self.preset, **{k: dataclasses.asdict(v) for k, v in parts.items()}}
 
+    def folder(self) -> AbstractContextManager:
+        """A context in which no other training writes to the folder."""
+        writes = distributed.is_main() and not self.dry_run
+        return locked(self.out) if writes else nullcontext()
+
 
 def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None = None,
            count: Callable[[Any], int] = count_images) -> Setup:
@@ -64,43 +70,40 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
     asked, name = known.preset, known.preset or ("small" if known.recipe else "tiny")
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-    preset = PRESETS[name]
-    model, training = getattr(preset, kind), getattr(preset, f"{kind}_training")
-
+    model, training = (getattr(PRESETS[name], part) for part in (kind, f"{kind}_training"))
     args = make_parser(description, run, model, training).parse_args(argv)
 
     out = Path(getattr(args, "out", run.out))
-    last, resumed, initial = out / "last.pt", None, None
+    source, resumed, initial = out / "last.pt", None, None
     open_folder(out, args)
     if args.resume:
-        resumed = checkpoint.load_newest(last, kind)
+        resumed = checkpoint.load_newest(source, kind)
         saved = resumed["config"]
         if asked not in (None, saved["preset"]):
-            raise UserError(f"{last} was trained with --preset {saved['preset']}, not {asked}")
-        name, run, training = (saved["preset"], config_from_dict(type(run), saved["run"]),
-                               config_from_dict(type(training), saved["training"]))
-        model = config_from_dict(type(model), saved["model"])
-        if override(model, args) != model:
-            raise UserError(f"{last} holds a model of other sizes than asked for; leave the "
-                            "model's flags out to resume it, or choose another --out")
+            raise UserError(f"{source} was trained with --preset {saved['preset']}, not {asked}")
+        name = saved["preset"]
+        run = config_from_dict(type(run), saved["run"])
+        training = config_from_dict(type(training), saved["training"])
     begun, run = run, override(run, args)
     if resumed:
         check_split(begun, run)
+    if run.init_from and not resumed:
+        source = f"--init-from {run.init_from}"
+        initial = checkpoint.load(run.init_from, kind)
+    if known_model := resumed or initial:
+        model = config_from_dict(type(model), known_model["config"]["model"])
+        if override(model, args) != model:
+            raise UserError(f"{source} holds a model of other sizes than asked for; leave the "
+                            "model's flags out, or begin another run")
     if args.recipe:
         training = paper_training(kind, count(run), getattr(args, "batch_size", None))
-    if run.init_from and not resumed:
-        initial = checkpoint.load(run.init_from, kind)
-        model = config_from_dict(type(model), initial["config"]["model"])
-        if override(model, args) != model:
-            raise UserError(f"--init-from {run.init_from} holds a model of other sizes than asked "
-                            "for; leave the model's flags out")
     if run.deterministic:
         make_deterministic()
     training = override(training, args)
-    if distributed.share(training.batch_size) % run.accumulate:
-        raise UserError(f"--accumulate {run.accumulate} does not divide the "
-                        f"{distributed.share(training.batch_size)} images that one process has of "
-                        f"a batch of {training.batch_size}")
+    local = distributed.local_batch(training.batch_size)
+    if local % run.accumulate:
+        raise UserError(f"--accumulate {run.accumulate} does not divide the {local} images that "
+                        f"one process has of a batch of {training.batch_size}")
     return Setup(name, override(model, args), training, run,
                  distributed.local_device(run.device), out, resumed, initial, args.dry_run)
 

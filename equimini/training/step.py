@@ -1,4 +1,4 @@
-"""One optimizer step of a batch that pieces and processes share: draws, gradients, EMA, schedule."""
+"""One optimizer step of a batch that processes and micro-batches share: gradients, EMA, schedule."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ def weight_decay_groups(generator: Generator, weight_decay: float) -> list[dict]
             {"params": free, "weight_decay": 0.0}]
 
 
-class Piece:
-    """A part of this process's share of a batch that goes through the model at once.
+class MicroBatch:
+    """A part of this process's local batch that goes through the model at once.
 
-    rows: where it lies in the share; first: its first image's place in the global batch, which
-    keys its random draws; weight: its part of the global batch.
+    rows: where it lies in the local batch; first: its first image's place in the global batch,
+    which keys its random draws; weight: its part of the global batch.
     """
 
     def __init__(self, rows: slice, first: int, weight: float) -> None:
-        self.rows, self.first, self.weight = rows, first, weight
+        self.rows, self.weight = rows, weight
+        self.places = range(first, first + rows.stop - rows.start)  # in the global batch
 
     def rngs(self, purpose: str, *key: int) -> list[np.random.Generator]:
         """A generator of random draws for each image, keyed by its place in the global batch."""
-        count = self.rows.stop - self.rows.start
-        return [rng(purpose, *key, self.first + i) for i in range(count)]
+        return [rng(purpose, *key, place) for place in self.places]
 
 
-def pieces(images: int, accumulate: int) -> Iterator[Piece]:
-    """The share of `images` images that this process has of a batch, in `accumulate` pieces."""
+def micro_batches(images: int, accumulate: int) -> Iterator[MicroBatch]:
+    """The local batch of `images` images, in `accumulate` parts."""
     size, offset = images // accumulate, distributed.rank() * images
     for first in range(0, images, size):
-        yield Piece(slice(first, first + size), offset + first,
-                    size / (images * distributed.world_size()))
+        yield MicroBatch(slice(first, first + size), offset + first,
+                         size / (images * distributed.world_size()))
 
 
 def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
@@ -98,7 +98,7 @@ def warmup_decay_lr(step: int, lr: float, warmup_steps: int, decay: float = 1.0,
 
 
 class Stepper:
-    """One optimizer step from the gradients of all pieces and processes, clipped.
+    """One optimizer step from the gradients of all micro-batches and processes, clipped.
 
     A step that is not finite is left out.  After `patience` of them in a row the training ends
     with an error; the last checkpoint stays.
@@ -108,7 +108,7 @@ class Stepper:
         self.optimizer, self.patience, self.in_a_row, self.skipped = optimizer, patience, 0, 0
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one piece's part of the loss."""
+        """Add the gradient of one micro-batch's part of the loss."""
         loss.backward()
 
     def __call__(self, lr: float, clip: float) -> float:

@@ -10,7 +10,8 @@ from equimini.losses import hinge_loss
 from equimini.noise import rng
 from equimini.presets import TokenizerTraining
 from equimini.pretrained.published_weights import chosen, load_dino, load_dinov2, load_lpips, unused
-from equimini.pretrained.torchscript import FeatureDistance, ScriptFeatures, ScriptTeacher, script_maps
+from equimini.pretrained.torchscript import (FeatureDistance, ScriptFeatures, ScriptTeacher,
+                                             script_maps)
 from equimini.pretrained.vision_transformer import DinoFeatures, DinoV2Teacher
 from equimini.training.step import Stepper
 from equimini.utils import checkpoint
@@ -53,7 +54,7 @@ def make_critic(cfg: TokenizerTraining, images: Tensor) -> PatchGAN | FeatureCri
     """The discriminator that the settings ask for, on the device of `images`; None for none.
 
     images: an example batch.  Raises UserError if the pictures are too small for its layers, for
-    weights that are missing, and for networks that do not serve.
+    weights that are missing, and for networks that cannot be used.
     """
     if cfg.discriminator == "none" or not cfg.adv_weight:
         unused(f"--discriminator {cfg.discriminator}", cfg, "dino_weights", "disc_net")
@@ -61,9 +62,9 @@ def make_critic(cfg: TokenizerTraining, images: Tensor) -> PatchGAN | FeatureCri
     if cfg.discriminator == "dino":
         source = chosen("required", "discriminator", cfg.dino_weights, "dino-weights",
                         cfg.disc_net, "disc-net")
-        taps = (DinoFeatures(load_dino(cfg.dino_weights).to(images.device)) if source == "published"
-                else ScriptFeatures(script_maps(cfg.disc_net).to(images.device), images))
-        return FeatureCritic(taps, cfg.disc_head_channels).to(images.device)
+        frozen = (DinoFeatures(load_dino(cfg.dino_weights).to(images.device)) if source == "published"
+                  else ScriptFeatures(script_maps(cfg.disc_net).to(images.device), images))
+        return FeatureCritic(frozen, cfg.disc_head_channels).to(images.device)
     unused("--discriminator patchgan", cfg, "dino_weights", "disc_net")
     critic = PatchGAN(cfg.disc_channels, cfg.disc_layers).to(images.device)
     try:
@@ -85,26 +86,26 @@ class Adversary:
         self.optimizer = torch.optim.Adam(critic.parameters(), lr=self.lr, betas=(0.5, 0.9))
         self.stepper = Stepper(self.optimizer)
 
-    def look(self, images: Tensor, step: int, real: bool, first: int = 0) -> list[Tensor]:
-        """What the critic sees of images at a step; the draws of x and x̂ differ.
+    def features(self, images: Tensor, step: int, real: bool, first: int = 0) -> list[Tensor]:
+        """The critic's features of images at a step; the draws of x and x̂ differ.
 
         first: the place of the first image in the global batch.
         """
-        return self.critic.look(images, [rng("critic", self.seed, step, int(real), first + i)
-                                         for i in range(len(images))])
+        return self.critic.features(images, [rng("critic", self.seed, step, int(real), first + i)
+                                             for i in range(len(images))])
 
-    def judge(self, seen: list[Tensor]) -> Tensor:
-        """The autoencoder's term, −mean D(x̂)."""
-        return -self.critic.judge(seen).mean()
+    def generator_loss(self, fake: list[Tensor]) -> Tensor:
+        """The autoencoder's term, −mean D(x̂), from the features of x̂."""
+        return -self.critic.logits(fake).mean()
 
-    def learn(self, real: list[Tensor], fake: list[Tensor],
-              weight: float = 1.0) -> dict[str, Tensor]:
-        """Add the critic's gradient on what it saw of x and x̂; returns what to log.
+    def backward(self, real: list[Tensor], fake: list[Tensor],
+                 weight: float = 1.0) -> dict[str, Tensor]:
+        """Add the gradient of the critic's loss on features of x and x̂; returns what to log.
 
         weight: these images' part of the global batch.
         """
-        real_logits, fake_logits = (self.critic.judge([tap.detach() for tap in seen])
-                                    for seen in (real, fake))
+        real_logits, fake_logits = (self.critic.logits([x.detach() for x in features])
+                                    for features in (real, fake))
         loss = weight * hinge_loss(real_logits, fake_logits)
         self.stepper.backward(loss)
         return {"disc_loss": loss.detach(), "logit_real": weight * real_logits.detach().mean(),
@@ -126,3 +127,18 @@ class Adversary:
         if "disc" in state:
             checkpoint.load_weights(self.critic, state["disc"], "last.pt")
             self.optimizer.load_state_dict(state["disc_optimizer"])
+
+    def carry_over(self, state: dict, path: str) -> None:
+        """Begin with the critic of stage 1's checkpoint; the optimizer's state begins anew.
+
+        Raises UserError for a critic of another layout.
+        """
+        if "disc" not in state:
+            print(f"{path} holds no discriminator; stage 2 begins with a new one")
+            return
+        try:
+            self.critic.load_state_dict(state["disc"])
+        except RuntimeError:
+            raise UserError(f"the discriminator in {path} is of another layout than that of the "
+                            "flags; give the same --discriminator and channels as in stage 1, or "
+                            "--no-carry-disc") from None

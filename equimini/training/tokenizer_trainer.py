@@ -1,26 +1,25 @@
 """One step of the tokenizer's training (Eq. 5), and what surrounds it."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from equimini.autoencoder import Tokenizer, TokenizerConfig, add_noise, noise_variance
+from equimini.autoencoder import Tokenizer, add_noise, noise_variance
 from equimini.config import flag
-from equimini.losses import (Pulls, adaptive_weight, adversarial_ramp, alignment_loss, kl_loss,
-                             psnr, pulls, reconstruction_loss)
+from equimini.losses import (ImageGradients, adaptive_weight, adversarial_ramp, alignment_loss,
+                             image_gradients, kl_loss, psnr, reconstruction_loss)
 from equimini.noise import normal, seed_torch
-from equimini.presets import PRESETS
+from equimini.presets import TokenizerTraining
 from equimini.training.options import RunConfig
 from equimini.training.precision import PRECISIONS, set_float32
-from equimini.training.setup import Setup
-from equimini.training.step import Ema, Piece, Stepper, add, pieces, warmup_decay_lr
-from equimini.training.tokenizer_losses import Adversary, make_critic, make_distance, make_teacher
+from equimini.training.step import Ema, MicroBatch, Stepper, add, micro_batches, warmup_decay_lr
+from equimini.training.tokenizer_losses import Adversary
 from equimini.utils import checkpoint, distributed
-from equimini.utils.errors import UserError
 from equimini.utils.images import grid, save_png, to_float
 
 
@@ -51,31 +50,26 @@ class Decoded(NamedTuple):
 class TokenizerTrainer:
     """The tokenizer, its critic and their optimizers; one call of `step` is one training step."""
 
-    def __init__(self, setup: Setup, shown: torch.Tensor) -> None:
-        """shown: held-out images (n, 3, H, W) in [−1, 1], for the previews."""
-        cfg, self.device, self.seed = setup.training, setup.device, setup.run.seed
-        self.cfg, self.opts = cfg, setup.run
-        set_float32(self.opts.precision, self.device)
-        self.shown = shown.to(self.device)
-        self.finetuning = bool(setup.run.finetune_decoder)
-        self.distance = make_distance(cfg, self.shown)
-        self.teacher = None if self.finetuning else make_teacher(cfg, self.shown)
-        seed_torch(self.seed, 0)  # initial weights
-        self.model = Tokenizer(match_semantics(setup, self.teacher)).to(self.device)
-        if self.finetuning:
-            self.model.freeze_latents()
-        if self.opts.channels_last:
-            self.model.to(memory_format=torch.channels_last)
-        self.ema = Ema(self.model, cfg.ema_decay, warmup=True)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=cfg.lr, betas=(0.5, 0.9))
+    def __init__(self, model: Tokenizer, distance: nn.Module | None, teacher: nn.Module | None,
+                 adversary: Adversary | None, cfg: TokenizerTraining, opts: TokenizerRun,
+                 shown: torch.Tensor) -> None:
+        """All parts on one device, frozen what is to stay; shown: held-out images (n, 3, H, W) in
+        [−1, 1], for the previews."""
+        self.model, self.distance, self.teacher, self.adversary = model, distance, teacher, adversary
+        self.cfg, self.opts, self.seed, self.shown = cfg, opts, opts.seed, shown
+        self.device, self.finetuning = shown.device, bool(opts.finetune_decoder)
+        set_float32(opts.precision, self.device)
+        if opts.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.ema = Ema(model, cfg.ema_decay, warmup=True)
+        self.optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad],
+                                          lr=cfg.lr, betas=(0.5, 0.9))
         self.stepper = Stepper(self.optimizer)
-        critic = make_critic(cfg, self.shown)
-        self.adversary = Adversary(critic, cfg, self.seed) if critic else None
-        compiled = torch.compile if self.opts.compile else lambda function: function
-        self.encode = compiled(self.model.encode)
-        self.decode = compiled(self.model.decode)
-        self.decode_with_semantics = compiled(self.model.decode_with_semantics)
+        self.all_losses_from = max(cfg.adv_start + cfg.adv_ramp if adversary else 0,
+                                   cfg.align_start if teacher else 0)
+        compiled = torch.compile if opts.compile else lambda function: function
+        self.encode, self.decode = compiled(model.encode), compiled(model.decode)
+        self.decode_with_semantics = compiled(model.decode_with_semantics)
 
     def autocast(self) -> torch.autocast:
         """Convolutions and matrix products in bfloat16 where asked for."""
@@ -87,28 +81,28 @@ class TokenizerTrainer:
         return reconstruction_loss(x, x_hat, distance)
 
     def step(self, step: int, images: torch.Tensor, _labels: torch.Tensor) -> dict:
-        """One step of the autoencoder, and one of the critic (Eq. 5).
+        """One step of the autoencoder, and one of the critic: Eq. 5, as losses.total_loss has it.
 
-        images: (B, 3, H, W) uint8, this process's share; labels are not used.  Returns the
+        images: (B, 3, H, W) uint8, this process's local batch; labels are not used.  Returns the
         scalars to log.
         """
         cfg, sums, found = self.cfg, {}, {}
         lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps, cfg.lr_decay, cfg.lr_decay_every)
         ramp = adversarial_ramp(step, cfg.adv_start, cfg.adv_ramp) if self.adversary else 0.0
-        share = list(pieces(len(images), self.opts.accumulate))
-        # a single piece is decoded once; of several, each again, instead of keeping all graphs
-        kept = self.decoded(step, images, share[0]) if len(share) == 1 else None
-        pulled = [None] * len(share)
+        parts = list(micro_batches(len(images), self.opts.accumulate))
+        # a single part is decoded once; of several, each again, instead of keeping all graphs
+        kept = self.decoded(step, images, parts[0]) if len(parts) == 1 else None
+        gradients = [None] * len(parts)
         if ramp:
-            pulled = [self.pulled(step, piece, kept or self.decoded(step, images, piece), sums)
-                      for piece in share]
-            found = self.balance(pulled)
+            gradients = [self.image_gradients(step, part, kept or self.decoded(step, images, part),
+                                              sums) for part in parts]
+            found = self.balance(gradients)
         factor = ramp * cfg.adv_weight * found.get("adaptive_weight", 0.0)
-        for piece, pull in zip(share, pulled):
-            seen = kept or self.decoded(step, images, piece)
-            self.stepper.backward(self.loss(seen, piece.weight, pull, factor, sums))
+        for part, at_image in zip(parts, gradients):
+            out = kept or self.decoded(step, images, part)
+            self.stepper.backward(self.loss(out, part.weight, at_image, factor, sums))
         scalars = {"lr": lr, **distributed.total(sums), **found}
-        scalars["grad_norm"] = self.stepper(lr, cfg.grad_clip)
+        scalars["grad_norm"] = self.stepper(lr, cfg.grad_clip)  # Adam
         self.ema.update(self.model)
         if ramp:
             scalars["disc_grad_norm"] = self.adversary.step()
@@ -116,11 +110,11 @@ class TokenizerTrainer:
                 + cfg.align_weight * scalars.get("align", 0.0))
         return {"loss": loss, **scalars}
 
-    def decoded(self, step: int, images: torch.Tensor, piece: Piece) -> Decoded:
-        """A piece of the batch through the autoencoder, with noise on its tokens."""
-        seed_torch(self.seed, 1, step, piece.first)  # dropout
-        x = to_float(images[piece.rows].to(self.device))
-        rngs = piece.rngs("posterior", self.seed, step)
+    def decoded(self, step: int, images: torch.Tensor, part: MicroBatch) -> Decoded:
+        """A micro-batch through the autoencoder, with noise on its tokens."""
+        seed_torch(self.seed, 1, step, part.places[0])  # dropout
+        x = to_float(images[part.rows].to(self.device))
+        rngs = part.rngs("posterior", self.seed, step)
         with self.autocast():
             with torch.set_grad_enabled(not self.finetuning):
                 mean = self.encode(x).float()  # (B, N, D)
@@ -130,47 +124,48 @@ class TokenizerTrainer:
                 return Decoded(x, mean, *self.decode_with_semantics(z))
             return Decoded(x, mean, self.decode(z), None)
 
-    def pulled(self, step: int, piece: Piece, seen: Decoded, sums: dict) -> Pulls:
-        """Where reconstruction and critic pull x̂; adds to the critic's gradient and to `sums`."""
-        image = seen.x_hat.detach().requires_grad_()
+    def image_gradients(self, step: int, part: MicroBatch, out: Decoded,
+                        sums: dict) -> ImageGradients:
+        """Those of reconstruction and critic; adds to the critic's own gradient and to `sums`."""
+        image = out.x_hat.detach().requires_grad_()
         with self.autocast():
-            rec = piece.weight * self.reconstruction(seen.x, image)
-            fake, real = (self.adversary.look(pixels, step, pixels is seen.x, piece.first)
-                          for pixels in (image, seen.x))
-        adv = piece.weight * self.adversary.judge(fake)
+            rec = part.weight * self.reconstruction(out.x, image)
+            fake, real = (self.adversary.features(pixels, step, pixels is out.x, part.places[0])
+                          for pixels in (image, out.x))
+        adv = part.weight * self.adversary.generator_loss(fake)
         add(sums, {"rec": rec, "adv": adv})
-        pull = pulls(rec, adv, image, seen.x_hat, self.model.decoder.conv_out.weight)
-        add(sums, self.adversary.learn(real, fake, piece.weight))
-        return pull
+        found = image_gradients(rec, adv, image, out.x_hat, self.model.decoder.conv_out.weight)
+        add(sums, self.adversary.backward(real, fake, part.weight))
+        return found
 
-    def balance(self, pulled: list[Pulls]) -> dict[str, float]:
-        """The adaptive weight, from the gradients of all pieces and processes, and what it is of."""
-        gradients = [torch.stack(parts).sum(0) for parts in zip(*(p.at_weight for p in pulled))]
-        distributed.sum_tensors(gradients)
-        norms = [gradient.norm() for gradient in gradients]
+    def balance(self, gradients: list[ImageGradients]) -> dict[str, float]:
+        """The adaptive weight λ, from the gradients of all micro-batches and processes."""
+        at_weight = [torch.stack(parts).sum(0) for parts in zip(*(g.weight for g in gradients))]
+        distributed.sum_tensors(at_weight)
+        norms = [gradient.norm() for gradient in at_weight]
         return {"adaptive_weight": adaptive_weight(*norms).item(), "rec_grad": norms[0].item(),
                 "adv_grad": norms[1].item()}
 
-    def loss(self, seen: Decoded, weight: float, pull: Pulls | None, factor: float,
+    def loss(self, out: Decoded, weight: float, gradients: ImageGradients | None, factor: float,
              sums: dict) -> torch.Tensor:
-        """A piece's part of the loss, `weight` being its part of the batch.
+        """A micro-batch's part of the loss, `weight` being its part of the batch.
 
-        With `pull`, reconstruction and critic are in it by their gradients (`factor` being that
-        of the critic's), without, by the reconstruction loss itself.
+        With `gradients`, reconstruction and critic are in it by these (`factor` being that of the
+        critic's), without, by the reconstruction loss itself.
         """
         with self.autocast():
-            kl = weight * kl_loss(seen.mean)
+            kl = weight * kl_loss(out.mean)
             add(sums, {"kl": kl})
-            if pull is None:
-                first = weight * self.reconstruction(seen.x, seen.x_hat)
+            if gradients is None:
+                first = weight * self.reconstruction(out.x, out.x_hat)
                 add(sums, {"rec": first})
             else:
-                pull_rec, pull_adv = pull.at_image
-                first = (seen.x_hat * (pull_rec + factor * pull_adv)).sum()
+                grad_rec, grad_adv = gradients.image
+                first = (out.x_hat * (grad_rec + factor * grad_adv)).sum()
             loss = first + self.cfg.kl_weight * kl
-            if seen.semantics is not None:
-                target = self.teacher(seen.x, *seen.semantics.shape[2:])
-                align = weight * alignment_loss(seen.semantics, target)
+            if out.semantics is not None:
+                target = self.teacher(out.x, *out.semantics.shape[2:])
+                align = weight * alignment_loss(out.semantics, target)
                 add(sums, {"align": align})
                 loss = loss + self.cfg.align_weight * align
         return loss
@@ -192,11 +187,16 @@ class TokenizerTrainer:
             self.adversary.load_state(state)
 
     def start_from(self, state: dict) -> None:
-        """Take the EMA weights of another tokenizer's checkpoint as the initial ones."""
+        """Take the EMA weights of another tokenizer's checkpoint as the initial ones.
+
+        In stage 2, if the settings say so, the critic's weights as well.
+        """
         for model in (self.model, self.ema.model):
             checkpoint.load_weights(model, state["ema"], "--init-from")
             if not self.finetuning:  # the encoder is about to change
                 model.set_statistics(math.nan, math.nan)
+        if self.finetuning and self.adversary and self.cfg.carry_disc:
+            self.adversary.carry_over(state, self.opts.finetune_decoder)
 
     @torch.no_grad()
     def validate(self, loader) -> dict[str, float]:
@@ -217,28 +217,6 @@ class TokenizerTrainer:
         """Held-out originals above their reconstructions."""
         x_hat = self.ema.model.decode(self.ema.model.encode(self.shown))
         save_png(grid([self.shown, x_hat], ["original", "decoded"]), path)
-
-
-def match_semantics(setup: Setup, teacher: torch.nn.Module | None) -> TokenizerConfig:
-    """The model's configuration with a semantic head as wide as the teacher, none without one.
-
-    A model that is already there (resumed, or to start from) keeps its head.  Raises
-    UserError where its width, or one asked for, is not the teacher's.
-    """
-    given, wanted = setup.model.semantic_channels, teacher.channels if teacher else 0
-    fixed = setup.resumed or setup.initial
-    if fixed and (given == wanted or not teacher):
-        return setup.model
-    if fixed or given not in (0, wanted, PRESETS[setup.preset].tokenizer.semantic_channels):
-        raise UserError(f"--semantic-channels: the model's semantic head has {given} channels, "
-                        + (f"the teacher {wanted}" if teacher else "and no teacher is given; "
-                           "give --dinov2-weights or --align-net"))
-    try:
-        setup.model = replace(setup.model, semantic_channels=wanted)
-    except ValueError as error:
-        raise UserError(f"the teacher's map does not serve: {error}; choose another "
-                        "--align-map") from None
-    return setup.model
 
 
 @torch.no_grad()

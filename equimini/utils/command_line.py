@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import importlib
 import sys
 import typing
@@ -16,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from equimini.config import Checked
-from equimini.utils.errors import UserError, first_line
+from equimini.utils.errors import UserError, first_line, in_words
 
 Config = TypeVar("Config", bound=Checked)
 
@@ -159,40 +158,21 @@ def _module(package: str, name: str) -> Any:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main; a UserError becomes one line on stderr and exit code 2.
+    """Call a script's main; an error that the user can mend becomes one line and exit code 2.
 
-    So do memory that runs out and a full disk.  Warnings are shown as one line each.
+    Warnings are shown as one line each.
     """
     warnings.showwarning = _show_warning
     try:
         main()
-    except UserError as error:
-        text = str(error).rsplit("UserError: ", 1)[-1]  # a loader process wraps it in a traceback
-        _fail(text.strip())
-    except (torch.OutOfMemoryError, MemoryError):
-        _fail(OUT_OF_MEMORY)
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # what torch says on a CPU
-            raise
-        _fail(OUT_OF_MEMORY)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _fail("the disk is full; make room and go on (what was written before is still there)")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-OUT_OF_MEMORY = ("the memory is used up; lower --batch-size (pictures at a time), --width or "
-                 "--columns (their length), or --cache-gb, or take a smaller --preset; for a "
-                 "training, --accumulate N makes a step of N smaller pieces, and the generator's "
-                 "--checkpoint-activations keeps less of each")
-
-
-def _fail(text: str) -> None:
-    print(f"error: {text}", file=sys.stderr)
-    sys.exit(2)
+    except Exception as error:
+        if (text := in_words(error)) is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:

@@ -3,10 +3,10 @@
     torchrun --nproc-per-node=4 train_generator.py ...
     torchrun --nproc-per-node=4 -m equimini.evaluate generator ...
 
-Training is data-parallel: every process holds the whole model, takes its share of each batch, and
+Training is data-parallel: every process holds the whole model, takes its part of each batch, and
 the gradients are summed over all before the step (`sum_tensors`), which is the same on each.  This
 is written out instead of hidden in DistributedDataParallel's hooks, because a step here has
-gradients that no hook sees (those of the adaptive weight) and pieces that are summed first.
+gradients that no hook sees (those of the adaptive weight) and micro-batches that are summed first.
 Without torchrun everything here is that of one process.
 """
 
@@ -20,21 +20,34 @@ from typing import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from equimini.utils.command_line import pick_device
-from equimini.utils.errors import UserError
+from equimini.utils.errors import UserError, first_line
 
 BUCKET = 2**25  # values that are sent at a time
+MEETING = timedelta(minutes=5)  # within which all processes have to be there
 
 
 def rank() -> int:
     """This process's number, from 0."""
-    return _number("RANK", 0)
+    return _number("RANK", 0) if world_size() > 1 else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
-    return _number("WORLD_SIZE", 1)
+    """How many processes there are.
+
+    Raises UserError for variables of a launcher that some launch left behind.
+    """
+    size = _number("WORLD_SIZE", 1)
+    if size > 1:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")
+                   if name not in os.environ]
+        if missing or _number("RANK", 0) >= size:
+            wrong = f"{missing[0]} is not" if missing else f"RANK={os.environ['RANK']} is too large"
+            raise UserError(f"the environment says that there are WORLD_SIZE={size} processes, but "
+                            f"{wrong}; start them with torchrun, or unset WORLD_SIZE and RANK")
+    return size
 
 
 def is_main() -> bool:
@@ -60,15 +73,26 @@ def processes(device: torch.device, patience: timedelta = timedelta(days=7)) -> 
     if world_size() == 1:
         yield
         return
-    if device.type == "cuda":
+    store = _meeting_place()
+    cuda = {"device_id": device} if device.type == "cuda" else {}
+    if cuda:
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=patience, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=patience)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, store=store,
+                            rank=rank(), world_size=world_size(), **cuda)
     with open(os.devnull, "w") as nowhere:
         with nullcontext() if is_main() else redirect_stdout(nowhere):
             yield
     dist.destroy_process_group()  # not after an error: it would wait for the others
+
+
+def _meeting_place() -> dist.Store:
+    """What the processes connect through; raises UserError if they do not come."""
+    try:
+        return next(rendezvous("env://", rank(), world_size(), timeout=MEETING))[0]
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"the {world_size()} processes of WORLD_SIZE did not meet at MASTER_ADDR="
+                        f"{os.environ['MASTER_ADDR']} ({first_line(error)}); start all of them "
+                        "with torchrun, or unset WORLD_SIZE and RANK") from None
 
 
 def barrier() -> None:
@@ -87,7 +111,7 @@ def main_first() -> Iterator[None]:
         barrier()
 
 
-def share(batch_size: int, what: str = "--batch-size") -> int:
+def local_batch(batch_size: int, what: str = "--batch-size") -> int:
     """This process's part of a global batch; raises UserError if it cannot be shared equally."""
     if batch_size % world_size():
         raise UserError(f"{what} {batch_size} cannot be shared equally among {world_size()} "

@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+
+import torch
+
+OUT_OF_MEMORY = ("the memory is used up; lower --batch-size (pictures at a time), --width or "
+                 "--columns (their length), or --cache-gb, or take a smaller --preset; for a "
+                 "training, --accumulate N makes a step of N smaller parts, and the generator's "
+                 "--checkpoint-activations keeps less of each")
+SHARED_MEMORY_FULL = ("the shared memory (/dev/shm) by which loader processes hand over pictures "
+                      "is full; give --workers 0, or more of it (docker: --shm-size 1g)")
+LOADER_KILLED = ("a process that loads pictures was killed, as by a system whose memory is used "
+                 "up; give --workers 0, or fewer")
+TOO_MANY_FILES = ("too many files are open, as loader processes need them; give --workers 0, or "
+                  "allow more (ulimit -n)")
 
 class UserError(Exception):
     """Something the user can mend; the message says what is wrong and what to do."""
@@ -10,3 +24,26 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
+def in_words(error: Exception) -> str | None:
+    """What to tell the user about an error; None for one that is a fault of the program."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text.rsplit("UserError: ", 1)[-1].strip()  # a loader wraps it in a traceback
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return OUT_OF_MEMORY  # the last of them is what torch says on a CPU
+    if isinstance(error, RuntimeError):
+        shared = "</torch_" in text or "shared memory" in text
+        if "Too many open files" in text:
+            return TOO_MANY_FILES
+        if "Bus error" in text or shared and ("No space left" in text or
+                                                "annot allocate" in text):
+            return SHARED_MEMORY_FULL
+        if "DataLoader worker (pid" in text:
+            return LOADER_KILLED
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return TOO_MANY_FILES
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; make room and go on (what was written before is still there)"
+    return None

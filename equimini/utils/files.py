@@ -16,6 +16,11 @@ from tqdm import tqdm
 
 from equimini.utils.errors import UserError, first_line
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of `replacing` whose process is dead (killed while it wrote)."""
@@ -33,6 +38,41 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+_locks: list[int] = []  # open files of `locked`
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a lock on the folder, which ends with this process, however that ends.
+
+    Raises UserError if another process holds it.  Where folders cannot be locked (Windows, some
+    network disks) there is none.
+    """
+    number = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(number)
+        raise UserError(f"another process is writing to {folder}; wait for its end, or choose "
+                        "another --out") from None
+    except OSError:
+        pass  # no locks here
+    _locks.append(number)
+    try:
+        yield
+    finally:
+        _locks.remove(number)
+        if fcntl:
+            os.close(number)
+
+
+def leave_locks() -> None:
+    """In a forked process: its copy would keep a lock beyond the death of its owner."""
+    while _locks:
+        os.close(_locks.pop())
 
 
 @contextmanager

@@ -1,7 +1,9 @@
-"""Ctrl-C and SIGTERM: finish the step, save, stop."""
+"""Ctrl-C and SIGTERM: finish the step, save, stop; and loader processes, which end with us."""
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing.util  # first: what it does at exit must come after what we do
 import signal
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from equimini.utils import distributed
+from equimini.utils.files import leave_locks
 
 
 class StopRequest:
@@ -46,6 +49,15 @@ class StopRequest:
 
 
 def leave_signals(_: int) -> None:
-    """In a worker: stopping is the main process's business; it ends its workers itself."""
+    """In a loader process: stopping is the main process's business; it ends its loaders itself."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    leave_locks()
+
+
+@atexit.register
+def end_loaders() -> None:
+    """End what an error left running: Python sends SIGTERM, which they ignore, and waits."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from equimini.autoencoder import Tokenizer, TokenizerConfig
-from equimini.generator import GeneratorConfig
+from equimini.discriminator import PatchGAN
+from equimini.generator import Generator, GeneratorConfig
 from equimini.noise import rng
 from equimini.presets import GeneratorTraining, TokenizerTraining
 from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
 from equimini.training.loaders import Batches
-from equimini.training.setup import Setup
+from equimini.training.tokenizer_losses import Adversary
 from equimini.training.tokenizer_trainer import TokenizerRun, TokenizerTrainer
 from equimini.utils import distributed
 from equimini.utils.command_line import run
@@ -33,27 +34,24 @@ def make_generator(accumulate):
     torch.manual_seed(0)
     tokenizer = Tokenizer(TOKENIZER).eval()
     tokenizer.set_statistics(0.0, 1.0)
-    setup = Setup("tiny", GeneratorConfig(layers=2, embed_dim=32, heads=2, head_width=32,
-                                          head_depth=2, dropout=0.0),
-                  GeneratorTraining(steps=STEPS, batch_size=BATCH, lr=1e-3, warmup_steps=0),
-                  GeneratorRun(accumulate=accumulate), torch.device("cpu"), Path(), None)
-    trainer = GeneratorTrainer(setup, tokenizer, ["a", "b", "c"])
-    torch.manual_seed(0)
-    for p in trainer.model.parameters():  # also the layers that begin at zero
+    model = Generator(GeneratorConfig(layers=2, embed_dim=32, heads=2, head_width=32,
+                                      head_depth=2, dropout=0.0), 3, TOKENIZER.token_channels)
+    for p in model.parameters():  # also the layers that begin at zero
         nn.init.normal_(p, std=0.1)
-    return trainer
+    return GeneratorTrainer(model, tokenizer, ["a", "b", "c"], GeneratorTraining(
+        steps=STEPS, batch_size=BATCH, lr=1e-3, warmup_steps=0, shift_group=3),
+        GeneratorRun(accumulate=accumulate))
 
 
 def make_tokenizer(accumulate):
-    setup = Setup("tiny", TOKENIZER, TokenizerTraining(
-        steps=STEPS, batch_size=BATCH, lr=1e-3, warmup_steps=0, discriminator="patchgan",
-        disc_channels=8, disc_layers=2, adv_start=1), TokenizerRun(accumulate=accumulate),
-        torch.device("cpu"), Path(), None)
-    trainer = TokenizerTrainer(setup, torch.zeros(2, 3, 32, 32))
-    for name, layer in trainer.adversary.critic.named_children():  # its batches are what differs
+    cfg = TokenizerTraining(steps=STEPS, batch_size=BATCH, lr=1e-3, warmup_steps=0, adv_start=1)
+    torch.manual_seed(0)
+    critic = PatchGAN(8, 2)
+    for name, layer in critic.named_children():  # its batches are what differs
         if isinstance(layer, nn.BatchNorm2d):
-            setattr(trainer.adversary.critic, name, nn.Identity())
-    return trainer
+            setattr(critic, name, nn.Identity())
+    return TokenizerTrainer(Tokenizer(TOKENIZER), None, None, Adversary(critic, cfg, 0), cfg,
+                            TokenizerRun(accumulate=accumulate), torch.zeros(2, 3, 32, 32))
 
 
 def steps(trainer, steppers):

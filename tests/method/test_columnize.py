@@ -13,7 +13,6 @@ from equimini.presets import PRESETS, parameters
 from equimini.sampler import Guidance, sample_plainly, sample_tokens
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
-from equimini.training.setup import Setup
 from equimini.utils.command_line import config_from_dict
 from tests.conftest import SMALL_GENERATOR, SMALL_TOKENIZER, randomize
 from tests.helpers.scripts import GENERATOR, mistake
@@ -136,10 +135,8 @@ class Setting:
 
     def __init__(self, tokenizer, model=SMALL_GENERATOR, **training):
         config = dataclasses.replace(PRESETS["tiny"].generator_training, warmup_steps=0, **training)
-        setup = Setup("tiny", dataclasses.replace(model, dropout=0.0), config,
-                             GeneratorRun(), torch.device("cpu"), None, None)
-        self.trainer = GeneratorTrainer(setup, tokenizer, ["a", "b", "c"])
-        randomize(self.trainer.model)
+        model = randomize(Generator(dataclasses.replace(model, dropout=0.0), 3, 6))
+        self.trainer = GeneratorTrainer(model, tokenizer, ["a", "b", "c"], config, GeneratorRun())
         randomize(self.trainer.ema.model, seed=1)
         self.means = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(1))
         self.labels = torch.tensor([0, 1, 2, 1])

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from equimini import sampler
-from equimini.discriminator import FeatureCritic
+from equimini.autoencoder import Tokenizer
+from equimini.discriminator import FeatureCritic, PatchGAN
+from equimini.generator import Generator
 from equimini.presets import GeneratorTraining, TokenizerTraining
 from equimini.pretrained.lpips import Lpips
 from equimini.pretrained.vision_transformer import (DinoFeatures, DinoV2Teacher, VisionTransformer,
@@ -24,9 +26,8 @@ from equimini.pretrained.vision_transformer import (DinoFeatures, DinoV2Teacher,
 from equimini.sampling import image_generator
 from equimini.sampling.cuda_graphs import GraphedColumn, GraphedStep
 from equimini.sampling.options import SamplingOptions
-from equimini.training import tokenizer_trainer
 from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
-from equimini.training.setup import Setup
+from equimini.training.tokenizer_losses import Adversary
 from equimini.training.tokenizer_trainer import TokenizerRun, TokenizerTrainer
 from tests.conftest import SMALL_GENERATOR, SMALL_TOKENIZER
 
@@ -75,10 +76,10 @@ def strict():
 def test_generator_training(strict, tokenizer, options):
     options = dict(options)
     crops = options.pop("real_equivariant", False)
-    setup = Setup("tiny", dataclasses.replace(SMALL_GENERATOR, real_equivariant=crops),
-                  GeneratorTraining(batch_size=4, warmup_steps=0),
-                  GeneratorRun(fused_optimizer=False, **options), META, None, None)
-    trainer = GeneratorTrainer(setup, tokenizer, ["a", "b", "c"])
+    model = Generator(dataclasses.replace(SMALL_GENERATOR, real_equivariant=crops), 3, 6)
+    trainer = GeneratorTrainer(model.to(META), tokenizer.to(META), ["a", "b", "c"],
+                               GeneratorTraining(batch_size=4, warmup_steps=0, shift_group=2),
+                               GeneratorRun(fused_optimizer=False, **options))
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     latents, labels = torch.zeros(4, 8, 6), torch.tensor([0, 1, 2, 0])
     with strict:
@@ -95,16 +96,13 @@ def test_tokenizer_training(strict, losses):
         dino = DinoFeatures(VisionTransformer(16, 384, 12, 6, 14))
         teacher = DinoV2Teacher(VisionTransformer(14, 768, 2, 12, 37, layer_scale=True))
         distance = Lpips()
-    training = TokenizerTraining(batch_size=4, warmup_steps=0, adv_start=0, align_start=0,
-                                 discriminator="patchgan", disc_channels=8, disc_layers=2)
-    setup = Setup("tiny", dataclasses.replace(SMALL_TOKENIZER, semantic_channels=0), training,
-                  TokenizerRun(accumulate=1 + everything), META, None, None)
-    made = {"make_distance": distance, "make_teacher": teacher,
-            "make_critic": FeatureCritic(dino, 16).to(META)}
-    with contextlib.ExitStack() as stack:
-        for name, network in made.items() if everything else ():
-            stack.enter_context(patch.object(tokenizer_trainer, name, lambda *_, n=network: n))
-        trainer = TokenizerTrainer(setup, torch.zeros(2, 3, 32, 32))
+    cfg = TokenizerTraining(batch_size=4, warmup_steps=0, adv_start=0, align_start=0)
+    shape = dataclasses.replace(SMALL_TOKENIZER, semantic_channels=768 * everything)
+    critic = FeatureCritic(dino, 16) if everything else PatchGAN(8, 2)
+    trainer = TokenizerTrainer(
+        Tokenizer(shape).to(META), distance if everything else None,
+        teacher if everything else None, Adversary(critic.to(META), cfg, 0), cfg,
+        TokenizerRun(accumulate=1 + everything), torch.zeros(2, 3, 32, 32, device=META))
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     with strict:
         scalars = trainer.step(0, images, None)

@@ -148,10 +148,10 @@ def test_a_critic_learns_and_its_frozen_network_does_not(critic, count, tmp_path
     before = {k: v.clone() for k, v in critic.state_dict().items()}
     net = critic.frozen[0].maps.net
     frozen = [p.clone() for p in (*net.parameters(), *net.buffers())]
-    seen = game.look(fake, 3, real=False)
-    gradient, = torch.autograd.grad(game.judge(seen), fake)
+    seen = game.features(fake, 3, real=False)
+    gradient, = torch.autograd.grad(game.generator_loss(seen), fake)
     assert gradient.abs().sum() > 0 and all(p.grad is None for p in critic.parameters())
-    logged = game.learn(game.look(x, 3, real=True), seen)
+    logged = game.backward(game.features(x, 3, real=True), seen)
     assert all(math.isfinite(v) for v in (*logged.values(), game.step()))
     after = critic.state_dict()
     assert any(not torch.equal(before[k], after[k]) for k in before if k.endswith("original"))
@@ -164,14 +164,14 @@ def test_a_critic_tells_apart_what_it_can_see(critic):
     for step in range(200):
         smooth = torch.rand(8, 3, 1, 1).expand(-1, -1, 8, 8) * 2 - 1
         noisy = torch.rand(8, 3, 8, 8) * 2 - 1
-        logged = game.learn(game.look(smooth, step, True), game.look(noisy, step, False))
+        logged = game.backward(game.features(smooth, step, True), game.features(noisy, step, False))
         game.step()
     assert logged["logit_real"] > logged["logit_fake"] + 0.1
 
 
 def test_real_and_fake_are_augmented_differently_and_resumed_alike(critic):
     game, x = Adversary(critic, CFG, seed=0), torch.rand(4, 3, 8, 8)
-    real, fake, again = (game.look(x, 2, real) for real in (True, False, True))
+    real, fake, again = (game.features(x, 2, real) for real in (True, False, True))
     assert torch.equal(real[0], again[0]) and not torch.equal(real[0], fake[0])
 
 

@@ -10,7 +10,7 @@ import torch
 
 from equimini import noise
 from equimini.noise import _rows, cores, normal, rng, uniform
-from equimini.training.prefetch import Ahead
+from equimini.training.prefetch import Prefetcher
 
 
 def rngs(places):
@@ -49,41 +49,41 @@ def test_one_stream_goes_on_from_draw_to_draw():
         assert np.array_equal(a[0].numpy(), b)
 
 
-def test_ahead_gives_what_the_function_gives():
+def test_prefetching_gives_what_the_function_gives():
     calls = []
 
     def function(step, *more):
         calls.append((step, *more))
         return step * 100 + sum(more)
 
-    ahead = Ahead()
+    prefetch = Prefetcher()
     for step, *more in ((4, 1), (5, 1), (6, 1), (6, 2), (9, 2), (10, 2), (10, 2)):
-        assert ahead(function, step, *more) == step * 100 + sum(more)
-    ahead.pool.shutdown()
+        assert prefetch(function, step, *more) == step * 100 + sum(more)
+    prefetch.pool.shutdown()
     asked = [(4, 1), (5, 1), (6, 1), (7, 1), (6, 2), (7, 2), (9, 2), (10, 2), (11, 2), (10, 2),
              (11, 2)]
     assert sorted(calls) == sorted(asked)  # once each, but for what was not expected
 
 
-def test_an_error_ahead_is_raised_when_it_is_asked_for():
-    ahead = Ahead()
-    assert ahead(lambda step: 1 / (2 - step), 1) == 1
+def test_a_prefetched_error_is_raised_when_it_is_asked_for():
+    prefetch = Prefetcher()
+    assert prefetch(lambda step: 1 / (2 - step), 1) == 1
     with pytest.raises(ZeroDivisionError):
-        ahead(lambda step: 1 / (2 - step), 2)
+        prefetch(lambda step: 1 / (2 - step), 2)
 
 
-def test_ahead_does_not_keep_the_function_alive():
+def test_prefetching_does_not_keep_the_function_alive():
     """A trainer hands in a method of its own: it must not live as long as its memory's cycles."""
     class Owner:
         def __init__(self):
-            self.ahead = Ahead()
+            self.prefetch = Prefetcher()
 
         def draw(self, step):
             return step
 
     owner = Owner()
-    assert owner.ahead(owner.draw, 1) == 1
-    owner.ahead.pool.shutdown()
+    assert owner.prefetch(owner.draw, 1) == 1
+    owner.prefetch.pool.shutdown()
     alive = weakref.ref(owner)
     gc.disable()
     try:

@@ -140,6 +140,6 @@ def test_a_stopped_training_leaves_one_checkpoint_of_one_step(tmp_path):
 
 def test_a_batch_that_cannot_be_shared_is_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert distributed.share(9) == 3
+    assert distributed.local_batch(9) == 3
     with pytest.raises(UserError, match="multiple of 3"):
-        distributed.share(8)
+        distributed.local_batch(8)

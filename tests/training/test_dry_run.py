@@ -26,7 +26,7 @@ def test_the_paper_on_imagenet_is_what_the_presets_say():
 def test_a_dry_run_tells_all_and_writes_nothing(picture_folder, tmp_path):
     for script, flags in (("train_tokenizer.py", TOKENIZER), ("train_generator.py", GENERATOR)):
         printed = call(script, "--dry-run", *flags, "--data", picture_folder, cwd=tmp_path)
-        for text in ("batch-size", "steps  ", "effective batch        4 = 1 processes x 1 pieces",
+        for text in ("batch-size", "steps  ", "effective batch        4 = 1 processes x 1 micro-batches",
                      "learning rate", "M trained", "memory per process", "time per epoch"):
             assert text in printed
         assert [path.name for path in tmp_path.iterdir()] == ["pictures"]

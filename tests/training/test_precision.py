@@ -12,7 +12,7 @@ from equimini import flow_head
 from equimini.generator import Generator, flow_matching_loss
 from equimini.sampling.packed_weights import packed
 from equimini.training import precision
-from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
+from equimini.training.generator_trainer import GeneratorRun
 from equimini.training.precision import adamw, compiled, load_optimizer, set_float32
 from equimini.training.setup import set_up
 from equimini.training.step import weight_decay_groups
@@ -198,7 +198,8 @@ def test_the_script_takes_the_options(runs, tmp_path, monkeypatch):
         setup = set_up("generator", "", GeneratorRun(
             tokenizer=str(runs / "runs/tokenizer/last.pt"), out=str(tmp_path / "out")),
             f"--layers 1 --embed-dim 16 --heads 1 --head-width 16 --head-depth 1 {flags}".split())
-        trainer = GeneratorTrainer(setup, train_generator.find_tokenizer(setup), ["cat", "dog", "eel"])
+        trainer = train_generator.make_trainer(setup, train_generator.find_tokenizer(setup),
+                                               ["cat", "dog", "eel"])
         data = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
         losses.append([trainer.step(k, data, LABELS)["loss"] for k in range(2)])
         assert trainer.model.recompute == ("checkpoint" in flags)

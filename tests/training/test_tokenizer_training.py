@@ -19,7 +19,7 @@ from equimini.experiments.training_runs import TrainingRun
 from equimini.presets import PRESETS, TokenizerTraining
 from equimini.training.setup import Setup
 from equimini.training.step import Ema
-from equimini.training.tokenizer_trainer import TokenizerRun, TokenizerTrainer
+from equimini.training.tokenizer_trainer import TokenizerRun
 from equimini.utils import checkpoint
 from equimini.utils.checkpoint import latents_hash, tokenizer_hash
 from equimini.utils.errors import UserError
@@ -27,6 +27,7 @@ from equimini.utils.images import to_float
 from tests.conftest import SMALL_TOKENIZER, randomize
 from tests.helpers.scripts import TRAINED
 from tests.method.test_losses import TwoMaps
+from train_tokenizer import make_trainer
 
 ROOT = Path(__file__).parents[2]
 SIZES = ("--image-size 32 --base-channels 8 --norm-groups 1 --z-channels 8 --attention-rows 8 "
@@ -116,7 +117,7 @@ def trainer(folder, tmp_path, **run):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     setup.initial = setup.initial if initial is None else {"some": "checkpoint"}
-    return TokenizerTrainer(setup, to_float(images)), images
+    return make_trainer(setup, to_float(images)), images
 
 
 def test_nothing_flows_into_the_encoder_in_stage_two(stage_one, tmp_path):
@@ -318,7 +319,7 @@ def test_start_from_forgets_statistics_unless_the_encoder_stays(stage_one, tmp_p
         model = load_tokenizer(stage_one / "one/last.pt").config
         cfg = TokenizerTraining(discriminator="none", align_net=net)
         setup = Setup("tiny", model, cfg, options, torch.device("cpu"), tmp_path, None, content)
-        stage = TokenizerTrainer(setup, torch.zeros(1, 3, 32, 32))
+        stage = make_trainer(setup, torch.zeros(1, 3, 32, 32))
         stage.start_from(content)
         assert stage.model.has_statistics == stage.ema.model.has_statistics == kept
 
