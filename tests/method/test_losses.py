@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from equimini.losses import (adaptive_weight, adversarial_ramp, alignment_loss, hinge_loss,
-                             image_gradients, kl_loss, psnr, reconstruction_loss, total_loss)
+                             image_gradients, kl_loss, psnr, reconstruction_loss)
 from equimini.pretrained.torchscript import FeatureDistance
 from equimini.utils.errors import UserError
 

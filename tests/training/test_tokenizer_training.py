@@ -14,14 +14,17 @@ from PIL import Image
 
 from equimini import load_generator, load_tokenizer
 from equimini.autoencoder import Tokenizer, add_noise, noise_variance
+from equimini.discriminator import PatchGAN
 from equimini.experiments import tokenizer as ablation
 from equimini.experiments.training_runs import TrainingRun
+from equimini.losses import total_loss
 from equimini.presets import PRESETS, TokenizerTraining
 from equimini.training.setup import Setup
-from equimini.training.step import Ema
+from equimini.training.step import Ema, micro_batches
 from equimini.training.tokenizer_trainer import TokenizerRun
 from equimini.utils import checkpoint
 from equimini.utils.checkpoint import latents_hash, tokenizer_hash
+from equimini.utils.command_line import config_from_dict
 from equimini.utils.errors import UserError
 from equimini.utils.images import to_float
 from tests.conftest import SMALL_TOKENIZER, randomize
@@ -85,7 +88,8 @@ def test_every_loss_is_logged_and_the_head_fits_the_teacher(stage_one):
 
 @pytest.mark.parametrize("critic", ("dino", "patchgan"))
 def test_stage_two_trains_the_decoder_alone(stage_one, critic, tmp_path):
-    extra = ["--disc-net", stage_one / "maps.pt"] if critic == "dino" else []
+    extra = {"dino": ["--disc-net", stage_one / "maps.pt"],
+             "patchgan": ["--no-carry-disc"]}[critic]  # stage one has another
     before = stage_one / "one/last.pt"
     script("train_tokenizer.py", *TRAINING, *STARTS, *extra, "--discriminator", critic, "--steps",
            3, "--finetune-decoder", before, "--out", tmp_path / "two", "--stats-images", 4)
@@ -118,6 +122,30 @@ def trainer(folder, tmp_path, **run):
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     setup.initial = setup.initial if initial is None else {"some": "checkpoint"}
     return make_trainer(setup, to_float(images)), images
+
+
+def test_a_step_has_the_value_and_the_gradient_of_eq_5(stage_one, tmp_path):
+    """`total_loss`, the plain expression, differentiated as it stands."""
+    plain, images = trainer(stage_one, tmp_path)
+    part, = micro_batches(4, 1)
+    out, cfg = plain.decoded(0, images, part), plain.cfg
+    features = plain.adversary.features(out.x_hat, 0, real=False)
+    loss = total_loss(out.x, out.x_hat, out.mean, plain.distance(out.x, out.x_hat),
+                      plain.adversary.critic.logits(features), out.semantics,
+                      plain.teacher(out.x, *out.semantics.shape[2:]),
+                      plain.model.decoder.conv_out.weight, kl_weight=cfg.kl_weight,
+                      adv_weight=cfg.adv_weight, align_weight=cfg.align_weight)
+    loss.backward()
+    stage, found = trainer(stage_one, tmp_path)[0], []
+    stage.cfg = dataclasses.replace(cfg, grad_clip=1e9)
+    stage.optimizer.register_step_pre_hook(lambda *_: found.extend(
+        p.grad.flatten() for p in stage.model.parameters()))
+    scalars = stage.step(0, images, None)
+    assert scalars["adaptive_weight"] > 1e-3 and scalars["adv"] != 0
+    assert scalars["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    expected = torch.cat([p.grad.flatten() for p in plain.model.parameters()])
+    # float32 sums of thousands of terms in another order, as in test_distributed.py
+    assert (torch.cat(found) - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_nothing_flows_into_the_encoder_in_stage_two(stage_one, tmp_path):
@@ -313,7 +341,7 @@ def test_ema_leaves_frozen_parameters_alone():
 
 def test_start_from_forgets_statistics_unless_the_encoder_stays(stage_one, tmp_path):
     content = checkpoint.load(stage_one / "one/last.pt", "tokenizer")
-    for run, kept in ((dict(), False), (dict(finetune_decoder="x"), True)):
+    for run, kept in ((dict(), False), (dict(finetune_decoder="x"), True)):  # stage 1, stage 2
         net = str(stage_one / "maps.pt")
         options = TokenizerRun(out=str(tmp_path), **run)
         model = load_tokenizer(stage_one / "one/last.pt").config
@@ -322,6 +350,26 @@ def test_start_from_forgets_statistics_unless_the_encoder_stays(stage_one, tmp_p
         stage = make_trainer(setup, torch.zeros(1, 3, 32, 32))
         stage.start_from(content)
         assert stage.model.has_statistics == stage.ema.model.has_statistics == kept
+
+
+def test_stage_two_carries_the_discriminator_over(stage_one, tmp_path):
+    """Its weights; what the optimizer knows of them begins anew."""
+    stage, _ = trainer(stage_one, tmp_path, finetune_decoder="one")
+    content = {"ema": stage.ema.model.state_dict(), "disc": weights(stage_one / "one/last.pt", "disc")}
+    fresh = {k: v.clone() for k, v in stage.adversary.critic.state_dict().items()}
+    for carry in (False, True):
+        stage.cfg = dataclasses.replace(stage.cfg, carry_disc=carry)
+        stage.start_from(content)
+        now = stage.adversary.critic.state_dict()
+        assert all(torch.equal(now[k], (content["disc"] if carry else fresh)[k]) for k in now)
+    assert not all(torch.equal(fresh[k], content["disc"][k]) for k in fresh)
+    assert not stage.adversary.optimizer.state
+    with pytest.raises(UserError, match="one is of another layout.*--no-carry-disc"):
+        stage.start_from(content | {"disc": PatchGAN(4, 1).state_dict()})
+    old = dataclasses.asdict(TokenizerTraining())
+    del old["carry_disc"]  # runs begun before there was a choice keep theirs
+    assert not config_from_dict(TokenizerTraining, old).carry_disc
+    assert TokenizerTraining().carry_disc
 
 
 def test_the_noise_is_one_clamped_normal_sigma_per_image():
