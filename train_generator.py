@@ -7,8 +7,6 @@ Writes last.pt, best.pt (lowest validation loss), log.jsonl and previews/ into -
 that of equimini/training/generator_trainer.py.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset

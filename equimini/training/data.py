@@ -129,7 +129,7 @@ class ImageFolder(Dataset[Item]):
                 free = max(CHUNK, picture.numel())
                 if used + free > gigabytes * 1e9:
                     break
-                chunk = torch.empty(free, dtype=torch.uint8).share_memory_()
+                chunk = torch.empty(free, dtype=torch.uint8)
                 used += free
             if picture.numel():
                 place = chunk[len(chunk) - free:][:picture.numel()].view(picture.shape)
