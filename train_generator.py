@@ -7,13 +7,15 @@ Writes last.pt, best.pt (lowest validation loss), log.jsonl and previews/ into -
 that of equimini/training/generator_trainer.py.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from equimini.attention import implementation
 from equimini.autoencoder import Tokenizer
-from equimini.generator import Generator
+from equimini.generator import Generator, make_generator
 from equimini.noise import seed_torch
 from equimini.presets import PRESETS, parameters
 from equimini.sampling.image_generator import ImageGenerator
@@ -51,7 +53,7 @@ def make_trainer(setup: Setup, tokenizer: Tokenizer, classes: list[str]) -> Gene
     """The generator and what trains it."""
     opts, tokenizer = setup.run, tokenizer.to(setup.device)
     seed_torch(opts.seed, 0)  # initial weights
-    model = Generator(setup.model, len(classes), tokenizer.config.token_channels)
+    model = make_generator(setup.model, len(classes), tokenizer.config.token_channels)
 
     def sample(generator: Generator, names: list[str]) -> Tensor:  # for the previews
         return ImageGenerator(generator, tokenizer, classes).sample(

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from equimini.autoencoder import Tokenizer
 from equimini.bench.timing import median_seconds
 from equimini.config import Checked, flag
-from equimini.generator import Generator, flow_matching_loss
+from equimini.generator import Generator, flow_matching_loss, make_generator
 from equimini.presets import PRESETS
 from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
 from equimini.training.setup import set_up
@@ -138,7 +138,7 @@ def trainer_of(cfg: TrainBench, setting: str, out: str) -> GeneratorTrainer:
                                               token_channels=shape.token_channels))
     tokenizer.set_statistics(0.0, 1.0)
     torch.manual_seed(0)
-    model = Generator(setup.model, CLASSES, shape.token_channels)
+    model = make_generator(setup.model, CLASSES, shape.token_channels)
     return GeneratorTrainer(model.to(setup.device), tokenizer.to(setup.device),
                             [str(k) for k in range(CLASSES)], setup.training, setup.run)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from equimini.generator import Generator, GeneratorConfig
+from equimini.generator import GeneratorConfig, make_generator
 from equimini.presets import GeneratorTraining
 from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
 from equimini.training.loaders import fixed_loader
@@ -44,7 +44,7 @@ class Probe:
         `validate` measures the weights that are trained, not their moving average.
         """
         before = config_from_dict(GeneratorTraining, self.content["config"]["training"])
-        model = Generator(self.model, len(self.classes), self.tokenizer.config.token_channels)
+        model = make_generator(self.model, len(self.classes), self.tokenizer.config.token_channels)
         checkpoint.load_weights(model, self.content["ema"], self.path)
         return GeneratorTrainer(model.to(self.device), self.tokenizer, self.classes,
                                 dataclasses.replace(before, ema_decay=0.0, **training),

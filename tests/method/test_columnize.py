@@ -135,7 +135,7 @@ class Setting:
 
     def __init__(self, tokenizer, model=SMALL_GENERATOR, **training):
         config = dataclasses.replace(PRESETS["tiny"].generator_training, warmup_steps=0, **training)
-        model = randomize(Generator(dataclasses.replace(model, dropout=0.0), 3, 6))
+        model = randomize(make_generator(dataclasses.replace(model, dropout=0.0), 3, 6))
         self.trainer = GeneratorTrainer(model, tokenizer, ["a", "b", "c"], config, GeneratorRun())
         randomize(self.trainer.ema.model, seed=1)
         self.means = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(1))

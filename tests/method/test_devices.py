@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from equimini import sampler
 from equimini.autoencoder import Tokenizer
 from equimini.discriminator import FeatureCritic, PatchGAN
-from equimini.generator import Generator
+from equimini.generator import make_generator
 from equimini.presets import GeneratorTraining, TokenizerTraining
 from equimini.pretrained.lpips import Lpips
 from equimini.pretrained.vision_transformer import (DinoFeatures, DinoV2Teacher, VisionTransformer,
@@ -76,7 +76,7 @@ def strict():
 def test_generator_training(strict, tokenizer, options):
     options = dict(options)
     crops = options.pop("real_equivariant", False)
-    model = Generator(dataclasses.replace(SMALL_GENERATOR, real_equivariant=crops), 3, 6)
+    model = make_generator(dataclasses.replace(SMALL_GENERATOR, real_equivariant=crops), 3, 6)
     trainer = GeneratorTrainer(model.to(META), tokenizer.to(META), ["a", "b", "c"],
                                GeneratorTraining(batch_size=4, warmup_steps=0, shift_group=2),
                                GeneratorRun(fused_optimizer=False, **options))
