@@ -9,12 +9,15 @@ look at it: samples.png and panorama.png.
     python sample.py --classes forest:200,sea:200 --scroll 10000 --out walk  # walk/index.html
     python sample.py --edit photo.jpg --resample 5,6 --classes sea --out edited.png
     python sample.py --continue-from photo.jpg --columns 64 --classes sea --out wider.png
+    python sample.py --count 8000 --npz samples.npz         # for ADM's evaluator, or ours
 """
 
 import argparse
 from pathlib import Path
+from typing import Iterator
 
 import torch
+from torch import Tensor
 
 from equimini import load_generator
 from equimini.sampling.class_schedule import has_lengths, schedule_labels, schedule_length
@@ -26,7 +29,8 @@ from equimini.sampling.edit import Tokens
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
 from equimini.utils.command_line import add_flags, output_folder, override, pick_device, run
-from equimini.utils.images import grid, save_png
+from equimini.utils.images import grid, save_png, to_uint8
+from equimini.utils.npz import write_samples
 
 
 def load(cfg: SampleConfig, options: SamplingOptions) -> ImageGenerator:
@@ -35,26 +39,47 @@ def load(cfg: SampleConfig, options: SamplingOptions) -> ImageGenerator:
     return load_generator(cfg.checkpoint, device, cfg.weights == "ema", cfg.tokenizer)
 
 
-def draw_sheet(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerator) -> None:
-    """--count pictures of every class, or of one sequence of classes, on one labelled sheet."""
-    shape, count, schedule = model.tokenizer.config, cfg.count or 8, class_schedule(cfg, model)
+def asked_for(cfg: SampleConfig, model: ImageGenerator) -> tuple[list[str], Tensor, list[int]]:
+    """What every row of a sheet is called; the classes (pictures, columns) and seeds."""
+    shape, schedule = model.tokenizer.config, class_schedule(cfg, model)
     columns = length_in_columns(cfg, shape.f, schedule_length(schedule) or shape.columns)
     rows = [schedule] if has_lengths(schedule) else [[one] for one in schedule]
     names = [" to ".join(model.classes[c] for c, _ in row) for row in rows]
     labels = torch.stack([schedule_labels(row, columns) for row in rows])
-    labels = labels.repeat_interleave(count, 0)  # (pictures, columns)
-    n, with_lead = cfg.lead_in + columns, labels[:, :1].expand(-1, cfg.lead_in)
-    with_lead = torch.cat((with_lead, labels), 1)  # the class of every column that is drawn
-    seeds = torch.arange(cfg.seed, cfg.seed + len(labels))  # pictures of one seed look alike
-    print(guidance_text(model.guidance(n, options), n))
+    labels = labels.repeat_interleave(cfg.count or 8, 0)
+    return names, labels, [cfg.seed + i for i in range(len(labels))]  # of one seed: look alike
 
-    tokens, pictures = [], []
+
+def draw_batches(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerator,
+                 labels: Tensor, seeds: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """--batch-size pictures at a time: tokens (B, N, C) and pixels (B, 3, H, N·f)."""
+    labels = torch.cat((labels[:, :1].expand(-1, cfg.lead_in), labels), 1)
+    n = labels.shape[1]
+    print(guidance_text(model.guidance(n, options), n))
     for k in range(0, len(seeds), cfg.batch_size):
         part = slice(k, k + cfg.batch_size)
         label = f"pictures {k + 1}-{k + len(seeds[part])} of {len(seeds)}, columns"
-        drawn = bar(label, n)(model.draw(with_lead[part], seeds[part].tolist(), options))
-        tokens.append(torch.stack(list(drawn)[cfg.lead_in:], 1))
-        pictures.append(decoded(cfg, model, tokens[-1]))
+        drawn = bar(label, n)(model.draw(labels[part], seeds[part], options))
+        tokens = torch.stack(list(drawn)[cfg.lead_in:], 1)
+        yield tokens, decoded(cfg, model, tokens)
+
+
+def draw_npz(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerator) -> None:
+    """--npz: the pictures of a sheet, written as they are drawn; none stays in memory."""
+    shape, (_, labels, seeds) = model.tokenizer.config, asked_for(cfg, model)
+    width, first = labels.shape[1] * shape.f, iter(labels[:, 0].split(cfg.batch_size))
+    with write_samples(cfg.npz, len(seeds), shape.image_size, width) as add:
+        for _, pictures in draw_batches(cfg, options, model, labels, seeds):
+            add(to_uint8(pictures), next(first).tolist())
+    print(f"{len(seeds)} pictures of {width}x{shape.image_size} pixels, {evaluations(options)}: "
+          f"{cfg.npz}")
+
+
+def draw_sheet(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerator) -> None:
+    """--count pictures of every class, or of one sequence of classes, on one labelled sheet."""
+    shape, (names, labels, seeds) = model.tokenizer.config, asked_for(cfg, model)
+    count, columns = len(labels) // len(names), labels.shape[1]
+    tokens, pictures = zip(*draw_batches(cfg, options, model, labels, seeds))
     images = torch.cat(pictures)
 
     across = max(1, 8 * shape.columns // columns)  # pictures side by side on the sheet
@@ -64,9 +89,9 @@ def draw_sheet(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerato
     save_png(grid([line for line, _ in lines], [name for _, name in lines]), out)
     print(f"{len(images)} pictures of {columns * shape.f}x{shape.image_size} pixels, "
           f"{evaluations(options)}: {out}")
-    all_tokens = Tokens(torch.cat(tokens).cpu(), labels, seeds[:, None].repeat(1, columns),
-                        recorded(options))
-    save_extras(cfg, model, all_tokens, images, seeds.tolist(), range(columns),
+    all_tokens = Tokens(torch.cat(tokens).cpu(), labels,
+                        torch.tensor(seeds)[:, None].repeat(1, columns), recorded(options))
+    save_extras(cfg, model, all_tokens, images, seeds, range(columns),
                 [name for name in names for _ in range(count)],
                 [f"class{row[0]:04d}_seed{seed:06d}.png" for row, seed in zip(labels, seeds)])
 
@@ -102,6 +127,8 @@ def main() -> None:
         draw_first_look(cfg, options, args)
     elif cfg.mode == "sheet":
         draw_sheet(cfg, options, load(cfg, options))
+    elif cfg.mode == "npz":
+        draw_npz(cfg, options, load(cfg, options))
     else:
         edit_picture(cfg, options, args, load(cfg, options))
 

@@ -67,6 +67,8 @@ class SampleConfig(Checked):
     batch_size: int = flag(64, "pictures drawn at a time", min=1)
     device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")
     out: str = flag("", "what to write: a PNG (samples.png), or a scroll's folder (scroll)")
+    npz: str = flag("", "write the pictures here, not on a sheet, in constant memory: an .npz that "
+                    "ADM's evaluator reads, and python -m equimini.evaluate images")
     singles: str = flag("", "folder for every picture as a file of its own, too")
     save_tokens: str = flag("", "file for the pictures' tokens, too: for --edit, --continue-from")
     show_steps: str = flag("", "PNG that shows the pictures grow column by column (the paper's "
@@ -74,9 +76,9 @@ class SampleConfig(Checked):
 
     @property
     def mode(self) -> str:
-        """scroll, edit, continue-from, or sheet; raises UserError for two at once."""
-        asked = [name for name, value in (("scroll", self.scroll), ("edit", self.edit),
-                                          ("continue-from", self.continue_from)) if value]
+        """scroll, edit, continue-from, npz, or sheet; raises UserError for two at once."""
+        asked = [name for name in ("scroll", "edit", "continue-from", "npz")
+                 if getattr(self, name.replace("-", "_"))]
         if len(asked) > 1:
             raise UserError(f"give --{asked[0]} or --{asked[1]}, not both")
         return asked[0] if asked else "sheet"
@@ -94,6 +96,7 @@ WITHOUT = {  # options that have no effect
     "sheet": EDITING | SCROLLING,
     "scroll": EDITING | {"count", "columns", "width", "lead_in", "batch_size", "singles", "decoding",
                          "save_tokens", "show_steps"},
+    "npz": EDITING | SCROLLING | {"out", "singles", "save_tokens", "show_steps"},
     "edit": SCROLLING | {"columns", "width", "lead_in", "batch_size"},
     "continue-from": SCROLLING | {"resample", "redraw_later", "lead_in", "batch_size"}}
 
@@ -111,9 +114,11 @@ def check_options(cfg: SampleConfig, args: Namespace) -> None:
         value = getattr(cfg, name)
         if value and Path(value).suffix.lower() != ".png":
             raise UserError(f"--{name.replace('_', '-')} must end in .png, got {value}")
+    if cfg.npz and Path(cfg.npz).suffix != ".npz":
+        raise UserError(f"--npz must end in .npz, got {cfg.npz}")
     if cfg.mode == "edit" and not cfg.resample:
         raise UserError("--edit needs --resample: which columns to draw again, such as 5,6")
-    for path in (cfg.out, cfg.save_tokens, cfg.show_steps):
+    for path in (cfg.out, cfg.save_tokens, cfg.show_steps, cfg.npz):
         if path and cfg.mode != "scroll":
             output_folder(str(Path(path).parent))
 

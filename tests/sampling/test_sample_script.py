@@ -47,6 +47,19 @@ def test_a_scroll_is_interrupted_resumed_and_prolonged(runs, monkeypatch, capsys
             assert np.array_equal(picture, np.asarray(Image.open(runs / "once" / tile.name)))
 
 
+def test_samples_for_other_evaluators(runs):
+    """--npz holds the pictures of the sheet, of the classes in turn, whatever the batch."""
+    what = [*TRAINED, "--classes", "sea,forest", "--count", 3, "--steps", 2, "--lead-in", 1]
+    call("sample.py", *what, "--singles", "alone", "--out", "alone.png", cwd=runs)
+    call("sample.py", *what, "--npz", "alone.npz", "--batch-size", 4, cwd=runs)
+    with np.load(runs / "alone.npz") as file:
+        pictures, labels = file["arr_0"], file["arr_1"]
+    names = sorted((runs / "alone").iterdir(), key=lambda path: path.stem[-6:])
+    assert labels.tolist() == [int(path.stem[5:9]) for path in names] and len(set(labels)) == 2
+    for picture, path in zip(pictures, names, strict=True):
+        assert abs(picture.astype(int) - np.asarray(Image.open(path))).max() <= 1
+
+
 def test_pictures_are_edited_and_continued(runs):
     call("sample.py", *TRAINED, "--classes", "sea", "--count", 2, "--steps", 2, "--save-tokens",
          "two.pt", "--show-steps", "steps.png", "--out", "two.png", "--singles", "two", cwd=runs)
@@ -86,6 +99,9 @@ def test_pictures_of_what_a_model_does(runs):
     (["--scroll", "9", "--edit", "x.png"], "not both"),
     (["--scroll", "9", "--columns", "9"], "--columns does not go with --scroll"),
     (["--resume"], "--resume goes with --scroll"),
+    (["--npz", "a.npz", "--singles", "b"], "--singles does not go with --npz"),
+    (["--npz", "a.png"], "--npz must end in .npz"),
+    (["--npz", "a.npz", "--scroll", "9"], "give --scroll or --npz, not both"),
     (["--scroll", "9", "--resume", "--out", "y"], "no scroll to resume"),
     (["--scroll", "9", "--out", "y"], "lengths in columns"),  # all classes
     (["--scroll", "9", "--classes", "sea:8,forest:8", "--out", "y"], "add up to 16"),
