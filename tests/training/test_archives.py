@@ -21,6 +21,7 @@ from equimini.training.options import RunConfig
 from equimini.training.split import part
 from equimini.utils.errors import UserError
 from tests.conftest import SMALL_TOKENIZER
+from tests.helpers.scripts import TOKENIZER, call
 
 LONG = "cat/" + 40 * "long " + "é.png"  # more than the 100 bytes of a tar's header
 
@@ -348,3 +349,17 @@ def test_commands_keep_an_index_in_their_output_folder(tar, tmp_path, keeping):
     train, val, classes = load_data(run, SMALL_TOKENIZER)
     assert list((tmp_path / "out/index").glob("*/about.json"))
     assert len(train) + len(val) == 13 and train.source.kept
+
+
+def test_training_from_a_tar_and_resumed_is_that_from_the_folder(root, tar, tmp_path, keeping):
+    logs = {}
+    for name, data, steps in (("folder", root, (4,)), ("tar", tar, (3, 4))):
+        options = [*TOKENIZER, "--data", data, "--out", tmp_path / name, "--workers", 1]
+        for i, count in enumerate(steps):
+            call("train_tokenizer.py", *options, "--steps", count, *["--resume"] * (i > 0),
+                 cwd=tmp_path)
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        logs[name] = {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+    assert logs["tar"] == logs["folder"] and 4 in logs["tar"]
+    config = torch.load(tmp_path / "tar/last.pt", weights_only=True)["config"]["run"]
+    assert config["split"] == "name" and config["val_fraction"] == 0.05

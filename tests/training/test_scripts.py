@@ -141,7 +141,7 @@ def test_a_folder_of_pictures_wide_crops_and_a_perceptual_network(picture_folder
 
 def test_cached_latents_train_and_belong_to_one_tokenizer(runs, picture_folder, monkeypatch,
                                                           capsys):
-    module = ROOT / "equimini" / "cache_latents.py"
+    module = ROOT / "equimini/training/cache_latents.py"
     cache = ["--data", picture_folder, "--workers", 0, "--crops", 2]
     call(module, *cache, cwd=runs)
     views = np.load(runs / "runs/latents/train-00000.npy")
@@ -168,7 +168,7 @@ def test_cached_latents_train_and_belong_to_one_tokenizer(runs, picture_folder, 
 
 
 def test_cached_latents_that_are_not_finite_are_an_error(runs, picture_folder, monkeypatch, capsys):
-    call(ROOT / "equimini" / "cache_latents.py", "--data", picture_folder, "--workers", 0, "--out",
+    call(ROOT / "equimini/training/cache_latents.py", "--data", picture_folder, "--workers", 0, "--out",
          "runs/nan", cwd=runs)
     path = runs / "runs/nan/train-00000.npy"
     views = np.load(path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import struct
 import warnings
 
 import numpy as np
@@ -17,6 +18,7 @@ from equimini.training.split import as_trained, check_split
 from equimini.utils import checkpoint
 from equimini.utils.command_line import config_from_dict
 from equimini.utils.errors import UserError
+from equimini.utils.images import read_rgb
 from tests.conftest import SMALL_TOKENIZER
 
 
@@ -221,18 +223,15 @@ def test_class_names_by_wnid(picture_folder, tmp_path):
 
 
 def test_exif_orientation_beside_an_odd_tag(tmp_path):
-    from equimini.utils.images import read_rgb
-    exif = Image.Exif()
-    exif[0x0112], exif[0x9286] = 6, 7  # a comment that is a number
+    tags = (0x103, 4, 70_000), (0x112, 3, 6)  # a 32-bit number where 16 are expected
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(
+        struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags) + bytes(4)
     Image.new("RGB", (60, 20), "red").save(tmp_path / "x.jpg", exif=exif)
-    content = bytearray((tmp_path / "x.jpg").read_bytes())
-    (tmp_path / "x.jpg").write_bytes(content)
     assert read_rgb(tmp_path / "x.jpg").size == (20, 60)
 
 
 @pytest.mark.parametrize("top", (255, 1023, 4095, 65535))
 def test_pictures_of_many_bits(tmp_path, top):
-    from equimini.utils.images import read_rgb
     values = np.linspace(0, top, 40 * 50).reshape(40, 50)
     Image.fromarray(values.astype(np.uint16)).save(tmp_path / "whole.png")
     Image.fromarray(values.astype(np.float32)).save(tmp_path / "float.tif")
@@ -242,7 +241,6 @@ def test_pictures_of_many_bits(tmp_path, top):
 
 
 def test_floats_a_little_above_one_are_not_black(tmp_path):
-    from equimini.utils.images import read_rgb
     values = np.linspace(0, 1.02, 2000, dtype=np.float32).reshape(40, 50)
     Image.fromarray(values).save(tmp_path / "x.tif")
     found = torch.from_numpy(np.asarray(read_rgb(tmp_path / "x.tif"))).float()
