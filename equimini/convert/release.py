@@ -6,7 +6,7 @@
 A tokenizer is known by its `state_dict` (a Lightning checkpoint), a generator by its `model_ema`.
 The EMA weights are taken (--raw: the others), every size is read from the shapes, and every key
 has to be accounted for: what is unknown, missing or of another shape is listed, and nothing is
-written.  No code in the file is run (see foreign.py).
+written.  No code in the file is run (see unpickle.py).
 
 The method of renaming: build our module on the meta device from the sizes, say for each of its
 weights what the release calls it, and compare both lists.

@@ -18,6 +18,7 @@ import sys
 import types
 import zipfile
 from pathlib import Path
+from typing import Tuple
 
 import numpy as np
 import pytest
@@ -536,6 +537,38 @@ def test_nothing_is_run(name, new_format, place, tmp_path):
             torch.load(source, weights_only=False)
     except (TypeError, AttributeError, RuntimeError):
         pass
+    assert marker.exists()
+
+
+class Script(torch.nn.Module):
+    """Writes a file when it is loaded, with nothing but TorchScript."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    @torch.jit.export
+    def __getstate__(self) -> Tuple[str, bool]:
+        return (self.path, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: Tuple[str, bool]) -> None:
+        self.path = state[0]
+        self.training = state[1]
+        torch.save(torch.zeros(1), state[0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_torchscript_is_not_run(tmp_path):
+    marker, source = tmp_path / "marker", tmp_path / "a.ckpt"
+    torch.jit.script(Script(str(marker))).save(str(source))
+    marker.unlink(missing_ok=True)
+    refused(source, "--out", tmp_path / "a.pt", match="neither")
+    assert not marker.exists()
+    inert = types.SimpleNamespace(Unpickler=pickle.Unpickler, load=None, __name__="inert")
+    torch.load(source, weights_only=False, pickle_module=inert)  # the trap is a real one
     assert marker.exists()
 
 
