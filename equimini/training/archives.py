@@ -1,7 +1,7 @@
-"""Where pictures lie in folders, tars, zips and Parquet files: found once, then read by offset.
+"""Pictures in tars and zips, found once; and the bytes of any picture, read by offset.
 
-A scanner walks through one source and adds every picture to a `Search`: its name, and a volume (the
-number of the archive), an offset and a size, from which `Reader` gets its bytes in any order.
+A scanner walks through one archive and adds every picture to a `Search`: its name, and a volume
+(the number of the archive), an offset and a size, from which `Reader` gets its bytes in any order.
 Nothing is unpacked.  index.py sorts what was found, numbers the classes and keeps it all.
 """
 
@@ -12,119 +12,18 @@ import os
 import struct
 import zipfile
 import zlib
-from array import array
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator
 
-from PIL import Image
-
+from equimini.training.parquet import open_parquet, parquet_columns
+from equimini.training.search import ENCODING, ENDINGS, NO_FILE, OUTSIDE, Damaged, Search, hidden
 from equimini.utils.errors import UserError, first_line
 
 BLOCK = 512  # bytes of a tar's header; contents are padded to multiples of it
-TOOL_FOLDERS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 LABEL_KEYS = ("cls", "label", "class", "class_id", "target")  # of a sample's .json
-IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img", "jpg", "png", "webp"), ("label", "labels", "cls")
-MAX_CLASSES = 100_000
 MAX_PICTURE = 2**30  # bytes of one deflated picture
 OPEN_FILES = 64  # archives kept open by a process
-OUTSIDE = "names that lead out of the archive"
-NO_LABEL = "pictures without a label"
-NO_FILE = "links and other members that are no plain files"
-ENDINGS = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-ENCODING = "utf-8", "surrogateescape"  # of names, as in os.fsencode
-
-
-@dataclass
-class Search:
-    """Pictures found so far, and what was left out."""
-
-    names: list[str] = field(default_factory=list)   # CLASS/NAME, or NAME alone
-    labels: list[str] = field(default_factory=list)  # a sample's own label; "": by its folder
-    volumes: array = field(default_factory=lambda: array("q"))
-    offsets: array = field(default_factory=lambda: array("q"))
-    sizes: array = field(default_factory=lambda: array("q"))
-    folders: set[str] = field(default_factory=set)  # also those without a picture
-    left_out: dict[str, list] = field(default_factory=dict)  # reason: [how many, an example]
-    watched: list[str] = field(default_factory=list)  # files and folders that must stay the same
-    class_names: list[str] = field(default_factory=list)  # that the archive itself tells
-
-    def add(self, name: str, volume: int, offset: int, size: int, label: str = "") -> None:
-        """One picture."""
-        self.names.append(name)
-        self.labels.append(label)
-        for numbers, value in ((self.volumes, volume), (self.offsets, offset), (self.sizes, size)):
-            numbers.append(value)
-
-    def leave_out(self, reason: str, name: str) -> None:
-        """Count a file that is not used."""
-        self.left_out.setdefault(reason, [0, name])[0] += 1
-
-    def wants(self, name: str) -> bool:
-        """Whether a file of this name is a picture; what is neither that nor hidden is counted."""
-        if hidden(name):
-            return False
-        ending = os.path.splitext(name)[1].lower()
-        if ending not in ENDINGS:
-            self.leave_out(f"{ending or 'files without an ending'} (not read here)", name)
-        return ending in ENDINGS
-
-
-class Damaged(Exception):
-    """An archive that ends too early, or holds something else from here on."""
-
-
-def hidden(name: str) -> bool:
-    """Whether a file, or a folder above it, is hidden, or left behind by a tool."""
-    return any(part.startswith(".") or part in TOOL_FOLDERS for part in name.split("/"))
-
-
-def scan_folder(root: str, found: Search) -> None:
-    """Pictures below a folder; links to folders are followed, but nothing is read twice.
-
-    Links come last, so that a folder keeps its own name; one to a folder that it lies in, or to one
-    that is read already, is left out.
-    """
-    seen, links = set(), []
-
-    def walk(here: str, name: str) -> bool:
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:
-            return False
-        seen.add((status.st_dev, status.st_ino))
-        found.watched.append(here)
-        for entry in sorted(os.scandir(here), key=lambda e: e.name):
-            child = f"{name}/{entry.name}" if name else entry.name
-            if not entry.is_dir():
-                if found.wants(entry.name):
-                    found.add(child, 0, 0, 0)
-            elif hidden(entry.name):
-                pass
-            elif entry.is_symlink():
-                links.append((entry.path, child))
-            elif walk(entry.path, child) and not name:
-                found.folders.add(child)
-        return True
-
-    walk(root, "")
-    for path, name in links:  # grows while it is read
-        above = os.path.join(os.path.realpath(os.path.dirname(path)), "")
-        if above.startswith(os.path.join(os.path.realpath(path), "")):
-            found.leave_out("links to a folder that they lie in", name)
-        elif not walk(path, name):
-            found.leave_out("links to a folder that is read already", name)
-        elif "/" not in name:
-            found.folders.add(name)
-
-
-def scan_old_folder(root: str, found: Search) -> None:
-    """Pictures below a folder as runs found them that began before `scan_folder`: also in hidden
-    folders, and as often as links lead to them."""
-    for here, _, files in os.walk(root, followlinks=True):
-        for file in files:
-            if os.path.splitext(file)[1].lower() in ENDINGS:
-                found.add(os.path.relpath(os.path.join(here, file), root), 0, 0, 0)
 
 
 def scan_tar(file: int, volume: int, start: int, end: int, found: Search) -> Iterator[int]:
@@ -296,8 +195,7 @@ def scan_zip(path: str, volume: int, found: Search) -> None:
         elif member.external_attr >> 28 == 0o12:
             found.leave_out(NO_FILE, name)
         elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            found.leave_out("members packed in a way that is not read (neither stored nor "
-                            "deflated)", name)
+            found.leave_out("members neither stored nor deflated, left out", name)
         elif found.wants(clean):
             found.add(clean, volume, member.header_offset, member.compress_size,
                       labels.get(name, ""))
@@ -318,67 +216,6 @@ def dataset_labels(content: bytes, path: str) -> dict[str, str]:
             what = "vectors" if isinstance(label, list) else f"such as {label!r}"
             raise UserError(f"the labels in {path} are {what}; classes must be whole numbers")
     return {name: str(label) for name, label in pairs.items()}
-
-
-def scan_parquet(path: str, volume: int, found: Search) -> None:
-    """Rows of a Parquet file with pictures' bytes; an offset is a row group and a row in it.
-
-    Raises Damaged, and UserError for a file without such a column.
-    """
-    file = open_parquet(path)
-    images, labels = parquet_columns(file, path, found)
-    stem, used = os.path.splitext(os.path.basename(path))[0], set()
-    for group in range(file.num_row_groups):
-        table = file.read_row_group(group, [c for c in (labels, f"{images}.path") if c])
-        rows = file.metadata.row_group(group).num_rows
-        numbers = table.column(labels).to_pylist() if labels else [None] * rows
-        paths = [None] * rows
-        if images in table.column_names and images != labels:
-            paths = [value and value["path"] for value in table.column(images).to_pylist()]
-        for row, (label, name) in enumerate(zip(numbers, paths)):
-            if labels and label is None:
-                found.leave_out(NO_LABEL, f"row {row} of group {group} of {path}")
-                continue
-            name = os.path.basename(name or f"{stem}-{group:05d}-{row:05d}")
-            name = f"{group:05d}-{row:05d}-{name}" if (label, name) in used else name
-            used.add((label, name))
-            found.add(name, volume, group << 32 | row, 0,
-                      "" if label is None else str(label).replace("/", "_"))
-
-
-def open_parquet(path: str) -> Any:
-    """The file, by pyarrow.  Raises Damaged, and UserError where pyarrow is missing."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError("Parquet is read by pyarrow, which is missing here; install it with pip "
-                        "install pyarrow") from None
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise Damaged(f"it is cut short, or no Parquet file ({first_line(error)}); what describes "
-                      "it stands at its end, so that nothing of it can be read") from None
-
-
-def parquet_columns(file: Any, path: str, found: Search) -> tuple[str, str]:
-    """The columns of pictures and of labels ("": none), whose names go into `found`."""
-    from pyarrow import types
-    schema = file.schema_arrow
-    images = [f.name for f in schema if types.is_binary(f.type) or types.is_large_binary(f.type)
-              or types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-    images = [name for name in IMAGE_COLUMNS if name in images] or images
-    if not images:
-        raise UserError(f"{path} has no column that holds the bytes of pictures; its columns are "
-                        f"{', '.join(schema.names)}")
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
-    features = features.get("features", {})
-    known = [n for n in schema.names if isinstance(features.get(n), dict)
-             and features[n].get("_type") == "ClassLabel"]
-    labels = (known + [n for n in LABEL_COLUMNS if n in schema.names] + [""])[0]
-    if known:
-        found.class_names = [str(name) for name in features[labels]["names"]]
-    return images[0], labels
 
 
 class Reader:

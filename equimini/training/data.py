@@ -260,8 +260,8 @@ def warn_of_left_out(source: Source) -> None:
         return
     where = printable(source.path)
     for reason, (count, example) in source.left_out.items():
-        warnings.warn(f"{where}: {count} left out or changed: {printable(reason)}; for example "
-                      f"{printable(example)}", stacklevel=2)
+        warnings.warn(f"{where}: {printable(reason)}: {count}, for example {printable(example)}",
+                      stacklevel=2)
     used = np.bincount(source.labels, minlength=len(source.classes))
     if empty := [printable(source.classes[k]) for k in np.flatnonzero(used == 0)]:
         more = f" and {len(empty) - 10} more" if len(empty) > 10 else ""

@@ -87,6 +87,8 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
     begun, run = run, override(run, args)
     if resumed:
         check_split(begun, run)
+    if args.dry_run:
+        run = dataclasses.replace(run, out="")  # where an index would be kept
     if run.init_from and not resumed:
         source = f"--init-from {run.init_from}"
         initial = checkpoint.load(run.init_from, kind)

@@ -109,7 +109,7 @@ def name_classes(source: Source, path: str) -> np.ndarray:
                         f"{len(source.folders)} classes; give one line for each class")
     usable = usable[source.labels < len(words)]
     if more := len(source) - len(usable):
-        source.left_out[f"class numbers beyond the {len(words)} of --class-names"] = \
+        source.left_out[f"class numbers beyond the {len(words)} of --class-names, left out"] = \
             [more, source.name(int((source.labels >= len(words)).argmax()))]
     source.folders = [*source.folders, *map(str, range(len(source.folders), len(words)))]
     source.folders = source.folders[:len(words)]

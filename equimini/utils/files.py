@@ -44,16 +44,16 @@ _locks: list[int] = []  # open files of `locked`
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Holds a lock on the folder, which ends with this process, however that ends.
 
-    Raises UserError if another process holds it.  Where folders cannot be locked (Windows, some
+    If another process holds it, it waits, or raises UserError.  Where folders cannot be locked (Windows, some
     network disks) there is none.
     """
     number = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if fcntl:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(number)
         raise UserError(f"another process is writing to {folder}; wait for its end, or choose "

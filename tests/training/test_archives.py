@@ -151,7 +151,7 @@ def test_webdataset_texts_several_pictures_and_missing_labels(tmp_path):
     source = open_source(shards(tmp_path, samples))
     assert source.classes == ["cat", "dog"]
     assert [source.name(i) for i in range(2)] == ["cat/1.left.png", "dog/0.png"]
-    assert source.left_out == {"pictures without a label": [1, "2.png"]}
+    assert source.left_out == {"pictures without a label, left out": [1, "2.png"]}
 
 
 def test_one_key_in_two_shards_loses_nothing(tmp_path):
