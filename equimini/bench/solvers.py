@@ -121,7 +121,7 @@ class Case:
 def settings(cfg: SolverBench) -> list[dict[str, Any]]:
     """Solver, time shift and steps of every point; raises UserError for what does not exist."""
     found = []
-    for solver in names(cfg.solvers):
+    for solver in map(str.strip, cfg.solvers.split(",")):
         if solver not in SOLVERS:
             raise UserError(f"--solvers takes {', '.join(SOLVERS)}, got {solver!r}")
         per_step = len(evaluation_times(solver, time_grid(1)))
@@ -129,10 +129,6 @@ def settings(cfg: SolverBench) -> list[dict[str, Any]]:
             steps = sorted({max(1, n // per_step) for n in cfg.evaluations})
             found += [{"solver": solver, "time_shift": shift, "steps": n} for n in steps]
     return found
-
-
-def names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
 
 
 def shifts(text: str) -> list[float]:
@@ -187,10 +183,13 @@ def curve_label(row: dict[str, Any]) -> str:
 
 
 def draw_curves(rows: list[dict[str, Any]], out: Path, cfg: SolverBench) -> list[Path]:
-    """Pictures of all measures that there are, over the number of evaluations."""
+    """Pictures of all measures that there are, over the number of evaluations.
+
+    Returns those that were drawn (none without matplotlib).
+    """
     about = {"column_error": ("log10 of the RMS error", "Error of single columns"),
              "image_error": ("log10 of the RMS error", "Error of whole images"),
-             "frechet": ("Frechet distance",  # the plot's font lacks the accent
+             "frechet": ("Fréchet distance",
                          f"{cfg.distance_count} images against {Path(cfg.data).name}")}
     written = []
     for name, (ylabel, title) in about.items():
@@ -200,8 +199,9 @@ def draw_curves(rows: list[dict[str, Any]], out: Path, cfg: SolverBench) -> list
         for row in rows:
             y = row[name] if name == "frechet" else math.log10(row[name])
             series.setdefault(curve_label(row), []).append((row["evaluations"], y))
-        written.append(out / f"{name.replace('_', '-')}.png")
-        curves(written[-1], series, "head evaluations per column", ylabel, title)
+        path = out / f"{name.replace('_', '-')}.png"
+        if not curves(path, series, "head evaluations per column", ylabel, title):
+            written.append(path)
     return written
 
 

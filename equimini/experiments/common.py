@@ -96,6 +96,8 @@ class Lab:
     @property
     def budget(self) -> str:
         """What the trainings took, in words."""
+        if not self.used:
+            return "no training"
         return (f"{len(self.used)} trainings (shared ones included), generators of {self.steps} "
                 f"steps, {sum(self.used.values()) / 60:.1f} minutes of processor time; scale "
                 f"{self.cfg.scale}, {self.cfg.seeds} seeds")

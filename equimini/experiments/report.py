@@ -41,7 +41,7 @@ class Report:
 
     def write(self, lab: Lab) -> None:
         """table.md and results.json into OUT/NAME; prints the table."""
-        self.save(lab.name, lab.cfg, lab.folder, lab.budget, [SEEDS_NOTE])
+        self.save(lab.name, lab.cfg, lab.folder, lab.budget, [SEEDS_NOTE] if lab.used else [])
 
     def save(self, name: str, cfg: Checked, folder: Path, budget: str = "no training",
              more: Sequence[str] = ()) -> None:

@@ -57,8 +57,8 @@ class TrainingRun:
     def train(self, *more: str) -> None:
         """Train what is not trained yet; more: flags on which the result does not depend.
 
-        Raises UserError if the training fails, KeyboardInterrupt if it is stopped, and SystemExit
-        after a mistake that it has named.
+        Raises UserError if the training fails, SystemExit with its code if it was stopped or has
+        named a mistake.
         """
         if self.record().get("steps") == self.steps:
             return
@@ -74,11 +74,10 @@ class TrainingRun:
         done = {} if code else {"steps": self.steps}
         write_text(self.folder / "record.json",
                    json.dumps({"cpu_seconds": before + seconds, **done}))
-        if code == 2:  # it has said what is wrong
-            raise SystemExit(code)
         if code > 128:  # a signal's: the training has written its checkpoint
             print("the same command resumes here")
-            raise KeyboardInterrupt
+        if code == 2 or code > 128:  # 2: it has said what is wrong
+            raise SystemExit(code)
         if code:
             raise UserError(f"the training in {self.folder} ended with exit code {code} (see "
                             "above); the same command resumes it")

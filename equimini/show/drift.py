@@ -59,8 +59,8 @@ class DriftConfig(Checked):
 
     checkpoint: str = flag("runs/generator/last.pt", "checkpoint of a trained generator")
     tokens: str = flag("", "token file to measure instead of drawing")
-    positions: str = flag("hold", "positions that cross-attention sees: hold, grow (see sample.py), or "
-                          "both with a comma")
+    positions: str = flag("hold", "positions that cross-attention sees: hold, grow (see sample.py), "
+                          "or both with a comma")
     columns: int = flag(128, "length of the pictures, in columns", min=4)
     lead_in: int = flag(0, "columns drawn before the pictures and cut off", min=0)
     count: int = flag(24, "pictures, of the classes in turn", min=1)
