@@ -25,7 +25,7 @@ from equimini.training.data import load_data
 from equimini.training.options import DataConfig
 from equimini.utils.errors import UserError
 from equimini.utils.files import claim
-from tests.helpers.scripts import invoke, mistake
+from tests.helpers.scripts import ROOT, invoke, mistake
 
 TOY = "--scale toy --seeds 1 --steps 4 --workers 0".split()
 
@@ -206,6 +206,8 @@ def test_attention_is_counted():
     assert 2 * 16 * 16 * 512 * 16 == 4_194_304  # the paper's 4.2 M
     millions, once, theirs = compute.cost(small)
     assert (round(millions, 2), round(once, 2), round(theirs, 2)) == (127.31, 5.13, 5.41)
+    page = (ROOT / "docs/paper-in-miniature.md").read_text()
+    assert f"| small | {millions:.2f} | 151 | {once:.2f} | {theirs:.2f} | 5.41 |" in page
 
 
 def test_a_claim_holds_if_its_interval_lies_above_0():
