@@ -92,11 +92,11 @@ def test_mistakes(arguments, message):
 
 def test_training_benchmark(capsys):
     arguments = ["--preset", "tiny", "--batch-size", "2", "--steps", "1", "--device", "cpu"]
-    train.main([*arguments, "--settings", "bf16", "--profile"])
+    train.main([*arguments, "--settings", "fused", "--profile"])  # bf16 products are slow here
     table = capsys.readouterr().out.splitlines()
     values = dict(zip(table[2].replace("of peak", "peak").replace("peak GiB", "GiB")
                       .replace("first s", "first").split(), table[3].split()))
-    assert values["setting"] == "bf16" and values["faster"] == "1.00"
+    assert values["setting"] == "fused" and values["faster"] == "1.00"
     assert float(values["images/s"]) == pytest.approx(2000 / float(values["ms/step"]), rel=0.01)
     assert 0.1 < float(values["GiB"]) < 8
     assert 0 < float(values["MFU"].rstrip("%"))
