@@ -163,12 +163,14 @@ def parameters(module: Any) -> int:
 
 
 def measure(preset: Preset, num_classes: int = 1000) -> dict[str, float]:
-    """Parameters in millions and GFLOPs of a preset, counted on the meta device.
+    """Parameters in millions and compute of a preset, counted on the meta device.
 
-    Compute is that of one forward pass over one square image: all columns and the class tokens
-    through the transformer, the flow head once per column, conditional branch, 2 FLOPs per
-    multiply-add.  `gflops` has the attention's products (q·k and p·v of the pairs in the window,
-    and of every column with every class token), `linear_gflops` leaves them out.
+    `gflops`: one forward pass over one square image: all columns and the class tokens through the
+    transformer, the flow head once per column, conditional branch, 2 FLOPs per multiply-add, with
+    the attention's products (q·k and p·v of the pairs in the window, and of every column with
+    every class token); `linear_gflops` leaves these out.  `training_gmacs`: multiply-adds of one
+    training forward, in which the head runs once per repeat (the batch multiplier): the paper's
+    GFLOPs.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -183,12 +185,16 @@ def measure(preset: Preset, num_classes: int = 1000) -> dict[str, float]:
         label, t = torch.zeros(1, dtype=torch.long), torch.empty(1, shape.columns)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             z = generator(tokens, generator.encode_classes(label))
+            transformer = counter.get_total_flops()
             generator.head(tokens, t, z)
+    head = counter.get_total_flops() - transformer
+    repeats = preset.generator_training.batch_multiplier
     parts = {"encoder": tokenizer.encoder, "to_tokens": tokenizer.to_tokens,
              "from_tokens": tokenizer.from_tokens, "decoder": tokenizer.decoder,
              "generator": generator}
     return {**{name: parameters(part) / 1e6 for name, part in parts.items()},
-            "gflops": counter.get_total_flops() / 1e9,
+            "gflops": (transformer + head) / 1e9,
+            "training_gmacs": (transformer + repeats * head) / 2e9,
             "linear_gflops": sum(counter.get_flop_counts()["Global"].get(op, 0) for op in (
                 torch.ops.aten.addmm, torch.ops.aten.mm)) / 1e9}
 
@@ -196,22 +202,25 @@ def measure(preset: Preset, num_classes: int = 1000) -> dict[str, float]:
 def main() -> None:
     """Print the table of presets."""
     head = ("preset", "image", "columns", "channels", "layers", "width", "heads", "window",
-            "head MLP", "generator", "GFLOPs", "linear", "encoder", "to tokens", "from tokens",
+            "head MLP", "generator", "GFLOPs", "linear", "GMACs", "encoder", "to tokens", "from tokens",
             "decoder")
     rows = [head]
     for name, preset in PRESETS.items():
         t, g, m = preset.tokenizer, preset.generator, measure(preset)
         rows.append((name, f"{t.image_size}x{t.image_size}", t.columns, t.token_channels,
                      g.layers, g.embed_dim, g.heads, g.window, f"{g.head_width}x{g.head_depth}",
-                     *(f"{m[k]:.2f}" for k in ("generator", "gflops", "linear_gflops", "encoder",
-                                               "to_tokens", "from_tokens", "decoder"))))
+                     *(f"{m[k]:.2f}" for k in ("generator", "gflops", "linear_gflops",
+                                               "training_gmacs", "encoder", "to_tokens",
+                                               "from_tokens", "decoder"))))
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(head))]
     for row in rows:
         print("  ".join(str(v).rjust(w) for v, w in zip(row, widths)))
     print("\ngenerator, encoder, to tokens, from tokens, decoder: parameters in millions (1000 "
           "classes).\nGFLOPs: one forward pass over the columns and the 16 class tokens, flow "
           "head once per column,\nconditional branch, 2 FLOPs per multiply-add; linear: "
-          "without the attention's products.")
+          "without the attention's products.\nGMACs: multiply-adds of one training forward, flow "
+          "head once per repeat of a column (4, the batch\nmultiplier): what the paper prints as "
+          "GFLOPs, 5.41, 9.78, 19.66 and 34.91.")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from equimini.utils.command_line import add_flags, config_from_dict, override, p
 from equimini.utils.errors import UserError
 
 
-@pytest.mark.parametrize("name, millions, linear", (
-    ("small", 127.31, 5.12), ("base", 295.59, 13.04), ("large", 644.50, 29.15),
-    ("huge", 1203.21, 55.20)))
-def test_sizes_of_the_papers_models(name, millions, linear):
+@pytest.mark.parametrize("name, millions, linear, printed", (
+    ("small", 127.31, 5.12, 5.41), ("base", 295.59, 13.04, 9.78), ("large", 644.50, 29.15, 19.66),
+    ("huge", 1203.21, 55.20, 34.91)))
+def test_sizes_of_the_papers_models(name, millions, linear, printed):
     m, g = measure(PRESETS[name]), PRESETS[name].generator
+    assert m["training_gmacs"] == pytest.approx(printed, abs=0.008)  # the paper's GFLOPs
     assert round(m["generator"], 2) == millions
     assert round(m["linear_gflops"], 2) == linear
     pairs = sum(min(i + 1, 4) for i in range(16)) + 16 * 16  # in the window; with the class
@@ -47,7 +48,6 @@ def test_every_field_is_a_flag_with_help_and_survives_a_checkpoint(config):
     assert config_from_dict(type(config), plain) == config
     with pytest.raises(UserError, match="does not know.*unknown"):
         config_from_dict(type(config), plain | {"unknown": 1})
-
 
 
 def test_a_field_younger_than_the_checkpoint_gets_its_default():
