@@ -6,11 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from equimini.noise import rng
+from equimini.presets import GeneratorTraining
+from equimini.training.generator_trainer import GeneratorTrainer
+from equimini.training.step import micro_batches
 from equimini.utils import distributed
 from equimini.utils.errors import UserError
 from tests.helpers.scripts import GENERATOR, ROOT, TOKENIZER, call, command
@@ -138,8 +144,69 @@ def test_a_stopped_training_leaves_one_checkpoint_of_one_step(tmp_path):
     assert step == records(tmp_path / "runs/tokenizer")[-1]["step"] > 0
 
 
+def set_launcher(monkeypatch, **variables):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_variables_that_a_launcher_left_behind(monkeypatch):
+    """A plain run, or one clear error; never a process that writes nothing."""
+    set_launcher(monkeypatch, RANK=16)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    for variables, text in ((dict(WORLD_SIZE=2), "RANK is not"),
+                            (dict(WORLD_SIZE=2, RANK=0), "MASTER_ADDR is not"),
+                            (dict(WORLD_SIZE=2, RANK=2, MASTER_ADDR="x", MASTER_PORT=1),
+                             "RANK=2 is too large"), (dict(WORLD_SIZE="two"), "WORLD_SIZE")):
+        set_launcher(monkeypatch, **variables)
+        with pytest.raises(UserError, match=text):
+            distributed.is_main()
+    set_launcher(monkeypatch, WORLD_SIZE=2, RANK=0, MASTER_ADDR="localhost", MASTER_PORT=29571)
+    monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=1))
+    with pytest.raises(UserError, match="did not meet.*unset WORLD_SIZE"):
+        with distributed.processes(torch.device("cpu")):
+            pass
+
+
+def test_the_shift_belongs_to_the_place_in_the_global_batch(monkeypatch):
+    """Whatever the number of processes and micro-batches; one for each group of images."""
+    shift, opts = GeneratorTrainer.shift, GeneratorTraining(shift_group=3, position_shift=16)
+    trainer = SimpleNamespace(cfg=opts, seed=5)
+
+    def all_images(processes, accumulate):
+        monkeypatch.setattr(distributed, "world_size", lambda: processes)
+        found = []
+        for rank in range(processes):
+            monkeypatch.setattr(distributed, "rank", lambda: rank)
+            found += [shift(trainer, 7, part).tolist()
+                      for part in micro_batches(24 // processes, accumulate)]
+        return sum(found, [])
+
+    one = all_images(1, 1)
+    assert one == all_images(2, 1) == all_images(1, 4) == all_images(3, 2)
+    groups = [set(one[i:i + 3]) for i in range(0, 24, 3)]
+    assert all(len(group) == 1 for group in groups) and len(set.union(*groups)) > 3
+    assert set(one) <= set(range(16))
+    trainer.cfg = GeneratorTraining(shift_group=0)  # runs begun before
+    assert shift(trainer, 7, next(micro_batches(4, 1))) == rng("shift", 5, 7).integers(16)
+
+
+def test_a_killed_loader_ends_the_training_with_one_sentence(tmp_path):
+    """Also the other loader, which ignores SIGTERM."""
+    process = subprocess.Popen(
+        command("train_tokenizer.py", *TOKENIZER, "--steps", 100000, "--workers", 2), cwd=tmp_path,
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log, deadline = tmp_path / "runs/tokenizer/log.jsonl", time.time() + 120
+    while not (log.exists() and log.stat().st_size) and time.time() < deadline:
+        time.sleep(0.1)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "--workers 0" in output and "Traceback" not in output
+
+
 def test_a_batch_that_cannot_be_shared_is_an_error(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    set_launcher(monkeypatch, WORLD_SIZE=3, RANK=0, MASTER_ADDR="x", MASTER_PORT=1)
     assert distributed.local_batch(9) == 3
     with pytest.raises(UserError, match="multiple of 3"):
         distributed.local_batch(8)

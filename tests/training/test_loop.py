@@ -1,10 +1,20 @@
 """The training loop's own parts; whole trainings are in test_scripts.py."""
 
+import math
+import os
+import re
+import signal
+import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from equimini.training import loop as training
+from equimini.training.options import RunConfig
+from equimini.utils.errors import UserError, in_words
+from equimini.utils.files import leave_locks, locked
 
 
 def test_images_per_second_do_not_count_pauses(monkeypatch):
@@ -17,3 +27,78 @@ def test_images_per_second_do_not_count_pauses(monkeypatch):
             with progress.paused():
                 now[0] += pause
         assert progress.rate == pytest.approx(8)  # measured over three steps
+
+
+class Stub:
+    """A trainer whose held-out loss is given, from which a critic starts after two steps."""
+
+    all_losses_from, model, stepper = 2, None, SimpleNamespace(skipped=0)
+    ema = SimpleNamespace(distance=lambda model: 0.0)
+
+    def __init__(self, losses):
+        self.losses = iter(losses)
+
+    def step(self, step, data, labels):
+        return {"loss": 0.0, "lr": 0.0}
+
+    def validate(self, loader):
+        return {"val_loss": next(self.losses)}
+
+    def preview(self, path):
+        pass
+
+
+@pytest.mark.parametrize("start, best, losses, saved", (
+    (0, math.inf, [1.0, 0.5, 3.0, 4.0, 2.0], [1, 2, 3, 5]),  # the critic raises it: begin anew
+    (2, 0.5, [3.0, 4.0, 2.0], [3, 5]),  # also when resumed just there
+    (3, 3.0, [4.0, 2.0], [5])))
+def test_best_is_chosen_among_steps_with_all_losses(tmp_path, start, best, losses, saved):
+    run = RunConfig(val_every=1, workers=0)
+    setup = SimpleNamespace(training=SimpleNamespace(steps=5, batch_size=1), run=run, start=start,
+                            out=tmp_path, device=torch.device("cpu"))
+    data, found = [(torch.zeros(1), 0, 0)], []
+
+    class Data:
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, key):
+            return data[0]
+
+    training.train_steps("test", setup, Stub(losses), Data(), Data(), best,
+                         lambda name, step, best: found.append((name, step)),
+                         SimpleNamespace(asked=0, share=lambda: None))
+    assert [step for name, step in found if name == "best.pt"] == saved
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path):
+    with locked(tmp_path):
+        with pytest.raises(UserError, match="another process is writing"):
+            with locked(tmp_path):
+                pass
+        loader = os.fork()
+        if not loader:  # outlives its killed parent for some seconds
+            leave_locks()
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.5)
+    try:
+        with locked(tmp_path):
+            pass
+    finally:
+        os.kill(loader, signal.SIGKILL)
+        os.waitpid(loader, 0)
+
+
+@pytest.mark.parametrize("error, text", (
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+                  "dataloader's workers are out of shared memory."), "/dev/shm.*--workers 0"),
+    (RuntimeError("unable to write to file </torch_7_8_9>: No space left on device (28)"),
+     "/dev/shm.*--workers 0"),
+    (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "was killed.*--workers 0"),
+    (RuntimeError("unable to open shared memory object </torch_7> in read-write mode: Too many "
+                  "open files (24)"), "ulimit -n"),
+    (OSError(28, "No space left on device"), "disk is full")))
+def test_errors_of_loader_processes_and_disks_have_a_sentence(error, text):
+    assert re.search(text, in_words(error))
+    assert in_words(RuntimeError("shapes do not fit")) is None
