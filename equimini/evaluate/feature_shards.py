@@ -35,7 +35,7 @@ from equimini.utils import distributed
 from equimini.utils.checkpoint import tokenizer_hash
 from equimini.utils.errors import UserError, first_line
 from equimini.utils.files import replacing
-from equimini.utils.images import save_png, to_float, to_uint8
+from equimini.utils.images import save_png, to_float, to_pixels
 from equimini.utils.signals import leave_signals
 
 FORMAT = 1   # of the files of real pictures; raised when what they hold is computed otherwise
@@ -57,11 +57,6 @@ class PictureSet(Protocol):
 
     def complete(self, first: int, last: int) -> bool:
         """Whether that shard needs no computing any more."""
-
-
-def pixels(images: Tensor) -> Tensor:
-    """Images in [−1, 1] (clipped) to uint8 (B, 3, H, W), as they are in a PNG."""
-    return torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)
 
 
 class RealPictures:
@@ -125,7 +120,7 @@ class Reconstructions(RealPictures):
             if min(x.shape[-2:]) >= 11:
                 scores["ssim"] = ssim(x.cpu(), x_hat.cpu())
             scores |= {name: f(x, x_hat) for name, (_, f) in self.distances.items()}
-            yield pixels(x_hat), {name: v.cpu() for name, v in scores.items()}
+            yield to_pixels(x_hat), {name: v.cpu() for name, v in scores.items()}
 
 
 class Samples:
@@ -147,7 +142,7 @@ class Samples:
             jobs = [self.job(i) for i in range(k, min(k + self.batch_size, last))]
             labels, seeds = zip(*jobs)
             tokens = self.model.sample_tokens(labels, self.columns, seeds, self.options)
-            pictures = pixels(self.model.decode(tokens))
+            pictures = to_pixels(self.model.decode(tokens))
             for i, picture in enumerate(pictures):
                 if self.keep:
                     save_png(picture.permute(1, 2, 0).numpy(), self.png(k + i))

@@ -15,8 +15,7 @@ from torch.utils.data import Dataset
 from equimini.autoencoder import TokenizerConfig
 from equimini.evaluate.feature_shards import RealPictures, read
 from equimini.evaluate.metrics import Gaussian, Statistics
-from equimini.training.data import (SCALED_UP, UNREADABLE, ImageFolder, load_data,
-                                    warn_of_left_out)
+from equimini.training.data import SCALED_UP, UNREADABLE, ImageFolder, load_data, warn_of_left_out
 from equimini.training.options import BUILT_IN, DataConfig
 from equimini.training.split import open_pictures, part
 from equimini.utils.errors import UserError, first_line

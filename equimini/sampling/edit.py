@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +21,8 @@ from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
 from equimini.utils import checkpoint
 from equimini.utils.checkpoint import latents_hash
-from equimini.utils.errors import UserError, first_line
-from equimini.utils.images import load_image, to_float
+from equimini.utils.errors import UserError
+from equimini.utils.images import load_columns
 
 UNKNOWN = -1  # class or seed of a column that was encoded from a picture
 FADE = 2  # columns over which kept pixels go over into drawn ones
@@ -113,20 +112,9 @@ def open_picture(path: str, model: ImageGenerator, pick: int | None = None,
 @torch.no_grad()
 def _encode_file(path: str, model: ImageGenerator, keep: str) -> tuple[Tokens, Tensor]:
     shape = model.tokenizer.config
-    try:
-        pixels = torch.from_numpy(np.array(load_image(path, shape.image_size)))
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        raise UserError(f"{path} cannot be read as a picture: {first_line(error)}") from None
-    n = pixels.shape[1] // shape.f
-    if n < 2:
-        raise UserError(f"{path} is too narrow: scaled to a height of {shape.image_size} pixels it "
-                        f"must have at least 2 columns ({2 * shape.f} pixels), got "
-                        f"{pixels.shape[1]}")
-    width = n * shape.f
-    pixels = pixels[:, :width] if keep == "left" else pixels[:, -width:]
-    pixels = to_float(pixels.permute(2, 0, 1)[None])  # (1, 3, H, N·f)
+    pixels = load_columns(path, shape.image_size, shape.f, keep)
     tokens = model.tokenizer.normalize(model.tokenizer.encode(pixels.to(model.device))).cpu()
-    unknown = torch.full((1, n), UNKNOWN)
+    unknown = torch.full(tokens.shape[:2], UNKNOWN)
     return Tokens(tokens, unknown, unknown), pixels
 
 

@@ -24,9 +24,9 @@ from equimini.config import Checked, flag
 from equimini.noise import normal, rng
 from equimini.utils.checkpoint import check_statistics, load_any_tokenizer
 from equimini.utils.command_line import output_folder, parse, pick_device
-from equimini.utils.errors import UserError, first_line
+from equimini.utils.errors import UserError
 from equimini.utils.files import replacing
-from equimini.utils.images import grid, load_image, save_png, to_float, to_uint8
+from equimini.utils.images import grid, load_columns, save_png, to_uint8
 
 
 @dataclass(frozen=True)
@@ -43,25 +43,6 @@ class TokensConfig(Checked):
     shifts: tuple[int, ...] = flag((1, 2, 4), "shifts k to test, in columns of f pixels", min=1)
     seed: int = flag(0, "seed of the random tokens", min=0)
     device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")
-
-
-def picture(path: str, tokenizer: Tokenizer) -> Tensor:
-    """A picture as (1, 3, H, W) in [−1, 1], H the tokenizer's, cropped to whole columns.
-
-    Raises UserError for a file that is no picture, or one narrower than two columns.
-    """
-    f, height = tokenizer.config.f, tokenizer.config.image_size
-    try:
-        image = load_image(path, height)
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        raise UserError(f"--image: cannot read {path or 'nothing'}: {first_line(error)}") from None
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    columns = x.shape[2] // f
-    if columns < 2:
-        raise UserError(f"--image {path} is {x.shape[2]} pixels wide at the tokenizer's height of "
-                        f"{height}; it takes at least {2 * f}")
-    left = (x.shape[2] - columns * f) // 2
-    return to_float(x[None, :, :, left:left + columns * f])
 
 
 @torch.no_grad()
@@ -143,7 +124,8 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(cfg.device)
     tokenizer = load_any_tokenizer(cfg.checkpoint, device)
     check_statistics(tokenizer, cfg.checkpoint)
-    image = picture(cfg.image, tokenizer).to(device)
+    shape = tokenizer.config
+    image = load_columns(cfg.image, shape.image_size, shape.f).to(device)
     with torch.no_grad():
         tokens = tokenizer.encode(image)
         frames = reveal(tokenizer, tokens, cfg.seed)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from equimini.utils.errors import UserError, first_line
 from equimini.utils.files import replacing
 
 
@@ -124,6 +125,25 @@ def scale_to_fit(image: Image.Image, height: int, width: int | None = None) -> I
 def load_image(path: Path | str, height: int, width: int | None = None) -> Image.Image:
     """`read_rgb` and `scale_to_fit` in one."""
     return scale_to_fit(read_rgb(path, 4 * max(height, width or 0)), height, width)
+
+
+def load_columns(path: Path | str, height: int, f: int, keep: str = "middle") -> Tensor:
+    """A picture file as (1, 3, height, N·f) in [−1, 1]: N whole columns of f pixels.
+
+    keep: which side of it stays where the rest is no column: left, middle or right.  Raises
+    UserError for a file that is no picture, or narrower than two columns.
+    """
+    try:
+        pixels = torch.from_numpy(np.array(load_image(path, height)))  # (height, W, 3)
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        raise UserError(f"{printable(path) or 'nothing'} cannot be read as a picture: "
+                        f"{first_line(error)}") from None
+    n, rest = divmod(pixels.shape[1], f)
+    if n < 2:
+        raise UserError(f"{printable(path)} is too narrow: scaled to a height of {height} pixels "
+                        f"it must have at least 2 columns ({2 * f} pixels), got {pixels.shape[1]}")
+    left = {"left": 0, "middle": rest // 2, "right": rest}[keep]
+    return to_float(pixels[:, left:left + n * f].permute(2, 0, 1)[None])
 
 
 def printable(path: Path | str) -> str:

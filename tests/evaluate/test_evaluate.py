@@ -19,7 +19,6 @@ from equimini import load_generator, load_tokenizer
 from equimini.evaluate import commands as evaluate
 from equimini.evaluate import feature_networks, feature_shards, sources
 from equimini.evaluate.feature_networks import FeatureNetwork, both_in_one, load_network
-from equimini.evaluate.feature_shards import pixels
 from equimini.evaluate.report import distance_name
 from equimini.pretrained.published_weights import INCEPTION, load_lpips
 from equimini.sampling.image_generator import ImageGenerator
@@ -27,7 +26,7 @@ from equimini.utils import checkpoint
 from equimini.utils.checkpoint import tokenizer_content
 from equimini.utils.errors import UserError
 from equimini.utils.files import download, file_hash
-from equimini.utils.images import to_float
+from equimini.utils.images import to_float, to_pixels
 from tests.conftest import SMALL_GENERATOR
 from tests.method.test_losses import TwoMaps
 from tests.training.test_pretrained import lpips_layout, vgg_layout
@@ -333,7 +332,7 @@ def test_solvers_are_passed_on_and_reported(folder):
                                                   temperature=1.1)
     kept = np.asarray(Image.open("a/images/cfg-2.0/class0001_seed000004.png")).astype(int)
     plain = load_generator("generator.pt").sample(["b"], seed=4, steps=2)
-    near, far = (abs(pixels(x)[0].permute(1, 2, 0).numpy() - kept).mean() for x in (image, plain))
+    near, far = (abs(to_pixels(x)[0].permute(1, 2, 0).numpy() - kept).mean() for x in (image, plain))
     assert near < 2 and far > 2 * near  # bf16 depends on the batch a little
 
 
