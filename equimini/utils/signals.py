@@ -58,6 +58,8 @@ def leave_signals(_: int) -> None:
 @atexit.register
 def end_loaders() -> None:
     """End what an error left running: Python sends SIGTERM, which they ignore, and waits."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    loaders = [process for process in multiprocessing.active_children() if process.daemon]
+    if loaders and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an error
+    for process in loaders:
+        process.kill()

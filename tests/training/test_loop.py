@@ -4,6 +4,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from contextlib import closing
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from equimini.training import loop as training
 from equimini.training.options import RunConfig
 from equimini.utils.errors import UserError, in_words
 from equimini.utils.files import leave_locks, locked
+from tests.helpers.scripts import ROOT
 
 
 def test_images_per_second_do_not_count_pauses(monkeypatch):
@@ -88,6 +91,17 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
     finally:
         os.kill(loader, signal.SIGKILL)
         os.waitpid(loader, 0)
+
+
+def test_any_error_ends_the_command_and_its_loaders():
+    """Its traceback keeps the loader alive, whose processes ignore the SIGTERM that Python sends."""
+    program = ("from torch.utils.data import DataLoader\n"
+               "from equimini.utils.signals import leave_signals\n"
+               "batches = iter(DataLoader(range(99), num_workers=1, worker_init_fn=leave_signals))\n"
+               "next(batches)\nraise ValueError('a fault')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.endswith("ValueError: a fault\n")
 
 
 @pytest.mark.parametrize("error, text", (
