@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from equimini.utils import checkpoint, distributed
 from equimini.utils.checkpoint import latents_hash, tokenizer_hash
 from equimini.utils.command_line import add_flags, output_folder, override, pick_device, run
 from equimini.utils.errors import UserError
-from equimini.utils.files import claim, replacing, write_text
+from equimini.utils.files import claim, locked, replacing, write_text
 from equimini.utils.images import to_float
 
 SHARD = 1024  # images per file
@@ -172,13 +173,14 @@ def main() -> None:
     args = parser.parse_args()
     cfg = override(CacheConfig(out="runs/latents"), args)
     device = distributed.local_device(cfg.device)
-    with distributed.processes(device):
+    out = output_folder(cfg.out)
+    with distributed.processes(device), locked(out) if distributed.is_main() else nullcontext():
         encode(cfg, args.overwrite, device)
 
 
 def encode(cfg: CacheConfig, overwrite: bool = False,
            device: torch.device | None = None) -> None:
-    """Make the cache, or go on with it; raises UserError for what does not serve."""
+    """Make the cache, or go on with it; raises UserError for options that cannot be used."""
     device, out = device or pick_device(cfg.device), output_folder(cfg.out)
     tokenizer = checkpoint.load_tokenizer(cfg.tokenizer, device)
     checkpoint.check_statistics(tokenizer, cfg.tokenizer)
