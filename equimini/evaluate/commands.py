@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import replace
+import zipfile
+from dataclasses import fields, replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +50,7 @@ from equimini.utils.command_line import add_flags, output_folder, override
 from equimini.utils.errors import UserError, first_line
 from equimini.utils.files import claim, file_hash, remove_leftovers
 from equimini.utils.images import grid, read_rgb, save_png, to_float
-from equimini.utils.npz import write_samples
+from equimini.utils.npz import map_array, write_samples
 from equimini.utils.plot import curves
 
 
@@ -128,10 +129,8 @@ def scales(text: str) -> list[float]:
 
 def sampling(cfg: GeneratorEvaluation, scale: float) -> SamplingOptions:
     """The options of sampling at one guidance scale."""
-    return SamplingOptions(
-        cfg=scale, cfg_schedule=cfg.cfg_schedule, solver=cfg.solver, steps=cfg.steps,
-        time_shift=cfg.time_shift, temperature=cfg.temperature, precision=cfg.precision,
-        cuda_graphs=cfg.cuda_graphs)
+    given = {f.name: getattr(cfg, f.name) for f in fields(SamplingOptions)}
+    return SamplingOptions(**given | {"cfg": scale})
 
 
 def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
@@ -151,7 +150,9 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     columns = (cfg.width or shape.image_size) // shape.f
     settings = {"schedule": cfg.cfg_schedule, "solver": cfg.solver, "steps": cfg.steps,
                 "time_shift": cfg.time_shift, "temperature": cfg.temperature,
-                "precision": cfg.precision, "seed": cfg.sample_seed, "columns": columns}
+                "precision": cfg.precision, "seed": cfg.sample_seed, "columns": columns,
+                **{name: getattr(cfg, name) for name in ("guidance_columns", "positions")
+                   if getattr(cfg, name) != getattr(GENERATOR, name)}}  # older plans lack them
     plan = {"checkpoint": file_hash(find(cfg.checkpoint)), "weights": cfg.weights,
             "tokenizer": tokenizer_hash(model.tokenizer), "network": bench.net.sha256, **settings}
     with distributed.main_first():
@@ -260,9 +261,14 @@ def finish(bench: ModelBench, kind: str, rows: list[dict], reference: Reference,
 
 
 def picture_size(path: str, run: DataConfig) -> tuple[int, int] | None:
-    """Height and width of the first picture of a folder or archive; None for all else."""
-    if path.endswith(".npz") or path in BUILT_IN:
+    """Height and width of the first picture of a set; None for statistics and built-in ones."""
+    if path in BUILT_IN:
         return None
+    if path.endswith(".npz"):
+        try:
+            return map_array(path, "arr_0").shape[1:3]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None  # statistics, or a file of which `open_source` says what is wrong
     source = open_pictures(run, path)
     try:
         image = read_rgb(BytesIO(source.read(0)))
@@ -273,8 +279,8 @@ def picture_size(path: str, run: DataConfig) -> tuple[int, int] | None:
 
 
 def evaluate_images(cfg: ImagesEvaluation, device: torch.device, samples: str) -> None:
-    """Pictures that any model drew (a folder, an .npz of pictures or of statistics) against others
-    of the same kinds."""
+    """Pictures that any model drew (a folder, an archive, an .npz of pictures or of statistics)
+    against others of the same kinds."""
     if not cfg.reference:
         raise UserError("--reference is needed: a folder of images, or an .npz of pictures (arr_0) "
                         "or of statistics (mu, sigma)")
@@ -283,7 +289,7 @@ def evaluate_images(cfg: ImagesEvaluation, device: torch.device, samples: str) -
         height, width = cfg.image_size, cfg.width or cfg.image_size
     else:
         height, width = (picture_size(samples, run) or picture_size(cfg.reference, run)
-                         or (64, 64))  # only to try the network: those of an .npz are as they are
+                         or (64, 64))  # of statistics alone: just to try the network
     bench = Bench(cfg, height, width, device)
     run = replace(run, width=width)
     shape = SimpleNamespace(image_size=height, f=1, layout="columns")  # any size will do
@@ -303,7 +309,7 @@ def evaluate_images(cfg: ImagesEvaluation, device: torch.device, samples: str) -
     pixels = about.get("pixels", "no")
     rows = [{"set": "samples", **row}]
     write_report({
-        "what": "images", "distance": distance_name(bench.net, row["n"] or 0),
+        "what": "images", "distance": distance_name(bench.net, row["n"]),
         "checkpoint": {"file": samples, "sha256": about["sha256"]},
         "network": bench.net.describe(), "reference": reference.about, "settings": {},
         "pixels": pixels, "results": rows,
@@ -324,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
         command.set_defaults(function=function, defaults=defaults)
         if name == "images":
             command.add_argument("pictures", metavar="SAMPLES", nargs=1, help="pictures to "
-                                 "measure: a folder, or an .npz")
+                                 "measure: a folder, an archive, or an .npz")
         else:
             command.add_argument("--samples", dest="n", type=int, metavar="N",
                                  default=argparse.SUPPRESS, help="the same as --n, which torchrun "

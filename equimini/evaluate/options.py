@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from equimini.config import Checked, flag
-from equimini.sampler import SCHEDULES, SOLVERS
-from equimini.sampling.packed_weights import PRECISIONS
+from equimini.sampler import SCHEDULES
+from equimini.sampling.options import SamplingOptions
 from equimini.training.options import DataConfig
 
 
@@ -43,22 +43,12 @@ class EvaluateConfig(NetworkConfig, DataConfig):
 
 
 @dataclass(frozen=True)
-class GeneratorEvaluation(EvaluateConfig):
+class GeneratorEvaluation(EvaluateConfig, SamplingOptions):
     """How a generator draws its samples."""
 
     cfg: str = flag("2", "guidance scale; several with commas: all of them, and a curve")
     cfg_schedule: str = flag("linear", "guidance from 1 up to --cfg over the columns, or --cfg "
                              "throughout", choices=SCHEDULES)
-    steps: int = flag(100, "steps of the solver per column", min=1)
-    solver: str = flag("euler", "how a column follows the head's flow", choices=tuple(SOLVERS))
-    time_shift: float = flag(1.0, "above 1: smaller steps near the noise, below 1: near the "
-                             "token; 1: equal steps", min=1e-3)
-    temperature: float = flag(1.0, "factor on the noise that columns start from; above 1: more "
-                              "detail and variety, below 1: smoother", min=0)
-    precision: str = flag("float32", "arithmetic of the generator's matrix products",
-                          choices=tuple(PRECISIONS))
-    cuda_graphs: str = flag("off", "on: replay recorded kernels, which is faster for few "
-                            "pictures at a time; needs CUDA", choices=("off", "on"))
     tokenizer: str = flag("", "checkpoint of the generator's tokenizer with a fine-tuned decoder; "
                           "empty: the tokenizer inside the generator's checkpoint")
     sample_seed: int = flag(0, "seed of the first sample; the next ones count up", min=0)

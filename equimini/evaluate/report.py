@@ -47,11 +47,14 @@ def compare(rows: dict[str, Tensor], reference: Reference, paired: bool = False)
     return result | {name: rows[name].double().mean().item() for name in SCORES if name in rows}
 
 
-def distance_name(net: FeatureNetwork, n: int, kind: str = "generator") -> str:
-    """What the distance may be called: FID-50k only of 50,000 pictures and the Inception."""
-    if net.is_inception and n >= 50_000:
+def distance_name(net: FeatureNetwork, n: int | None, kind: str = "generator") -> str:
+    """What the distance may be called: FID-50k only of 50,000 pictures and the Inception.
+
+    n: None where only statistics are known.
+    """
+    if n and net.is_inception and n >= 50_000:
         return f"{'r' if kind == 'tokenizer' else ''}FID-{n // 1000}k"
-    return f"Frechet distance ({net.name}, {n} pictures)"
+    return f"Frechet distance ({net.name}{f', {n} pictures' if n else ''})"
 
 
 def notes(rows: list[dict], reference: Reference, net: FeatureNetwork, pixels: str,

@@ -29,7 +29,7 @@ from equimini.utils.files import download, file_hash
 from equimini.utils.images import to_float, to_pixels
 from tests.conftest import SMALL_GENERATOR
 from tests.method.test_losses import TwoMaps
-from tests.training.test_pretrained import lpips_layout, vgg_layout
+from tests.tools.test_pretrained import lpips_layout, vgg_layout
 
 ROOT = Path(__file__).parents[2]
 
@@ -413,6 +413,8 @@ def test_images_of_any_kind_are_compared(folder, capsys):
         call("images", "drawn", "--reference", name, "--network", "net.pt", "--out", "b")
         assert report("b")["results"][0]["frechet_distance"] < 1e-6
     assert "mu_s, sigma_s in the file are not used" in capsys.readouterr().out
+    call("images", "stored.npz", "--reference", "val", "--network", "net.pt", "--out", "b")
+    assert report("b")["reference"]["pixels"] == "30x20"  # real pictures take the samples' size
     # ADM's references hold both: another network than theirs takes the pictures
     np.savez("adm.npz", arr_0=pixels, mu=np.zeros(3), sigma=np.eye(3))
     call("images", "drawn", "--reference", "adm.npz", "--network", "net.pt", "--out", "c")
