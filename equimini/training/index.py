@@ -16,6 +16,7 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -111,6 +112,8 @@ def open_source(path: str, folder: str | Path | None = None, truncated: bool = F
         if about is None:
             about, arrays = build(path, kind, volumes, kept, truncated)
             if len(arrays["labels"]) <= SMALL:
+                with suppress(OSError):  # unless it holds another index
+                    Path(folder).rmdir()
                 return Source(about, arrays)
             save(kept, about, arrays)
         return Source({**about, "path": path, "volumes": volumes}, map_arrays(kept), kept)
@@ -220,7 +223,7 @@ def scan(kind: str, volumes: list[str], place: tuple[int, int], found: Search,
 
 def put_down(kept: Path, stamps: list, found: Search, first: int, place: tuple[int, int]) -> None:
     """Keep what was found since picture `first`, and where the search is."""
-    kept.mkdir(exist_ok=True)
+    kept.mkdir(parents=True, exist_ok=True)
     with replacing(kept / f"part-{first:010d}.npz") as file:
         np.savez(file, names=joined(found.names[first:]), labels=joined(found.labels[first:]),
                  **{k: getattr(found, k)[first:] for k in ("volumes", "offsets", "sizes")})
@@ -284,7 +287,7 @@ def read_about(kept: Path) -> dict[str, Any] | None:
 
 def save(kept: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Keep an index; what its search kept is deleted."""
-    kept.mkdir(exist_ok=True)
+    kept.mkdir(parents=True, exist_ok=True)
     (kept / "about.json").unlink(missing_ok=True)
     for name, values in arrays.items():
         with replacing(kept / f"{name}.npy") as file:

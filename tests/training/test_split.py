@@ -120,6 +120,12 @@ def test_of_a_few_pictures_one_that_can_be_read_is_held_out(tmp_path, split):
         assert val[0, 0][0].shape == (3, 32, 32) and train[0, 0][0].shape == (3, 32, 32)
 
 
+def test_no_index_is_left_beside_a_small_source(picture_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    load_data(RunConfig(data=str(picture_folder), out=str(tmp_path / "out")), SMALL_TOKENIZER)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_two_pictures_are_one_of_each(tmp_path):
     for i in range(2):
         Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")
