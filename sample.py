@@ -88,7 +88,7 @@ def draw_sheet(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerato
     out = Path(cfg.out or "samples.png")
     save_png(grid([line for line, _ in lines], [name for _, name in lines]), out)
     print(f"{len(images)} pictures of {columns * shape.f}x{shape.image_size} pixels, "
-          f"{evaluations(options)}: {out}")
+          f"{evaluations(options, model)}: {out}")
     all_tokens = Tokens(torch.cat(tokens).cpu(), labels,
                         torch.tensor(seeds)[:, None].repeat(1, columns), recorded(options))
     save_extras(cfg, model, all_tokens, images, seeds, range(columns),

@@ -24,6 +24,7 @@ from equimini.training.data import count_images, load_data
 from equimini.training.dry_run import dry_run
 from equimini.training.generator_trainer import TOKENIZER, GeneratorRun, GeneratorTrainer
 from equimini.training.loop import fit
+from equimini.training.mean_flow_trainer import MeanFlowTrainer
 from equimini.training.setup import PATIENCE, Setup, set_up
 from equimini.utils import checkpoint, distributed
 from equimini.utils.checkpoint import tokenizer_inside
@@ -53,14 +54,19 @@ def make_trainer(setup: Setup, tokenizer: Tokenizer, classes: list[str]) -> Gene
     """The generator and what trains it."""
     opts, tokenizer = setup.run, tokenizer.to(setup.device)
     seed_torch(opts.seed, 0)  # initial weights
-    model = make_generator(setup.model, len(classes), tokenizer.config.token_channels)
+    sizes = len(classes), tokenizer.config.token_channels
+    model = make_generator(setup.model, *sizes).to(setup.device)
 
     def sample(generator: Generator, names: list[str]) -> Tensor:  # for the previews
         return ImageGenerator(generator, tokenizer, classes).sample(
-            names, seed=opts.seed, cfg=opts.preview_cfg, steps=opts.preview_steps)
+            names, seed=opts.seed, cfg=opts.preview_cfg,
+            steps=opts.preview_steps if setup.model.objective == "flow-matching" else 1)
 
-    return GeneratorTrainer(model.to(setup.device), tokenizer, classes, setup.training, opts,
-                            sample)
+    parts = model, tokenizer, classes, setup.training, opts, sample
+    if setup.model.objective == "flow-matching":
+        return GeneratorTrainer(*parts)
+    teacher = make_generator(replace(setup.model, objective="flow-matching"), *sizes)
+    return MeanFlowTrainer(teacher.to(setup.device), *parts)
 
 
 def read_data(setup: Setup, tokenizer: Tokenizer) -> tuple[Dataset, Dataset, list[str]]:
@@ -112,6 +118,9 @@ def rehearsal(setup: Setup) -> tuple[GeneratorTrainer, Tensor]:
 
 def train_generator(setup: Setup) -> None:
     """A whole training, from the first step or the resumed one."""
+    if setup.model.objective == "mean-flow" and not (setup.initial or setup.resumed):
+        raise UserError("--objective mean-flow learns from the flow of a trained generator; give "
+                        "its checkpoint with --init-from")
     tokenizer = find_tokenizer(setup)
     train, val, classes = read_data(setup, tokenizer)
     trainer = make_trainer(setup, tokenizer, classes)

@@ -31,7 +31,13 @@ def time_embedding(t: Tensor) -> Tensor:
 
 
 class VelocityHead(Protocol):
-    """What a sampler asks of a head; a generator's `head` may be any module that offers this."""
+    """What a sampler asks of a head; a generator's `head` may be any module that offers this.
+
+    scales: None, guidance is computed from two branches; or from which to which guidance scale the
+    head itself is told (`embed_scale`), see `equimini.mean_flow`.
+    """
+
+    scales: tuple[float, float] | None
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Times t (T,) to what `modulations` takes of them, (T, width)."""
@@ -74,6 +80,8 @@ class FlowHead(nn.Module):
 
     channels: of a token; cond_channels: of z; width and depth of the MLP.
     """
+
+    scales = None
 
     def __init__(self, channels: int, cond_channels: int, width: int, depth: int) -> None:
         super().__init__()
@@ -154,9 +162,13 @@ class FlowHead(nn.Module):
 
         Leading shapes broadcast: with x, t of (M, B, N, …) one z of (B, N, …) serves M draws.
         """
+        return self.conditioned(x, self.embed_time(t), z)
+
+    def conditioned(self, x: Tensor, time: Tensor, z: Tensor) -> Tensor:
+        """The same, from what `embed_time` made of t, (…, width)."""
         if not self.recompute:
-            return self.velocity(x, self.modulations(self.embed_time(t), z))
-        y, x = self.condition(self.embed_time(t), z), widened(self.x_in(x))
+            return self.velocity(x, self.modulations(time, z))
+        y, x = self.condition(time, z), widened(self.x_in(x))
         last = self.modulation_out(y)  # first, as above: so gradients add up in the same order
         for block in self.blocks:
             x = maybe_recomputed(True, block.conditioned, x, y)

@@ -22,7 +22,10 @@ from equimini.attention import window_attention
 from equimini.config import Checked, flag
 from equimini.flow_head import FlowHead
 from equimini.layers import LayerNorm, maybe_recomputed
+from equimini.mean_flow import MeanFlowHead
 from equimini.rope import Rope, rope_tables, rotate
+
+HEADS = {"flow-matching": FlowHead, "mean-flow": MeanFlowHead}  # by what they are trained for
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class GeneratorConfig(Checked):
     head_width: int = flag(960, "channels of the flow head's MLP", min=1)
     head_depth: int = flag(12, "blocks of the flow head", min=1)
     dropout: float = flag(0.1, "dropout probability in the transformer", min=0, max=0.99)
+    objective: str = flag("flow-matching", "what the head learns: velocities (Eq. 8), or with "
+                          "--init-from also average velocities, for samples in one evaluation of "
+                          "the head a column", choices=tuple(HEADS))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,7 +171,7 @@ class Generator(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm_out = LayerNorm(d, eps=1e-6)
         self.init_weights()
-        self.head = FlowHead(channels, d, config.head_width, config.head_depth)
+        self.head = HEADS[config.objective](channels, d, config.head_width, config.head_depth)
         self.recompute = False  # see checkpoint_activations
 
     def checkpoint_activations(self) -> None:

@@ -92,11 +92,13 @@ class Solver:
     """A step of the flow's ODE dx/dt = v(x, t) from t to r < t.
 
     step(v, x, t, r): x at r from x at t.  times(t, r): when it asks for v, in order, so that all
-    that depends on time alone can be computed beforehand.
+    that depends on time alone can be computed beforehand.  average: what it asks for at t is the
+    average velocity down to r, which `equimini.mean_flow` trains a head for.
     """
 
     step: Callable[[Velocity, Tensor, float, float], Tensor]
     times: Callable[[float, float], tuple[float, ...]]
+    average: bool = False
 
 
 def euler(v: Velocity, x: Tensor, t: float, r: float) -> Tensor:
@@ -122,7 +124,8 @@ def heun(v: Velocity, x: Tensor, t: float, r: float) -> Tensor:
 
 SOLVERS = {"euler": Solver(euler, lambda t, r: (t,)),
            "midpoint": Solver(midpoint, lambda t, r: (t, t + (r - t) / 2)),
-           "heun": Solver(heun, lambda t, r: (t, r))}
+           "heun": Solver(heun, lambda t, r: (t, r)),
+           "mean-flow": Solver(euler, lambda t, r: (t,), average=True)}
 
 
 def time_grid(steps: int, shift: float = 1.0) -> list[float]:
@@ -174,10 +177,10 @@ class ColumnSampler:
         """One column x (B, C), normalised, from noise (B, C).
 
         z: (B, d), the transformer's output for this column; or (2·B, d) for guidance with scale
-        s: conditional first, then unconditional.
+        s: conditional first, then unconditional.  A head with `scales` is told s.
         """
         branches = len(z) // len(noise)
-        modulations = self.modulations(z)
+        modulations = self.modulations(z, s)
 
         def velocity(x: Tensor, t: float) -> Tensor:
             v = self.head.velocity(x.repeat(branches, 1), modulations(t))
@@ -191,14 +194,20 @@ class ColumnSampler:
             x = self.solver.step(velocity, x, t, r)
         return x
 
-    def modulations(self, z: Tensor) -> Callable[[float], Sequence[tuple[Tensor, ...]]]:
-        """The head's modulations for z (rows, d), as a function of t.
+    def modulations(self, z: Tensor,
+                    s: float | Tensor = 1.0) -> Callable[[float], Sequence[tuple[Tensor, ...]]]:
+        """The head's modulations for z (rows, d) and guidance s, as a function of t.
 
         They do not depend on x, so they are computed for many times in one matrix product: as
         many as make PRODUCT_ROWS rows, which bounds the memory; a large batch is enough alone.
         """
         if self.embedded is None:
-            self.embedded = self.head.embed_time(torch.tensor(self.times, device=z.device))
+            times = torch.tensor(self.times, device=z.device)
+            ends = [times.new_tensor(self.grid[1:])] if self.solver.average else []
+            self.embedded = self.head.embed_time(times, *ends)
+        time = self.embedded[:, None]  # (times, 1, width)
+        if self.head.scales:
+            time = time + self.head.embed_scale(torch.as_tensor(s, device=z.device).reshape(-1))
         together = max(1, PRODUCT_ROWS // len(z))
         ready: dict[float, Sequence[tuple[Tensor, ...]]] = {}
 
@@ -206,7 +215,7 @@ class ColumnSampler:
             if t not in ready:
                 ready.clear()
                 i = self.times.index(t)
-                of_blocks = self.head.modulations(self.embedded[i:i + together, None], z)
+                of_blocks = self.head.modulations(time[i:i + together], z)
                 of_times = zip(*(zip(*(m.unbind(0) for m in block)) for block in of_blocks))
                 ready.update(zip(self.times[i:i + together], of_times))
             return ready[t]
@@ -240,6 +249,7 @@ class Stream:
         self.generator, self.seeds, self.guidance = generator, list(seeds), guidance
         self.sampler, self.step = sampler, step or partial(generator, max_position=max_position)
         self.device, self.labels = generator.no_class.device, None
+        self.branches = 1 if generator.head.scales else guidance.branches  # rows per image
         self.column = 0  # the next one
         self.last: Tensor | None = None  # (B, C), the column before
         self.cache: list[KeyValue] = []
@@ -251,7 +261,7 @@ class Stream:
         if self.labels is not None and torch.equal(labels, self.labels):
             return
         _check_labels(labels, self.generator.num_classes)
-        n = self.guidance.branches
+        n = self.branches
         drop = torch.arange(n, device=self.device).bool().repeat_interleave(len(labels))
         self.labels = labels.clone()
         self.context = self.generator.encode_classes(labels.repeat(n).to(self.device), drop)
@@ -275,7 +285,7 @@ class Stream:
         """z (branches·B, d) of the next column; the column before goes into the cache."""
         if self.column == 0:
             return self.context.z0[:, 0]
-        token = self.last[:, None].repeat(self.guidance.branches, 1, 1)  # (branches·B, 1, C)
+        token = self.last[:, None].repeat(self.branches, 1, 1)  # (branches·B, 1, C)
         return self.step(token, self.context, self.column - 1, self.cache)[:, 0]
 
     def state(self) -> dict[str, Any]:

@@ -52,8 +52,8 @@ class SolverBench(Checked):
 
     checkpoint: str = flag("runs/generator/last.pt", "checkpoint of a trained generator")
     evaluations: tuple[int, ...] = flag((4, 6, 10, 20, 30, 50, 100), "numbers of head evaluations "
-                                        "per column; second-order solvers take two a step", min=2)
-    solvers: str = flag(",".join(SOLVERS), "solvers to compare, with commas")
+                                        "per column; second-order solvers take two a step", min=1)
+    solvers: str = flag("euler,midpoint,heun", "solvers to compare, with commas; also mean-flow")
     time_shifts: str = flag("1", "time shifts to compare, with commas")
     count: int = flag(32, "images whose error is measured", min=1)
     columns: int = flag(0, "length of the images; 0: square", min=0)
@@ -112,7 +112,7 @@ class Case:
     def contexts(self, generator: Generator, labels: Tensor, tokens: Tensor) -> Tensor:
         """z of every column, as one batch (branches·B·N, d)."""
         branches = [torch.zeros_like(labels, dtype=torch.bool)]
-        if self.cfg.cfg != 1:
+        if self.cfg.cfg != 1 and not generator.head.scales:
             branches.append(~branches[0])
         z = [generator.predict(tokens, labels, drop) for drop in branches]
         return torch.cat(z).flatten(0, 1)

@@ -148,7 +148,8 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
                         f"generator {', '.join(model.classes[:30])}; give --data the pictures it "
                         "was trained on")
     columns = (cfg.width or shape.image_size) // shape.f
-    settings = {"schedule": cfg.cfg_schedule, "solver": cfg.solver, "steps": cfg.steps,
+    how = [sampling(cfg, scale).resolved(model.generator.head) for scale in found][0]
+    settings = {"schedule": cfg.cfg_schedule, "solver": how.solver, "steps": how.steps,
                 "time_shift": cfg.time_shift, "temperature": cfg.temperature,
                 "precision": cfg.precision, "seed": cfg.sample_seed, "columns": columns,
                 **{name: getattr(cfg, name) for name in ("guidance_columns", "positions")

@@ -132,9 +132,10 @@ def asks_nothing(args: Namespace) -> bool:
 def first_look(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
                model: ImageGenerator) -> list[tuple[SampleConfig, SamplingOptions]]:
     """Two sheets, of squares and of panoramas, for a command line that asks for none."""
+    quick = {} if model.generator.head.scales else QUICK
     (squares, how), (panoramas, how_long) = (
         (override(replace(cfg, **what, out=out), args),
-         override(replace(options, **QUICK, **drawing), args))
+         override(replace(options, **quick, **drawing), args))
         for out, (what, drawing) in FIRST_LOOK.items())
     return [(squares, how), (replace(panoramas, columns=PANORAMA * model.columns), how_long)]
 
@@ -191,9 +192,10 @@ def check_device(options: SamplingOptions, device: torch.device) -> None:
         raise UserError(f"--cuda-graphs on needs a CUDA device, got {device}")
 
 
-def evaluations(options: SamplingOptions) -> str:
+def evaluations(options: SamplingOptions, model: ImageGenerator) -> str:
     """How often the head is asked per column, in words."""
-    return f"{options.evaluations} evaluations of the head per column"
+    n = options.resolved(model.generator.head).evaluations
+    return f"{n} evaluations of the head per column"
 
 
 def bar(label: str, total: int, done: int = 0) -> Callable[[Iterable], Iterable]:
@@ -268,7 +270,7 @@ def draw_scroll(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
         drawn = scroll(model, labels, cfg.seed, folder, options, tile=cfg.tile_columns,
                        caption=what, settings=asdict(cfg) | asdict(options), resumed=state,
                        stop=lambda: bool(stop.asked), progress=bar("columns", cfg.scroll, done))
-    print(f"{drawn} columns ({drawn * model.tokenizer.config.f} pixels), {evaluations(options)}: "
+    print(f"{drawn} columns ({drawn * model.tokenizer.config.f} pixels), {evaluations(options, model)}: "
           f"{folder}/index.html")
     if stop.asked:
         print(f"stopped; go on with --scroll {cfg.scroll} --out {folder} --resume")
@@ -313,7 +315,7 @@ def edit_picture(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
         firsts = torch.tensor(seeds).split([len(row) for row in rows])
         save_png(grid([before, *rows], ["before", *(f"from seed {s[0]}" for s in firsts)]), out)
     print(f"{len(seeds)} version{'s' if len(seeds) > 1 else ''} of {columns} columns, "
-          f"{len(order)} of them drawn with {evaluations(options)}: {out}")
+          f"{len(order)} of them drawn with {evaluations(options, model)}: {out}")
     save_extras(cfg, model, drawn, after, seeds, order, [f"seed {seed}" for seed in seeds],
                 [f"seed{seed:06d}.png" for seed in seeds])
 

@@ -101,6 +101,7 @@ class ImageGenerator:
 
         labels: (B,); columns: their length, which guidance depends on (see `guidance`).
         """
+        options = options.resolved(self.generator.head)
         generator = self.packed(self.generator, options.precision)
         max_position = max(0, self.columns - 2) if options.positions == "hold" else None
         step, sampler = None, options.column_sampler(generator.head)

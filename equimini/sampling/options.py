@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from equimini.config import Checked, flag
 from equimini.sampler import (SCHEDULES, SOLVERS, ColumnSampler, VelocityHead, evaluation_times,
                               time_grid)
 from equimini.sampling.packed_weights import PRECISIONS
+from equimini.utils.errors import UserError
 
 POSITIONS = ("hold", "grow")
 
@@ -25,9 +26,12 @@ class SamplingOptions(Checked):
                                  "at most the training pictures'", min=0)
     positions: str = flag("hold", "positions that cross-attention sees: none beyond the training "
                           "pictures' last, or the true ones", choices=POSITIONS)
-    steps: int = flag(100, "steps of the solver per column", min=1)
-    solver: str = flag("euler", "how a column follows the head's flow: euler asks the head once "
-                       "a step, midpoint and heun (second order) twice", choices=tuple(SOLVERS))
+    steps: int = flag(0, "steps of the solver per column; 0: 1 for mean-flow, else the paper's "
+                      "100", min=0)
+    solver: str = flag("auto", "how a column follows the head's flow: euler asks the head once "
+                       "a step, midpoint and heun (second order) twice, mean-flow once, a head that "
+                       "was trained for it; auto: mean-flow for such a head, else euler",
+                       choices=("auto", *SOLVERS))
     time_shift: float = flag(1.0, "above 1: smaller steps near the noise, below 1: near the "
                              "token; 1: equal steps", min=1e-3)
     temperature: float = flag(1.0, "factor on the noise that columns start from; above 1: more "
@@ -36,6 +40,24 @@ class SamplingOptions(Checked):
                           "faster and deviates slightly", choices=tuple(PRECISIONS))
     cuda_graphs: str = flag("off", "on: replay recorded kernels, which is faster for few "
                             "pictures at a time; needs CUDA", choices=("off", "on"))
+
+    def resolved(self, head: VelocityHead) -> SamplingOptions:
+        """The same with solver and steps for this head where they were left open.
+
+        Raises UserError for a solver or a guidance scale that the head was not trained for.
+        """
+        solver = self.solver
+        if solver == "auto":
+            solver = "mean-flow" if head.scales else "euler"
+        if SOLVERS[solver].average and not head.scales:
+            raise UserError("--solver mean-flow needs a head of average velocities, which "
+                            "train_generator.py --objective mean-flow trains; this one has "
+                            "velocities: give euler, midpoint or heun")
+        if head.scales and not head.scales[0] <= self.cfg <= head.scales[1]:
+            raise UserError("--cfg must be {:g} to {:g}, for which this generator's head was "
+                            "trained, got {:g}".format(*head.scales, self.cfg))
+        return replace(self, solver=solver, steps=self.steps or (
+            1 if SOLVERS[solver].average else 100))
 
     def column_sampler(self, head: VelocityHead) -> ColumnSampler:
         """What draws a column with this solver."""

@@ -8,7 +8,8 @@ import torch
 
 from equimini.autoencoder import Tokenizer, add_noise
 from equimini.config import flag
-from equimini.generator import Generator, flow_matching_errors, flow_matching_loss, random_crops
+from equimini.generator import Generator, flow_matching_errors, random_crops
+from equimini.mean_flow import INTERVALS
 from equimini.noise import normal, rng, seed_torch, uniform
 from equimini.presets import GeneratorTraining
 from equimini.training.options import RunConfig
@@ -40,6 +41,8 @@ class GeneratorRun(RunConfig):
     fused_optimizer: bool = flag(True, "AdamW in one pass over the weights")
     checkpoint_activations: bool = flag(False, "less memory, more time: activations inside the "
                                         "blocks are computed again for the backward pass")
+    trained: str = flag("all", "weights that are trained: all, or those of the flow head alone",
+                        choices=("all", "head"))
     preview_cfg: float = flag(2.0, "guidance scale of the preview pictures; 1: none", min=0)
     preview_steps: int = flag(25, "Euler steps per column of the preview pictures", min=1)
 
@@ -53,6 +56,7 @@ class Draws(NamedTuple):
     eps: torch.Tensor  # (M, B, N, C) normal: the flow's noise
     drop: torch.Tensor  # (B,) uniform: below the label dropout, the class is left out
     starts: torch.Tensor  # (B, k) uniform: places of crops, k = 0 without --real-equivariant
+    more: torch.Tensor  # (n, B, N) uniform: for mean_flow_errors, n = 0 without it
     shift: int | torch.Tensor = 0  # of positions: of all images, or of each (B,)
 
 
@@ -71,6 +75,8 @@ class GeneratorTrainer:
         self.cfg, self.opts, self.seed = cfg, opts, opts.seed
         self.device = model.no_class.device
         set_float32(opts.precision, self.device)
+        if opts.trained == "head":
+            model.requires_grad_(False).head.requires_grad_(True)
         self.ema = Ema(model, cfg.ema_decay, warmup=False)
         if opts.checkpoint_activations:
             model.checkpoint_activations()
@@ -141,9 +147,10 @@ class GeneratorTrainer:
         def each(a: int | torch.Tensor) -> int | torch.Tensor:  # (B,) to (B·k,)
             return a.repeat_interleave(k) if isinstance(a, torch.Tensor) else a
 
-        u, eps = (a[:, :, :k * w].unflatten(2, (k, w)).flatten(1, 2) for a in (draws.u, draws.eps))
+        u, eps, more = (a[:, :, :k * w].unflatten(2, (k, w)).flatten(1, 2)
+                        for a in (draws.u, draws.eps, draws.more))
         return (random_crops(x, w, (draws.starts * (n - w + 1)).long()), each(labels),
-                draws._replace(u=u, eps=eps, drop=each(draws.drop), shift=each(draws.shift)))
+                draws._replace(u=u, eps=eps, more=more, drop=each(draws.drop), shift=each(draws.shift)))
 
     def autocast(self) -> torch.autocast:
         """Matrix products in bfloat16 where asked for; weights and the loss stay in float32."""
@@ -159,10 +166,12 @@ class GeneratorTrainer:
         """What is random in the loss of len(rngs) images of n tokens of c channels; on the CPU."""
         m, config = self.cfg.batch_multiplier, self.model.config
         crops = n // config.window if config.real_equivariant else 0
+        more = INTERVALS if config.objective == "mean-flow" else 0
         return Draws(sigma=normal((), rngs), noise=normal((n, c), rngs),
                      u=uniform((m, n), rngs).transpose(0, 1),
                      eps=normal((m, n, c), rngs).transpose(0, 1),
-                     drop=uniform((), rngs), starts=uniform((crops,), rngs))
+                     drop=uniform((), rngs), starts=uniform((crops,), rngs),
+                     more=uniform((more, n), rngs).transpose(0, 1))
 
     def step_draws(self, step: int, images: int, n: int, c: int) -> list[Draws]:
         """Those of a step, for each micro-batch of the local batch of `images` images."""
@@ -231,8 +240,7 @@ class GeneratorTrainer:
             draws = self.draws([rng("validation", int(i)) for i in indices], *self.shape(data))
             draws = Draws(*self.on_device(*draws))
             x = self.tokens(data, draws)
-            loss = flow_matching_loss(self.ema.model, x, *self.on_device(labels), draws.u,
-                                      draws.eps)  # (B, N)
+            loss = self.held_out_errors(x, *self.on_device(labels), draws).mean(0)  # (B, N)
             add(sums, {"columns": loss.cpu().double().sum(0), "count": torch.tensor(len(x))})
         if not sums:  # more processes than pictures
             sums = {"columns": torch.zeros(self.columns).double(), "count": torch.tensor(0)}
@@ -240,6 +248,10 @@ class GeneratorTrainer:
         columns = [v / found["count"] for v in found["columns"]]
         return {"val_loss": sum(columns) / len(columns),
                 "val_loss_per_column": [round(v, 6) for v in columns]}
+
+    def held_out_errors(self, x: torch.Tensor, labels: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Eq. 8's errors (M, B, N) of the EMA weights."""
+        return flow_matching_errors(self.ema.model, x, labels, draws.u, draws.eps)
 
     def preview(self, path: Path) -> None:
         """Samples of up to eight classes: raw weights on the left, EMA weights on the right."""
@@ -252,8 +264,8 @@ class GeneratorTrainer:
 
 
 def sums_by_time(errors: torch.Tensor, u: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sums and counts of errors in T_BINS equal parts of t; both (M, B, N), u ~ t in [0, 1)."""
-    bins = (u * T_BINS).long().flatten()
+    """Sums and counts of errors in T_BINS equal parts of t; both (M, B, N), u ~ t in [0, 1]."""
+    bins = (u * T_BINS).long().clamp(max=T_BINS - 1).flatten()
     zeros = errors.new_zeros(T_BINS)
     return {"t_sums": zeros.index_add(0, bins, errors.detach().flatten()),
             "t_counts": zeros.index_add(0, bins, torch.ones_like(u).flatten())}

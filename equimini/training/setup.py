@@ -94,9 +94,9 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
         initial = checkpoint.load(run.init_from, kind)
     if known_model := resumed or initial:
         model = config_from_dict(type(model), known_model["config"]["model"])
-        if override(model, args) != model:
-            raise UserError(f"{source} holds a model of other sizes than asked for; leave the "
-                            "model's flags out, or begin another run")
+        if initial:
+            model = begin(model, args, source)
+        check_model(model, args, source)
     if args.recipe:
         training = paper_training(kind, count(run), getattr(args, "batch_size", None))
     if run.deterministic:
@@ -108,6 +108,26 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
                         f"one process has of a batch of {training.batch_size}")
     return Setup(name, override(model, args), training, run,
                  distributed.local_device(run.device), out, resumed, initial, args.dry_run)
+
+
+def begin(model: Checked, args: argparse.Namespace, source: str) -> Checked:
+    """The model that starts with the weights of `source`, whose objective may be another one."""
+    if getattr(model, "objective", "flow-matching") != "flow-matching":
+        raise UserError(f"{source} was trained with --objective {model.objective}, which nothing "
+                        "starts from; give a generator trained with flow-matching (--resume "
+                        "trains this one longer)")
+    return dataclasses.replace(model, **({"objective": args.objective} if "objective" in args else {}))
+
+
+def check_model(model: Checked, args: argparse.Namespace, source: str) -> None:
+    """Raise UserError where the command line asks for another model than `source` holds."""
+    asked = override(model, args)
+    if getattr(asked, "objective", "") != getattr(model, "objective", ""):
+        raise UserError(f"{source} was trained with --objective {model.objective}, not "
+                        f"{asked.objective}")
+    if asked != model:
+        raise UserError(f"{source} holds a model of other sizes than asked for; leave the "
+                        "model's flags out, or begin another run")
 
 
 def make_parser(description: str, run: RunConfig, model: Checked,

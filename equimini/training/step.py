@@ -17,10 +17,11 @@ from equimini.utils.errors import UserError
 
 
 def weight_decay_groups(generator: Generator, weight_decay: float) -> list[dict]:
-    """AdamW's parameter groups: no decay on biases, norms and the flow head."""
+    """AdamW's groups of trained parameters: no decay on biases, norms and the flow head."""
     decayed, free = [], []
     for name, p in generator.named_parameters():
-        (free if p.dim() == 1 or name.startswith("head.") else decayed).append(p)
+        if p.requires_grad:
+            (free if p.dim() == 1 or name.startswith("head.") else decayed).append(p)
     return [{"params": decayed, "weight_decay": weight_decay},
             {"params": free, "weight_decay": 0.0}]
 

@@ -19,6 +19,7 @@ from equimini.noise import rng
 from equimini.presets import GeneratorTraining, TokenizerTraining
 from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
 from equimini.training.loaders import Batches
+from equimini.training.mean_flow_trainer import MeanFlowTrainer
 from equimini.training.tokenizer_losses import Adversary
 from equimini.training.tokenizer_trainer import TokenizerRun, TokenizerTrainer
 from equimini.utils import distributed
@@ -30,17 +31,19 @@ TOKENIZER = TokenizerConfig(image_size=32, base_channels=8, multipliers=(1, 2, 4
                             noise=0.5)
 
 
-def make_generator(accumulate):
+def make_generator(accumulate, objective="flow-matching"):
     torch.manual_seed(0)
     tokenizer = Tokenizer(TOKENIZER).eval()
     tokenizer.set_statistics(0.0, 1.0)
-    model = Generator(GeneratorConfig(layers=2, embed_dim=32, heads=2, head_width=32,
-                                      head_depth=2, dropout=0.0), 3, TOKENIZER.token_channels)
-    for p in model.parameters():  # also the layers that begin at zero
-        nn.init.normal_(p, std=0.1)
-    return GeneratorTrainer(model, tokenizer, ["a", "b", "c"], GeneratorTraining(
-        steps=STEPS, batch_size=BATCH, lr=1e-3, warmup_steps=0, shift_group=3),
-        GeneratorRun(accumulate=accumulate))
+    models = [Generator(GeneratorConfig(layers=2, embed_dim=32, heads=2, head_width=32, head_depth=2,
+                                        dropout=0.0, objective=name), 3, TOKENIZER.token_channels)
+              for name in dict.fromkeys(("flow-matching", objective))]
+    for p in (p for model in models for p in model.parameters()):
+        nn.init.normal_(p, std=0.1)  # also the layers that begin at zero
+    parts = models.pop(), tokenizer, ["a", "b", "c"], GeneratorTraining(
+        steps=STEPS, batch_size=BATCH, lr=1e-3, warmup_steps=0, shift_group=3), GeneratorRun(
+        accumulate=accumulate)
+    return MeanFlowTrainer(*models, *parts) if models else GeneratorTrainer(*parts)
 
 
 def make_tokenizer(accumulate):
@@ -73,8 +76,10 @@ def main():
     with distributed.processes(torch.device("cpu")):
         for accumulate in (1, 2):
             generator, tokenizer = make_generator(accumulate), make_tokenizer(accumulate)
+            mean_flow = make_generator(accumulate, "mean-flow")
             found = {"generator": steps(generator, [generator.stepper]), "tokenizer": steps(
-                tokenizer, [tokenizer.stepper, tokenizer.adversary.stepper])}
+                tokenizer, [tokenizer.stepper, tokenizer.adversary.stepper]),
+                "mean-flow": steps(mean_flow, [mean_flow.stepper])}
             for kind, content in found.items() if distributed.is_main() else ():
                 torch.save(content, out / f"{kind}-{accumulate}.pt")
 

@@ -173,6 +173,8 @@ def test_a_saved_state_is_continued_to_the_last_bit_and_does_not_grow(generator)
 class LinearHead(torch.nn.Module):
     """v = A·x + t·z: all that a head of one's own needs."""
 
+    scales = None
+
     def __init__(self):
         super().__init__()
         self.a = torch.nn.Linear(6, 6, bias=False)

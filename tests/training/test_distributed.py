@@ -41,11 +41,11 @@ def found(tmp_path_factory):
     call("tests/helpers/processes.py", folder[1], cwd=folder[1])
     together("tests/helpers/processes.py", folder[2], cwd=folder[2])
     return {(kind, n, k): torch.load(folder[n] / f"{kind}-{k}.pt")
-            for kind in ("generator", "tokenizer") for n in (1, 2) for k in (1, 2)}
+            for kind in ("generator", "tokenizer", "mean-flow") for n in (1, 2) for k in (1, 2)}
 
 
 @pytest.mark.parametrize("processes, accumulate", ((1, 2), (2, 1), (2, 2)))
-@pytest.mark.parametrize("kind", ("generator", "tokenizer"))
+@pytest.mark.parametrize("kind", ("generator", "tokenizer", "mean-flow"))
 def test_processes_and_pieces_give_the_losses_and_gradients_of_one(found, kind, processes,
                                                                    accumulate):
     """1 × 8 images against 1 × (2 × 4), 2 × 4 and 2 × (2 × 2).

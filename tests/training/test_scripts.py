@@ -285,7 +285,7 @@ def test_a_folder_without_a_readable_picture_is_one_error(picture_folder, tmp_pa
     ("sample.py", [*TRAINED, "--columns", "1"], "at least 2"),
     ("sample.py", ["--checkpoint", "runs/tokenizer/last.pt"], "holds a tokenizer"),
     ("sample.py", ["--checkpoint", "none.pt"], "none.pt"),
-    ("sample.py", ["--steps", "0"], "steps"),
+    ("sample.py", ["--steps", "-1"], "steps"),
     ("sample.py", ["--out", "x.jpg"], ".png"),
     ("sample.py", ["--device", "abacus"], "abacus")))
 def test_mistakes_end_in_one_clear_error(runs, script, arguments, text, monkeypatch, capsys):

@@ -1,0 +1,61 @@
+"""train_generator.py --objective mean-flow, as a user runs it, from the generator of `runs`."""
+
+import pytest
+import torch
+
+from tests.helpers.scripts import GENERATOR, call, mistake
+from tests.training.test_scripts import records, same
+
+RUN = GENERATOR[GENERATOR.index("--workers"):]  # the sizes are the checkpoint's
+START = ["--init-from", "runs/generator/last.pt", "--objective", "mean-flow", "--batch-size", 4,
+         "--lr", 1e-3, "--warmup-steps", 1, *RUN]
+
+
+def weights(path):
+    return torch.load(path / "last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def heads(runs):
+    """`runs`, with a head of 6 steps trained alone in runs/head."""
+    call("train_generator.py", *START, "--trained", "head", "--steps", 6, "--out", "runs/head",
+         cwd=runs)
+    return runs
+
+
+def test_the_head_alone_moves_and_resumes_bit_for_bit(heads):
+    call("train_generator.py", *START, "--trained", "head", "--steps", 3, "--out", "runs/head2",
+         cwd=heads)
+    call("train_generator.py", "--resume", "--steps", 6, "--out", "runs/head2", cwd=heads)
+    one, two = weights(heads / "runs/head"), weights(heads / "runs/head2")
+    for key in one.keys() - {"config"}:
+        assert same(one[key], two[key]), key
+    assert records(heads / "runs/head/log.jsonl") == records(heads / "runs/head2/log.jsonl")
+    teacher = weights(heads / "runs/generator")["ema"]
+    assert same(one["teacher"], teacher)
+    moved = {k for k, v in teacher.items() if not torch.equal(one["model"][k], v)}
+    assert moved and all(k.startswith("head.") for k in moved)
+    assert one["config"]["model"]["objective"] == "mean-flow"
+
+
+def test_all_weights_move_where_asked_also_in_bf16_and_pieces(runs):
+    call("train_generator.py", *START, "--precision", "bf16", "--accumulate", 2, "--steps", 3,
+         "--checkpoint-activations", "--out", "runs/all", cwd=runs)
+    found = weights(runs / "runs/all")
+    assert all(map(torch.isfinite, [torch.tensor(r["loss"]) for r in
+                                    records(runs / "runs/all/log.jsonl") if "loss" in r]))
+    assert not torch.equal(found["model"]["blocks.0.attn.qkv.weight"],
+                           found["teacher"]["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("arguments, text", (
+    (["--objective", "mean-flow", "--out", "new"], "give its checkpoint with --init-from"),
+    (["--init-from", "runs/head/last.pt", "--out", "new"], "was trained with --objective mean-flow"),
+    (["--resume", "--objective", "flow-matching", "--out", "runs/head"],
+     "was trained with --objective mean-flow, not flow-matching"),
+    (["--resume", "--objective", "mean-flow"],
+     "was trained with --objective flow-matching, not mean-flow")))
+def test_an_objective_that_does_not_fit_is_said_in_one_sentence(heads, monkeypatch, capsys,
+                                                                arguments, text):
+    assert text in mistake("train_generator.py", *arguments, cwd=heads, monkeypatch=monkeypatch,
+                           capsys=capsys)
