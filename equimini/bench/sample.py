@@ -143,25 +143,23 @@ def line(row: dict) -> str:
 
 
 def print_table(options: argparse.Namespace) -> None:
-    """Print the table, or JSON."""
+    """Print the table, or lines of JSON: what is measured, then a line per contestant."""
     device, sampler.PRODUCT_ROWS = pick_device(options.device), options.product_rows
     if options.cuda_graphs and device.type != "cuda":
         raise UserError(f"--cuda-graphs needs a CUDA device, got {device}")
-    generator, rows = random_generator(options.preset, device), []
+    generator = random_generator(options.preset, device)
     columns = options.columns = options.columns or PRESETS[options.preset].tokenizer.columns
     about = (f"preset {options.preset}, random weights, {columns} columns, {options.steps} Euler "
              f"steps, cfg {options.cfg:g}, {options.repeats} run(s) of each in turns")
-    if not options.json:
+    if options.json:
+        print(json.dumps({"machine": machine(device.type), "what": about}), flush=True)
+    else:
         print(f"# {machine(device.type)}\n# {about}\nbatch   method   s/image  s/column      head "
               " transformer   faster  deviation rms        max   (head, transformer: s/column)")
     for batch in options.batch:
         for row in batch_rows(generator, options, batch, device):
-            rows.append(row)
-            if not options.json:
-                print(line(row), flush=True)
-    if options.json:
-        print(json.dumps({"machine": machine(device.type), "what": about, "rows": rows}, indent=1))
-    elif not options.no_literal:
+            print(json.dumps(row) if options.json else line(row), flush=True)
+    if not options.json and not options.no_literal:
         print("# deviation from the literal tokens: rms over their rms, and largest (tokens of "
               "unit scale)")
 
@@ -186,7 +184,7 @@ def main(argv: list[str]) -> None:
     add("--no-literal", action="store_true", help="leave the slow one out")
     add("--cuda-graphs", action="store_true", help="replay recorded kernels (CUDA)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps [auto]")
-    add("--json", action="store_true", help="print JSON")
+    add("--json", action="store_true", help="print lines of JSON as they come")
     print_table(parser.parse_args(argv))
 
 

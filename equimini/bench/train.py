@@ -11,8 +11,8 @@ Model FLOPs are those of the matrix products and the attention, forward and back
 step needs, counted by torch.utils.flop_counter on the meta device: 2 per multiply-add, class
 tokens and the head's batch multiplier included, what --checkpoint-activations computes again left
 out.  Utilisation is model FLOPs / time / peak rate of matrix products.  The peak is the published
-dense one of a GPU that the table in equimini/bench/train.py knows; of another device, and of a
-CPU, that of a large product, measured here.
+dense one of a GPU that the table in equimini/bench/train.py knows; of another device, of a CPU,
+and with --peak measured, that of a large product, measured here.
 """
 
 from __future__ import annotations
@@ -75,8 +75,10 @@ class TrainBench(Checked):
                       min=1)
     profile: bool = flag(False, "also print where the time goes: the operators "
                          "that take the most")
+    peak: str = flag("published", "rate of matrix products that utilisation is of: a GPU's data "
+                     "sheet's where it is known, or measured", choices=("published", "measured"))
     device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N")
-    json: bool = flag(False, "print JSON")
+    json: bool = flag(False, "print JSON: what is measured, then a line per setting as it comes")
 
 
 # Model FLOPs and peaks ---------------------------------------------------------------------
@@ -100,9 +102,9 @@ def model_flops(preset: str, batch_size: int, multiplier: int) -> tuple[int, int
     return counts[0], counts[1]
 
 
-def peak_rate(device: torch.device, precision: str) -> tuple[float, str]:
+def peak_rate(device: torch.device, precision: str, source: str = "published") -> tuple[float, str]:
     """FLOP/s of the device's matrix products in a precision, and where the number is from."""
-    if device.type == "cuda":
+    if device.type == "cuda" and source == "published":
         name = torch.cuda.get_device_name(device)
         for known, peaks in PEAKS.items():
             if re.search(rf"\b{known}\b", name):
@@ -164,7 +166,7 @@ def time_setting(cfg: TrainBench, setting: str) -> dict[str, Any]:
     times = [seconds(step, device.type) for _ in range(cfg.steps)]
     memory, precision = peak_memory(device), trainer.opts.precision
     operators = profile(step, device) if cfg.profile else []
-    rate, source = peak_rate(device, precision)
+    rate, source = peak_rate(device, precision, cfg.peak)
     return {"setting": setting, "flags": SETTINGS[setting], "machine": machine(device.type),
             "precision": precision, "s_per_step": median(times), "first_s": first,
             "fastest_s": min(times), "peak_memory": memory, "peak_flop_per_s": rate,
@@ -192,29 +194,33 @@ def profile(step: Any, device: torch.device, steps: int = 3, rows: int = 12) -> 
 # Output ------------------------------------------------------------------------------------
 
 
-def lines(row: dict[str, Any], plain: dict[str, Any], cfg: TrainBench, flops: int) -> list[str]:
+def lines(row: dict[str, Any], cfg: TrainBench) -> list[str]:
     """A setting's line of the table, and its profile."""
-    s = row["s_per_step"]
+    s, flops = row["s_per_step"], row["flop_per_step"]
     text = (f"{row['setting']:>15} {cfg.batch_size / s:9.2f} {s * 1e3:9.1f} "
-            f"{row['fastest_s'] * 1e3:9.1f} {plain['s_per_step'] / s:6.2f} {row['first_s']:8.1f} "
+            f"{row['fastest_s'] * 1e3:9.1f} {row['faster']:6.2f} {row['first_s']:8.1f} "
             f"{row['peak_memory'] / 2**30:8.2f} {flops / s / 1e12:8.3f} "
-            f"{row['peak_flop_per_s'] / 1e12:8.3f} {flops / s / row['peak_flop_per_s']:6.1%}  "
+            f"{row['peak_flop_per_s'] / 1e12:8.3f} {row['utilisation']:6.1%}  "
             f"{row['precision']}, {row['peak_source']}")
     found = [f"    {o['ms']:9.1f} ms {o['share']:6.1%} {o['calls']:8.0f} calls  "
              f"{o['operator'][:70]}" for o in row["operators"]]
     return [text, *found]
 
 
-def run_settings(cfg: TrainBench, names: list[str]) -> list[dict[str, Any]]:
-    """Measure, print the table as it grows, return its rows."""
+def run_settings(cfg: TrainBench, names: list[str]) -> None:
+    """Measure, and print the table, or lines of JSON, as they come."""
     training = PRESETS[cfg.preset].generator_training
     flops, head = model_flops(cfg.preset, cfg.batch_size, training.batch_multiplier)
     rows: list[dict[str, Any]] = []
     for name in names:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            rows.append(pool.submit(time_setting, cfg, name).result()
-                        | {"flop_per_step": flops, "head_share": head / flops})
+            row = pool.submit(time_setting, cfg, name).result()
+        rows.append(row | {
+            "flop_per_step": flops, "head_share": head / flops,
+            "utilisation": flops / row["s_per_step"] / row["peak_flop_per_s"],
+            "faster": (rows or [row])[0]["s_per_step"] / row["s_per_step"]})
         if cfg.json:
+            print(json.dumps(rows[-1]), flush=True)
             continue
         if len(rows) == 1:
             print(f"# {rows[0]['machine']}\n# preset {cfg.preset}, batch {cfg.batch_size}, batch "
@@ -222,8 +228,7 @@ def run_settings(cfg: TrainBench, names: list[str]) -> list[dict[str, Any]]:
                   f"step, {head / flops:.0%} of them in the flow head\n{'setting':>15} "
                   f"{'images/s':>9} {'ms/step':>9} {'fastest':>9} {'faster':>6} {'first s':>8} "
                   f"{'peak GiB':>8} {'TFLOP/s':>8} {'of peak':>8} {'MFU':>6}")
-        print("\n".join(lines(rows[-1], rows[0], cfg, flops)), flush=True)
-    return rows
+        print("\n".join(lines(rows[-1], cfg)), flush=True)
 
 
 def main(argv: list[str]) -> None:
@@ -242,10 +247,10 @@ def main(argv: list[str]) -> None:
         raise UserError("--settings tf32 needs a CUDA device")
     size = cfg.batch_size or (256 if device.type == "cuda" else 16)
     cfg = dataclasses.replace(cfg, batch_size=size, device=str(device))
-    rows = run_settings(cfg, names)
     if cfg.json:
-        print(json.dumps({"options": dataclasses.asdict(cfg), "rows": rows}, indent=1))
-    else:
+        print(json.dumps({"options": dataclasses.asdict(cfg)}), flush=True)
+    run_settings(cfg, names)
+    if not cfg.json:
         print("# faster: than the first line.  first s: seconds of the first step, compilation "
               "included.  " + ("peak: of tensors." if device.type == "cuda" else
                                "peak: resident size of the process."))

@@ -1,8 +1,14 @@
-"""Compile csrc/cuda with g++ (see cuda_on_cpu/cuda_runtime.h) and call it on CPU tensors."""
+"""The CUDA kernels apart from the operator, with the kernel family as an argument.
+
+`EmulatedKernels` compiles csrc/cuda with g++ (see cuda_on_cpu/cuda_runtime.h) and calls it on CPU
+tensors, `GPUKernels` with nvcc and on a GPU.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import subprocess
 from pathlib import Path
 
@@ -28,31 +34,26 @@ class Attention(ctypes.Structure):  # csrc/attention.h
                 ("drop_below", ctypes.c_uint32)]
 
 
-class EmulatedKernels:
-    """The operators' forward and backward, computed by the CUDA kernels on the CPU."""
+class Kernels:
+    """The operators' forward and backward, by one family of the kernels in a compiled library."""
 
-    def __init__(self, build: Path, path: str = "automatic", csrc: Path = CSRC,
-                 flags: tuple[str, ...] = ("-O1",)):
-        library = build / "libcuda_on_cpu.so"
-        subprocess.run(["g++", "-std=c++20", *flags, "-shared", "-fPIC", "-I", str(STAND_IN),
-                        "-I", str(csrc), str(STAND_IN / "library.cpp"), "-o", str(library)],
-                       check=True)
+    def __init__(self, library: Path, path: str = "automatic"):
         self.library = ctypes.CDLL(str(library))
         self.library.error_string.restype = ctypes.c_char_p
         self.path = path
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest):
         b, n_q, h, _ = q.shape
-        out, lse = poisoned(q.shape, q.dtype), poisoned((b, h, n_q), torch.float32)
+        out, lse = poisoned(q, q.shape, q.dtype), poisoned(q, (b, h, n_q), torch.float32)
         held, p = describe(q, k, v, *rest, out=out, lse=lse)
         self._call(self.library.forward, p, q.dtype)
         return out, lse
 
     def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                  *rest):
-        dq, dk, dv = (poisoned(x.shape, x.dtype) for x in (q, k, v))
+        dq, dk, dv = (poisoned(x, x.shape, x.dtype) for x in (q, k, v))
         held, p = describe(q, k, v, *rest, out=out, lse=lse, grad=grad, dq=dq, dk=dk, dv=dv)
-        delta = poisoned(lse.shape, torch.float32)
+        delta = poisoned(lse, lse.shape, torch.float32)
         self._call(self.library.backward, p, q.dtype, ctypes.c_void_p(delta.data_ptr()))
         return dq, dk, dv
 
@@ -62,8 +63,43 @@ class EmulatedKernels:
             raise RuntimeError(self.library.error_string(error).decode())
 
 
-def poisoned(shape, dtype: torch.dtype) -> Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype)
+class EmulatedKernels(Kernels):
+    """On the CPU."""
+
+    def __init__(self, build: Path, path: str = "automatic", csrc: Path = CSRC,
+                 flags: tuple[str, ...] = ("-O1",)):
+        library = build / "libcuda_on_cpu.so"
+        subprocess.run(["g++", "-std=c++20", *flags, "-shared", "-fPIC", "-I", str(STAND_IN),
+                        "-I", str(csrc), str(STAND_IN / "library.cpp"), "-o", str(library)],
+                       check=True)
+        super().__init__(library, path)
+
+
+class GPUKernels(Kernels):
+    """On a GPU's default stream.  The library stays in `build` for as long as its sources do."""
+
+    def __init__(self, build: Path, architecture: str):
+        super().__init__(compile_for_gpu(build, architecture))
+
+
+def compile_for_gpu(build: Path, architecture: str) -> Path:
+    """by_path.cu as a library for one architecture ("sm_90"), built unless it is there."""
+    source = Path(__file__).parent / "by_path.cu"
+    text = b"".join(file.read_bytes()
+                    for file in (source, CSRC / "attention.h", *sorted(CSRC.glob("cuda/*"))))
+    library = build / f"by_path-{architecture}-{hashlib.sha256(text).hexdigest()[:12]}.so"
+    if not library.exists():
+        build.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        subprocess.run(["nvcc", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-shared",
+                        "-Xcompiler", "-fPIC", f"-arch={architecture}", "-I", str(CSRC),
+                        str(source), "-o", str(unfinished)], check=True)
+        unfinished.rename(library)
+    return library
+
+
+def poisoned(like: Tensor, shape, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype, device=like.device)
 
 
 def describe(q, k, v, cos, sin, seed, window, dropout_p, scale, **tensors):

@@ -32,7 +32,8 @@ def model(generator, tokenizer, monkeypatch) -> ImageGenerator:
 def test_sampling_benchmark(capsys):
     arguments = ["--preset", "tiny", "--columns", "5", "--steps", "2", "--batch", "1", "2"]
     sample.main([*arguments, "--json", "--plain"])
-    rows = json.loads(capsys.readouterr().out)["rows"]
+    about, *rows = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "preset tiny" in about["what"]
     assert [(r["batch"], r["method"]) for r in rows] == [
         (b, m) for b in (1, 2) for m in ("literal", "plain", "float32", "bf16")]
     for row in rows:

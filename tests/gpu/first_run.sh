@@ -1,0 +1,189 @@
+#!/usr/bin/env bash
+# Everything that a GPU is to show, in a quarter of an hour: is it right, and how fast is it.
+#
+#     bash tests/gpu/first_run.sh 1          about 7 minutes: build, correctness, timings
+#     bash tests/gpu/first_run.sh 2          under 3 minutes: variants of the kernels, tests/gpu/*.patch
+#     bash tests/gpu/first_run.sh build      beforehand, no GPU needed: the kernels, and each variant
+#     bash tests/gpu/first_run.sh --rehearse beforehand, on a CPU: every step of 1 and 2, small
+#
+# What was built beforehand is used: equimini/_kernels*.so and build/gpu (git ignores both).  Part 1
+# first runs what is not timed, side by side; then the timings, alone, the most wanted first.  Every
+# step has a time limit, as has the whole ($DEADLINE seconds), and the failure of one step does not
+# keep the others from running.  In $OUT (runs/gpu unless set), written as the steps go: summary.txt,
+# results.jsonl (a line for each result), ncu.csv, logs.tar.gz.  $PYTHON (python3 unless set) has torch.
+set -u
+cd "$(dirname "$0")/../.."
+OUT=$(realpath -m "${OUT:-runs/gpu}") PYTHON=${PYTHON:-python3} WORK=$(mktemp -d)
+LOGS=$WORK/logs PARTS=${1:-} DEVICE=cuda WIDTH=5 SLOWER=1 SHORT='' T0=$SECONDS
+mkdir -p "$OUT" "$LOGS" build
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export TORCHINDUCTOR_CACHE_DIR=$WORK/inductor TRITON_CACHE_DIR=$WORK/triton
+
+case $PARTS in
+  1) DEADLINE=${DEADLINE:-470} ;;
+  2) DEADLINE=${DEADLINE:-170} ;;
+  build) DEADLINE=${DEADLINE:-99999} ;;
+  --rehearse)  # short sizes; programs that a CPU lacks only check their options
+    PARTS='1 2' DEVICE=cpu WIDTH=0 SLOWER=10 SHORT=--short PATH=$PWD/tests/gpu/stand_ins:$PATH
+    export EQUIMINI_TEST_DEVICE=cpu OMP_NUM_THREADS=1 ;;
+  *) sed -n '2,/^set/s/^# \?//p' "$0"; exit 2 ;;
+esac
+
+note() { echo "[$((SECONDS - T0)) s] $*" | tee -a "$OUT/summary.txt"; }
+keep() { tar czf "$WORK/$BASHPID.tgz" -C "$WORK" logs 2>/dev/null; mv -f "$WORK/$BASHPID.tgz" "$OUT/logs.tar.gz"; }
+trap 'keep; rm -rf "$WORK"' EXIT
+trap 'exit 143' TERM INT
+real() { [ "$DEVICE" = cuda ]; }
+choose() { if real; then echo "$1"; else echo "$2"; fi; }  # a GPU's sizes, or a rehearsal's
+
+# step NAME SECONDS COMMAND…: its output to a log, lines of JSON to results.jsonl as they come
+step() {
+  local name=$1 limit=$(($2 * SLOWER)) start=$SECONDS left=$((${DEADLINE:-99999} - SECONDS + T0)); shift 2
+  [ $left -lt 5 ] && { note "$name: left out, no time"; return 1; }
+  [ $left -lt $limit ] && limit=$left
+  timeout -k 5 "$limit" "$@" 2>&1 | tee "$LOGS/$name.log" \
+    | sed -un "/}\$/s/^{/{\"step\": \"$name\", /p" >> "$OUT/results.jsonl"
+  local rc=${PIPESTATUS[0]}
+  keep
+  note "$name: exit code $rc, $((SECONDS - start)) s: $(grep -v '^ *$' "$LOGS/$name.log" | tail -1 | cut -c1-160)"
+  return "$rc"
+}
+# warm NAME SECONDS COMMAND…: fills the compilers' caches, in the background
+warm() { local name=$1 limit=$2; shift 2; timeout -k 5 $((limit * SLOWER)) "$@" >"$LOGS/warm_$name.log" 2>&1 & }
+probe() { step "$1" "$2" "$PYTHON" tests/gpu/probe.py "${@:3}" --device "$DEVICE" $SHORT; }
+bench() { step "$1" "$2" "$PYTHON" -m equimini.bench "${@:3}"; }
+built() { [ "$("$PYTHON" -c 'from equimini.attention import implementation as i; print(i("cuda"))' 2>&1)" = CUDA ]; }
+
+# compile FOLDER: the extension, beside the sources in a folder
+compile() {
+  cd "$1" && EQUIMINI_BUILD=$(choose cuda cpu) TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} \
+    EQUIMINI_MARCH=${EQUIMINI_MARCH:-$(choose x86-64-v3 native)} MAX_JOBS=${MAX_JOBS:-4} \
+    "$PYTHON" setup.py -q build_ext --inplace
+}
+# variant NAME PATCH…: a copy of the tree with patches, in build/gpu/NAME; kept if it is built and current
+variant() {
+  local folder=build/gpu/$1 mark; shift
+  mark="$DEVICE $(cat setup.py csrc/*.* csrc/*/* "$@" | sha256sum) $(
+    "$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
+  if [ "$(cat "$folder/current" 2>/dev/null)" = "$mark" ]; then return 0; fi
+  rm -rf "$folder" && mkdir -p "$folder" && cp -r csrc setup.py pyproject.toml README.md "$folder" || return
+  mkdir "$folder/equimini" && tar cf - --exclude='_kernels*' --exclude=__pycache__ equimini | tar xf - -C "$folder"
+  local patch; for patch in "$@"; do
+    GIT_CEILING_DIRECTORIES=$PWD/build/gpu git -C "$folder" apply "$PWD/$patch" || return
+  done
+  if real; then (compile "$folder") || return; fi  # a rehearsal only applies the patches
+  echo "$mark" > "$folder/current"
+}
+P=tests/gpu/prefetch_stage.patch S=tests/gpu/short_stretch.patch
+variants() { variant prefetch_stage $P & variant short_stretch $S & variant both $P $S & wait; }
+export -f real choose compile variant variants; export PYTHON DEVICE P S
+
+correctness() {
+  # compilations that need no kernels of ours fill the caches while nvcc runs
+  local w shape
+  for w in 4 32 128 256; do
+    shape=$(choose "8 4096 16 64 $w" "1 32 1 16 $w"); [ $w = 4 ] && real && shape="2048 16 12 64 4"
+    real || [ $w = 4 ] || continue
+    EQUIMINI_ATTENTION=reference warm "flex_$w" 110 "$PYTHON" -c "
+import sys, torch
+from equimini.bench.attention import flex
+device, (b, n, h, d, w) = sys.argv[1], map(int, sys.argv[2:])
+attend = flex(n, w, device)
+with torch.no_grad():
+    attend(*torch.randn(b, n, 3, h, d, device=device, dtype=torch.bfloat16).unbind(2))
+if device == 'cuda':
+    qkv = [torch.randn(b, n, h, d, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    torch.autograd.grad(attend(*qkv).sum(), qkv)
+" "$DEVICE" $shape
+  done
+  if ! real; then :
+  elif built; then note "the binary that was built beforehand is used"
+  else step build 170 bash -c 'compile .' || note "NO KERNELS: what follows is the reference"; fi
+  if ! probe smoke 60 smoke; then
+    note "WRONG RESULTS: no timings"
+    sanitize memcheck probe_memcheck tests/gpu/probe.py smoke --device "$DEVICE" $SHORT
+    return 1
+  fi
+  step variants 200 bash -c variants &  # for part 2, while processors are idle
+  step sweep 130 "$PYTHON" tests/kernel/test_window_attention.py --cases "$(choose 1600 5)" \
+    --longest "$(choose 257 40)" --device "$DEVICE" &
+  {  # one after the other: each takes half of the memory
+    step elements 90 "$PYTHON" -m pytest -q -p no:cacheprovider -m '' -k 2_31 tests/kernel/test_on_gpu.py
+    step warm_train 150 "$PYTHON" -m equimini.bench train --preset "$(choose base tiny)" --steps 1 \
+      --settings "$(choose fast fused)" --batch-size "$(choose 256 2)" --device "$DEVICE"
+  } &
+  step pytest_attention 150 "$PYTHON" -m pytest -q -x -p no:cacheprovider -m '' \
+    -k "$(choose cuda test_flops)" tests/kernel/test_window_attention.py &
+  local workers=(); "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n $WIDTH)
+  OMP_NUM_THREADS=3 step pytest_gpu 210 "$PYTHON" -m pytest -q -p no:cacheprovider -m '' "${workers[@]}" \
+    -k "$(choose 'not 2_31' 'graphs or family')" tests/kernel/test_on_gpu.py &
+  local tool; for tool in memcheck racecheck synccheck initcheck; do
+    sanitize $tool $tool tests/kernel/test_window_attention.py --cases "$(choose 8 1)" \
+      --longest "$(choose 130 20)" --device "$DEVICE" &
+  done
+  wait
+}
+# sanitize TOOL NAME FILE…: without torch's own cache, so that what is written beside a tensor is seen
+sanitize() {
+  local ours=(--kernel-name kns=equimini); [ "$1" = initcheck ] && ours=()
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$2" 160 compute-sanitizer --tool "$1" "${ours[@]}" \
+    --error-exitcode 7 --target-processes application-only "$PYTHON" "${@:3}"
+}
+
+timings() {
+  note "--- timings, alone, from here"
+  probe time 40 time
+  local shapes=("8 4096 16 64 32" "8 4096 16 64 128" "8 4096 16 64 256") shape batch setting
+  real || shapes=()
+  attention "$(choose "2048 16 12 64 4" "2 16 2 64 4")"
+  local graphs=--cuda-graphs; real || graphs=
+  for batch in 1 8 64; do
+    bench "sample_$batch" 35 sample --preset "$(choose small tiny)" --batch "$(choose $batch 1)" \
+      --steps "$(choose 100 2)" --columns "$(choose 16 3)" $graphs --device "$DEVICE" --json
+  done
+  for setting in plain fast; do
+    bench "train_$setting" 60 train --preset "$(choose base tiny)" --batch-size "$(choose 256 2)" \
+      --settings "$(choose $setting plain)" --steps "$(choose 10 1)" --peak measured --profile \
+      --device "$DEVICE" --json
+  done
+  for shape in "${shapes[@]}"; do attention "$shape"; done
+  step ncu 35 ncu --clock-control none --target-processes all -k regex:'forward_kernel|backward_kernel' \
+    --launch-skip 2 --launch-count 2 --section SpeedOfLight --section MemoryWorkloadAnalysis \
+    --section SchedulerStats --section WarpStateStats --section Occupancy --section LaunchStats \
+    --csv --page raw "$PYTHON" tests/gpu/probe.py once --device "$DEVICE" $SHORT
+  cp "$LOGS/ncu.log" "$OUT/ncu.csv"
+}
+attention() {
+  bench "attention_${1// /_}" 40 attention --device "$DEVICE" --dtype bfloat16 --json --shape $1
+}
+
+judge_variants() {
+  step variants 150 bash -c variants
+  local name; for name in '' prefetch_stage short_stretch both; do
+    if [ -n "$name" ]; then
+      [ -e "build/gpu/$name/current" ] || continue
+      PYTHONPATH=$PWD/build/gpu/$name
+    fi
+    probe "smoke_${name:-as_is}" 25 smoke && probe "time_${name:-as_is}" 25 time
+    PYTHONPATH=$PWD
+  done
+}
+
+: > "$OUT/results.jsonl"; : > "$OUT/summary.txt"
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem --format=csv,noheader \
+  | tee -a "$OUT/summary.txt"
+for home in ${CUDA_HOME:-} /usr/local/cuda "$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")"; do
+  ls "$home"/include/cuda_runtime.h "$home"/targets/*/include/cuda_runtime.h >/dev/null 2>&1 \
+    && export CUDA_HOME=$home && break
+done
+note "CUDA in ${CUDA_HOME:-none}; $("$PYTHON" -c 'import torch; print("torch", torch.__version__)' 2>&1 | tail -1)"
+for part in $PARTS; do
+  case $part in
+    1) correctness && timings ;;
+    2) judge_variants ;;
+    build) step build 3600 bash -c 'compile .'; step variants 7200 bash -c variants ;;
+  esac
+done
+failures=$(grep -cE ': exit code [1-9]|: left out' "$OUT/summary.txt")
+note "done; failed or left out: $failures"
+[ "$failures" = 0 ]
