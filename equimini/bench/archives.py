@@ -20,6 +20,7 @@ import tarfile
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -67,8 +68,8 @@ def peak_mb() -> float:
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:
     """The result of a function, called in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def forked(function: Callable[[], float]) -> float:
