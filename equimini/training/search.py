@@ -61,18 +61,19 @@ def hidden(name: str) -> bool:
 
 
 def scan_folder(root: str, found: Search) -> None:
-    """Pictures below a folder; links to folders are followed, but nothing is read twice.
+    """Pictures below a folder; links to folders are followed, so that a class may be a link.
 
-    Links come last, so that a folder keeps its own name; one to a folder that it lies in, or to one
-    that is read already, is left out.
+    Left out are links to a folder that they or the root lie in, and whatever a class holds already.
+    Links come last, so that a folder keeps its own name.
     """
     seen, links = set(), []
 
     def walk(here: str, name: str) -> bool:
         status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:
+        key = name.split("/")[0], status.st_dev, status.st_ino  # two classes may share a folder
+        if key in seen:
             return False
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(key)
         found.watched.append(here)
         for entry in sorted(os.scandir(here), key=lambda e: e.name):
             child = f"{name}/{entry.name}" if name else entry.name
@@ -89,11 +90,12 @@ def scan_folder(root: str, found: Search) -> None:
 
     walk(root, "")
     for path, name in links:  # grows while it is read
-        above = os.path.join(os.path.realpath(os.path.dirname(path)), "")
-        if above.startswith(os.path.join(os.path.realpath(path), "")):
+        target = os.path.join(os.path.realpath(path), "")
+        if any(os.path.join(os.path.realpath(here), "").startswith(target)
+               for here in (os.path.dirname(path), root)):
             found.leave_out("links to a folder that they lie in, not followed", name)
         elif not walk(path, name):
-            found.leave_out("links to a folder that is read already, not followed", name)
+            found.leave_out("links to a folder that its class holds already, not followed", name)
         elif "/" not in name:
             found.folders.add(name)
 

@@ -164,20 +164,24 @@ def test_a_class_in_which_nothing_can_be_read_is_named(picture_folder, tmp_path,
     assert "1 classes have no picture that can be read: dog" in capsys.readouterr().out
 
 
-def test_links_to_folders_end_and_count_nothing_twice(picture_folder, tmp_path):
+def test_links_to_folders_are_followed_and_end(picture_folder, tmp_path):
     plain = [open_source(str(picture_folder)).name(i) for i in range(12)]
     (picture_folder / "cat" / "up").symlink_to(picture_folder)  # a folder that it lies in
     (picture_folder / "dog" / "self").symlink_to(picture_folder / "dog")
     (picture_folder / "above").symlink_to(tmp_path)
-    (picture_folder / "again").symlink_to(picture_folder / "eel")
+    (picture_folder / "eel" / "twice").symlink_to(picture_folder / "hen")
+    (picture_folder / "eel" / "once").symlink_to(picture_folder / "hen")
+    (picture_folder / "hen").symlink_to(picture_folder / "dog")  # a class of its own
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "back").symlink_to(picture_folder / "cat")
     shutil.copy(picture_folder / "cat/0.png", tmp_path / "far/0.png")
     (picture_folder / "fox").symlink_to(tmp_path / "far")
     source = open_source(str(picture_folder))
-    assert [source.name(i) for i in range(len(source))] == [*plain, "fox/0.png"]
-    assert source.classes == ["cat", "dog", "eel", "fox"]
-    assert sorted(n for n, _ in source.left_out.values()) == [2, 3]
+    dogs = [f"{there}/{i}.png" for there in ("eel/once", "fox/back", "hen") for i in range(4)]
+    found = [source.name(i) for i in range(len(source))]
+    assert sorted(found) == sorted([*plain, "fox/0.png", *dogs])
+    assert source.classes == ["cat", "dog", "eel", "fox", "hen"]
+    assert sorted(n for n, _ in source.left_out.values()) == [1, 6]
 
 
 def test_pictures_that_nothing_reads_are_counted_and_named(picture_folder):
