@@ -114,9 +114,9 @@ def main() -> None:
     add_flags(parser, SamplingOptions(), "how columns are drawn")
     parser.add_argument("--redraw-later", action="store_true",
                         help="with --edit: draw all columns after the first one of --resample "
-                        "again, too")
+                        "again as well")
     parser.add_argument("--resume", action="store_true",
-                        help="with --scroll: go on with the scroll in --out, with its own options")
+                        help="with --scroll: continue the scroll in --out, with its own options")
     args = parser.parse_args()
     cfg, options = override(SampleConfig(), args), override(SamplingOptions(), args)
     check_options(cfg, args)

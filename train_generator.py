@@ -33,7 +33,7 @@ from equimini.utils.errors import UserError
 
 
 def find_tokenizer(setup: Setup) -> Tokenizer:
-    """The tokenizer of --tokenizer, or the one inside the checkpoint that training goes on from."""
+    """The tokenizer of --tokenizer, or the one in the checkpoint that training continues from."""
     source, asked = setup.resumed or setup.initial, setup.run.tokenizer
     if setup.resumed and asked == setup.resumed["config"]["run"]["tokenizer"]:
         asked = ""  # not a wish, but what the run began with

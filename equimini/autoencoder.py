@@ -329,7 +329,7 @@ class Tokenizer(nn.Module):
         """Leave only what comes after the tokens trainable: the decoder and its Conv1d's.
 
         So `encode` and the latents' statistics stay as they are, bit for bit.  The semantic head
-        is left as it is, too.
+        is also left as it is.
         """
         for part in (self.encoder, self.to_tokens, self.semantic_head):
             if part is not None:

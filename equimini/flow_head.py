@@ -1,7 +1,7 @@
 """The flow-matching head: an MLP v_θ(x_t, t, z) that moves noise towards one token (Eq. 8).
 
 On the straight path x_t = t·ε + (1−t)·x the velocity is ε − x: at t = 1 there is only noise, at
-t = 0 the token.  The head is told t and the transformer's output z through adaLN: each block's
+t = 0 the token.  The head depends on t and the transformer's output z through adaLN: each block's
 shift, scale and gate are linear in SiLU(y), y = MLP(t) + Linear(z).  They do not depend on x_t.
 """
 

@@ -208,7 +208,7 @@ class Generator(nn.Module):
                 shift: Tensor | None = None) -> Tensor:
         """Tokens x_p … x_{p+n−1} (B, n, C), p = position, to z_{p+1} … z_{p+n} (B, n, d).
 
-        position: a number, or a tensor of one on the device (which a CUDA graph reads anew).
+        position: a number, or a tensor of one on the device (read at each replay of a CUDA graph).
         cache: one (keys, values) per layer of the tokens before, extended and trimmed to the
         last W−1 in place; start with an empty list.  max_position: the largest one that
         cross-attention is shown, for columns beyond any length seen in training; None: no limit.

@@ -19,7 +19,7 @@ def widened(x: Tensor) -> Tensor:
 class LayerNorm(nn.LayerNorm):
     """LayerNorm in float32, also of an x of fewer bits (CUDA's autocast sees to it, a CPU's not).
 
-    What is added to its result is float32 then, too: the residual stream.
+    So what is added to its result, the residual stream, is float32 as well.
     """
 
     def forward(self, x: Tensor) -> Tensor:

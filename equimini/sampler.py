@@ -150,7 +150,7 @@ def find_solver(solver: str | Solver) -> Solver:
 
 
 def evaluation_times(solver: str | Solver, times: Sequence[float]) -> list[float]:
-    """When the velocity is asked for on the way along `times`; their number is the cost."""
+    """When the velocity is evaluated on the way along `times`; their number is the cost."""
     return [s for t, r in pairwise(times) for s in find_solver(solver).times(t, r)]
 
 

@@ -128,7 +128,7 @@ def attention_case(shape: tuple[int, ...], device: str, dtype: torch.dtype, band
 
 def contests(attend: dict[str, Attend], qkv: Tensor, backward: bool,
              device: str) -> dict[str, float]:
-    """Seconds of each contestant; a peer that cannot do it is left out, and why is told."""
+    """Seconds of each contestant; a peer that cannot do it is left out, with a printed reason."""
     seconds = {}
     for name, function in attend.items():
         if backward and name == "flex" and device == "cpu":

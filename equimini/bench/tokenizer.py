@@ -33,7 +33,7 @@ class TokenizerBench(Checked):
     preset: str = flag("tiny", "tokenizer to train", choices=tuple(PRESETS))
     batch_size: int = flag(16, "images per step", min=1)
     perceptual_net: str = flag("", "TorchScript network, as for train_tokenizer.py")
-    compile: bool = flag(True, "measure compiled steps, too")
+    compile: bool = flag(True, "also measure compiled steps")
     seconds: float = flag(10.0, "time to repeat each kind of step for, at least 5 times", min=0)
     device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")
 

@@ -42,16 +42,16 @@ def recipe(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_sizes(files: dict[Path, dict[str, Tensor]], each: float, together: float) -> None:
-    """Raise UserError where weights are larger than asked for, in MB; before anything is written."""
+    """Raise UserError where weights exceed the limits, in MB; before anything is written."""
     sizes = {path: sum(2 * t.numel() for t in weights.values()) / 1e6
              for path, weights in files.items()}
     for path, size in sizes.items():
         if size > each:
-            raise UserError(f"{path} would be {size:.1f} MB; at most {each:g} are asked for "
+            raise UserError(f"{path} would be {size:.1f} MB; the limit is {each:g} "
                             "(--file-mb)")
     if sum(sizes.values()) > together:
         raise UserError(f"the files would be {sum(sizes.values()):.1f} MB together; at most "
-                        f"{together:g} are asked for (--total-mb)")
+                        f"{together:g} are allowed (--total-mb)")
 
 
 def pack(source: Path, out: Path, file_mb: float = 15, total_mb: float = 30,

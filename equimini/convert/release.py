@@ -117,7 +117,7 @@ class Sizes:
 
 
 def tokenizer_config(sizes: Sizes) -> TokenizerConfig:
-    """The architecture of a release tokenizer; raises UserError if it cannot be told."""
+    """The architecture of a release tokenizer; raises UserError if the shapes do not show it."""
     base, z = sizes.at("encoder.conv_in.weight", 0), sizes.at("encoder.conv_out.weight", 0)
     stages = sizes.count("encoder.down.{}.block.0.conv1.weight")
     channels = [sizes.at(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(stages)]
@@ -242,7 +242,7 @@ def convert_generator(file: ForeignFile, args: argparse.Namespace) -> dict[str, 
     if args.latent_scale is not None:
         raise UserError("--latent-scale is for tokenizers; this is a generator")
     if args.tokenizer is None:
-        raise UserError("--tokenizer is needed: a generator's checkpoint holds its tokenizer, too")
+        raise UserError("--tokenizer is needed: a generator's checkpoint also holds its tokenizer")
     tokenizer = checkpoint.load_tokenizer(args.tokenizer)
     tensors = tensors_under(file, "model" if args.raw else "model_ema")
     config, keys = plan_generator(shapes_of(tensors), args.heads, args.window)
@@ -285,7 +285,7 @@ def class_names(path: str | None, count: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; raises UserError for files or options that do not serve."""
+    """The command line; raises UserError for files or options that cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m equimini.convert", description=__doc__.split("\n\nThe method")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)

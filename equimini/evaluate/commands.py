@@ -343,5 +343,5 @@ def main(argv: list[str] | None = None) -> None:
         try:
             args.function(cfg, device, *getattr(args, "pictures", ()))
         except KeyboardInterrupt:
-            print("\nstopped; the same command goes on from here", file=sys.stderr)
+            print("\nstopped; the same command continues from here", file=sys.stderr)
             raise

@@ -107,7 +107,7 @@ def extrapolated_distance(a: Tensor, b: Tensor | Gaussian, paired: bool = False,
     """Fréchet distance extrapolated in 1/n to endless samples, as FID∞ (Chong and Forsyth 2020).
 
     The distance of finite sets is too large, by about c/n.  So the sets a (n, d), and b where it
-    is a set, too, are halved at random, which doubles that: D∞ = 2·D(n) − D(n/2), where D(n/2) is
+    is also a set, are halved at random, which doubles that: D∞ = 2·D(n) − D(n/2), where D(n/2) is
     the mean distance of half to half over `halvings` halvings.  It can come out below 0.  Halves
     of fewer than d pictures follow that law only roughly, and D∞ stays too large.  With b a
     Gaussian only a's share of the error is removed.

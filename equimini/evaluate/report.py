@@ -91,7 +91,7 @@ def notes(rows: list[dict], reference: Reference, net: FeatureNetwork, pixels: s
                      "plain distance does not compare with the others")
     shared = len(reference.hashes.intersection(floor.hashes(0, floor.n))) if floor else 0
     if shared:
-        found.append(f"{shared} of the floor's pictures are in the reference, too: the floor is "
+        found.append(f"{shared} of the floor's pictures are also in the reference: the floor is "
                      "too low")
     return found
 

@@ -5,7 +5,7 @@
 All three predict the same columns with the same numbers of weights, steps and tokens.  Real
 equivariant (Eq. 6): trained on random crops of W columns, as many as give the same number of
 tokens per step; column i is predicted from the W − 1 before it alone, column 0 from the class.
-Losses are taken on real columns; pictures are drawn, too, since errors add up there.
+Losses are taken on real columns; pictures are drawn as well, since errors add up there.
 """
 
 from __future__ import annotations

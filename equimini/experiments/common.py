@@ -90,7 +90,7 @@ class Lab:
         self.name, self.cfg, self.scale = name, cfg, SCALES[cfg.scale]
         self.steps = cfg.steps or self.scale.steps
         self.runs, self.folder = (output_folder(f"{cfg.out}/{part}") for part in ("runs", name))
-        self.used: dict[Path, float] = {}  # CPU seconds of the runs that were asked for
+        self.used: dict[Path, float] = {}  # CPU seconds of the runs that were used
         self.ready: dict[tuple[str, str], tuple[TrainingRun, Path]] = {}  # tokenizers and latents
 
     @property

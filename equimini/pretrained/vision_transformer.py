@@ -17,7 +17,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 
 
 def frozen(module: nn.Module) -> nn.Module:
-    """The module in eval mode, its parameters without gradients (TorchScript modules, too)."""
+    """The module in eval mode, its parameters without gradients (TorchScript modules as well)."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return module.eval()
@@ -201,7 +201,7 @@ class DinoFeatures(nn.Module):
 class DinoV2Teacher(nn.Module):
     """DINOv2's final-norm patch tokens as a map with one patch per cell of the latent map.
 
-    The images are resized (bicubic, no antialias) to 14 pixels per row and column asked for, so
+    The images are resized (bicubic, no antialias) to 14 pixels for each of `rows` and `columns`, so
     that the two maps have one shape whatever the images' size and shape: 224×224 for the paper's
     256×256 pictures at f = 16, and 224×448 for a crop twice as wide.
     """

@@ -1,4 +1,4 @@
-"""What sample.py is asked for: its options, scrolls, edited and continued pictures."""
+"""What sample.py does: its options, scrolls, edited and continued pictures."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ class SampleConfig(Checked):
     out: str = flag("", "what to write: a PNG (samples.png), or a scroll's folder (scroll)")
     npz: str = flag("", "write the pictures here, not on a sheet, in constant memory: an .npz that "
                     "ADM's evaluator reads, and python -m equimini.evaluate images")
-    singles: str = flag("", "folder for every picture as a file of its own, too")
-    save_tokens: str = flag("", "file for the pictures' tokens, too: for --edit, --continue-from")
+    singles: str = flag("", "folder for every picture as a file of its own")
+    save_tokens: str = flag("", "file for the pictures' tokens: for --edit, --continue-from")
     show_steps: str = flag("", "PNG that shows the pictures grow column by column (the paper's "
-                           "Fig. 9), from noise, too")
+                           "Fig. 9), from noise on")
 
     @property
     def mode(self) -> str:
@@ -234,7 +234,7 @@ def save_growth(path: str, grown: list[Tensor], labels: list[str]) -> None:
 
 
 def resumed_scroll(folder: Path, args: Namespace) -> tuple[SampleConfig, SamplingOptions, dict]:
-    """Options and state of the scroll in `folder`; raises UserError where others are asked for."""
+    """Options and state of the scroll in `folder`; raises UserError where `args` differ."""
     state = load_state(folder)
     names = {f.name for f in fields(SamplingOptions)}
     begun, drawn = (config_from_dict(kind, {k: v for k, v in state["settings"].items()
@@ -273,7 +273,7 @@ def draw_scroll(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
     print(f"{drawn} columns ({drawn * model.tokenizer.config.f} pixels), {evaluations(options, model)}: "
           f"{folder}/index.html")
     if stop.asked:
-        print(f"stopped; go on with --scroll {cfg.scroll} --out {folder} --resume")
+        print(f"stopped; continue with --scroll {cfg.scroll} --out {folder} --resume")
         sys.exit(128 + stop.asked)
 
 

@@ -91,7 +91,7 @@ def open_picture(path: str, model: ImageGenerator, pick: int | None = None,
 
     pick: which picture of a token file that holds several.  A picture file is scaled to the
     tokenizer's height, and what is left over of a column is cut off on the other side than `keep`.
-    Raises UserError for a file that does not serve.
+    Raises UserError for a file that cannot be used.
     """
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}")

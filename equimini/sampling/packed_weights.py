@@ -3,7 +3,7 @@
 A column costs hundreds of passes through the head with a handful of rows each, so that reading
 the weights is what takes the time.  `packed` therefore
 - hands the weights to oneDNN once, in the blocked layout that it computes from (CPU);
-- keeps them in bfloat16 where that is asked for: half the bytes.  Matrix products then read
+- keeps them in bfloat16 for precision bf16: half the bytes.  Matrix products then read
   bfloat16 and sum in float32; everything between them (the residual stream, norms, softmax,
   the time embedding, the ODE's state x) stays float32;
 - calls the head's blocks with as little Python between their operators as can be.
@@ -116,7 +116,7 @@ def packed(generator: Generator, precision: str = "float32") -> Generator:
     """A copy of the generator for sampling alone, with packed linear layers.
 
     On a CPU, and in bf16, their weights are a second set in memory; all other weights are shared,
-    so that after a change of weights the copy is to be made again (`LastPacked` does).
+    so that after a change of weights the copy has to be made again (`LastPacked` does).
     precision: 'float32' computes the same function up to rounding, 'bf16' makes the matrix
     products in bfloat16.
     Raises ValueError for another precision.

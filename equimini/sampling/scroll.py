@@ -6,7 +6,7 @@ grow to the right.  A scroll is therefore a folder:
     tile-000000.png, …   the picture in pieces of the same width, to be laid side by side
     overview.png         all of it, reduced and wrapped like text
     index.html           the tiles as one strip to scroll along, in any browser
-    state.pt             what drawing goes on from (`--resume`), or is prolonged from
+    state.pt             what drawing continues from (`--resume`)
 
 Every file is replaced as a whole, so that an interrupted scroll is a shorter scroll.
 """
@@ -40,7 +40,7 @@ class ScrollFolder:
     """The pictures of one scroll: pixels in, from left to right; tiles, overview, index out.
 
     tile, height, length: in pixels; caption: for the index.  Tiles that are there already (when
-    a scroll goes on) are shown in the overview.
+    a scroll continues) are shown in the overview.
     """
 
     def __init__(self, folder: Path, tile: int, height: int, length: int, caption: str,
@@ -148,7 +148,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 def check_new(folder: Path) -> None:
     """Raise UserError if the folder holds a scroll already."""
     if (folder / "state.pt").exists() or (folder / "tile-000000.png").exists():
-        raise UserError(f"{folder} holds a scroll already; add --resume to go on with it, or "
+        raise UserError(f"{folder} holds a scroll already; add --resume to continue it, or "
                         "choose another folder with --out")
 
 
@@ -217,8 +217,8 @@ def _check_resumed(resumed: dict[str, Any], made_by: str, labels: Tensor, folder
                         "the --checkpoint it was begun with")
     drawn = resumed["sampler"]["column"]
     if len(labels) < drawn:
-        raise UserError(f"the scroll in {folder} has {drawn} columns already, more than the "
-                        f"{len(labels)} asked for")
+        raise UserError(f"the scroll in {folder} has {drawn} columns already, more than "
+                        f"--scroll {len(labels)}")
     missing = [i for i in range(resumed["done"])
                if not (folder / f"tile-{i:06d}.png").is_file()]
     if missing:

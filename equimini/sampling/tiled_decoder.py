@@ -61,7 +61,7 @@ class TiledDecoder:
         self.tail: Tensor | None = None  # pixels of the window before, from the fade to its end
 
     def state(self) -> dict[str, Any]:
-        """What a new decoder needs (as attributes) to go on from here."""
+        """What a new decoder needs (as attributes) to continue from here."""
         return {name: getattr(self, name) for name in ("columns", "start", "tokens", "tail")}
 
     def push(self, tokens: Tensor) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ Of every column, over all pictures:
 A curve that falls or rises along the picture is a model that drifts; one that jumps shows that
 positions are not alike.  --data adds the columns of real pictures, encoded and decoded.
 
-Repetition is told by windows of 8 columns: how far the nearest one is that lies at least 16 columns
+Repetition is seen in windows of 8 columns: how far the nearest one is that lies at least 16 columns
 away in the same picture, over the same in another picture of the class.  1: a picture is not more
 like itself than like others; 0: it repeats itself exactly.
 """
@@ -98,7 +98,7 @@ def column_statistics(tokens: Tensor, images: Tensor, f: int) -> Statistics:
 
 
 def repetition(tokens: Tensor, labels: Tensor) -> float:
-    """How much pictures repeat themselves (see above), 1: not at all; NaN if it cannot be told.
+    """How much pictures repeat themselves (see above), 1: not at all; NaN if it cannot be measured.
 
     tokens: (B, N, C); labels: (B, N).  Needs 24 columns and two pictures of the same classes.
     """

@@ -31,7 +31,7 @@ def scan_tar(file: int, volume: int, start: int, end: int, found: Search) -> Ite
 
     Members in a row that share their name up to its first dot are one sample, as in WebDataset:
     where one of them is a label (.cls, or .json), the others are its picture.  Yields places
-    from which the search can go on later.  Raises Damaged.
+    from which the search can continue later.  Raises Damaged.
     """
     sample, key = [], None
     try:

@@ -112,7 +112,7 @@ def tell_apart(names: list[str], order: list[int], kind: str, volumes: list[str]
                 again[-1] = last = i
             else:
                 if not attempt:
-                    found.leave_out("names that stand in several archives, told apart by these",
+                    found.leave_out("names found in several archives, told apart by these",
                                     names[i])
                 volume = found.volumes[i]
                 stem = os.path.basename(volumes[volume]).split(".")[0] + f"-{volume}" * attempt

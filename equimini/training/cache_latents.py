@@ -11,7 +11,7 @@ torchrun several processes share the work.
 
 Layout of the folder: train-00000.npy, … and val-00000.npy, … are float32 arrays (images, views,
 columns, channels), a view being one crop and mirror; labels.npz holds the class numbers; meta.json,
-written last, the tokenizer's hash and the class names.  An interrupted run goes on where it was.
+written last, the tokenizer's hash and the class names.  An interrupted run can be continued.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def encode_split(tokenizer: Tokenizer, data: Dataset, split: str, cfg: CacheConf
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--overwrite", action="store_true", help="start anew")
+    parser.add_argument("--overwrite", action="store_true", help="start afresh")
     add_flags(parser, CacheConfig(out="runs/latents"), "options")
     args = parser.parse_args()
     cfg = override(CacheConfig(out="runs/latents"), args)
@@ -180,7 +180,7 @@ def main() -> None:
 
 def encode(cfg: CacheConfig, overwrite: bool = False,
            device: torch.device | None = None) -> None:
-    """Make the cache, or go on with it; raises UserError for options that cannot be used."""
+    """Make the cache, or continue it; raises UserError for options that cannot be used."""
     device, out = device or pick_device(cfg.device), output_folder(cfg.out)
     tokenizer = checkpoint.load_tokenizer(cfg.tokenizer, device)
     checkpoint.check_statistics(tokenizer, cfg.tokenizer)

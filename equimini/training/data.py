@@ -1,6 +1,6 @@
 """Images for training: pictures of folders and archives, or landscapes drawn by code.
 
-A dataset item is asked for by (epoch, index), so that its random crop and flip are a function of
+A dataset's items are indexed by (epoch, index), so that its random crop and flip are a function of
 the seed and these two; `Batches` makes the order of the data a function of the step alone.
 """
 
@@ -229,7 +229,7 @@ def load_data(run: DataConfig,
     """Training set, validation set and class names for a run.
 
     Crops are as high as the tokenizer's images and --width wide (0: square).  Raises
-    UserError for folders that do not serve, or a width that the tokenizer does not take.
+    UserError for folders that cannot be used, or a width that the tokenizer does not take.
     """
     height, width = tokenizer.image_size, run.width or tokenizer.image_size
     if width % tokenizer.f or width < 2 * tokenizer.f:

@@ -153,7 +153,7 @@ class GeneratorTrainer:
                 draws._replace(u=u, eps=eps, more=more, drop=each(draws.drop), shift=each(draws.shift)))
 
     def autocast(self) -> torch.autocast:
-        """Matrix products in bfloat16 where asked for; weights and the loss stay in float32."""
+        """With --precision bf16, matrix products in bfloat16; weights and loss stay in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, self.opts.precision == "bf16")
 
     def shape(self, data: torch.Tensor) -> tuple[int, int]:

@@ -49,7 +49,7 @@ class Source:
         self.flat: bool = about["flat"]  # one class, without a folder of its own
         self.numbered: bool = about["numbered"]  # labels are numbers in the source
         self.left_out: dict[str, list] = about["left_out"]  # reason: [how many, an example]
-        self.path: str = about["path"]  # as it was asked for
+        self.path: str = about["path"]  # as it was given
         self.reader = Reader(about["kind"], about["volumes"])
         self._take(arrays)
 

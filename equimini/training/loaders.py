@@ -17,7 +17,7 @@ class Batches:
     """Batch sampler whose order is a function of (seed, step): each epoch a new permutation.
 
     Yields, for each step from `start` to `stop` − 1, the (epoch, index) pairs of this process's
-    local batch; a batch that crosses the end of an epoch goes on in the next.
+    local batch; a batch that crosses the end of an epoch is completed from the next.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, start: int, stop: int) -> None:

@@ -89,7 +89,7 @@ class Trainer(Protocol):
     model: nn.Module
     ema: Ema
     stepper: Stepper
-    all_losses_from: int  # step from which all losses are on, and best.pt is chosen anew
+    all_losses_from: int  # step from which all losses are on, and best.pt is chosen afresh
 
     def step(self, step: int, data: Tensor, labels: Tensor) -> dict[str, float | list[float]]:
         """One training step on this process's local batch.
@@ -153,7 +153,7 @@ def fit(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
         step = train_steps(kind, setup, trainer, train, val, best, save, stop)
     report_pictures([train, val], out)
     if step < setup.training.steps:
-        print(f"stopped at step {step}; go on with --resume")
+        print(f"stopped at step {step}; continue with --resume")
         raise SystemExit(128 + stop.asked)
 
 

@@ -39,7 +39,7 @@ class RunConfig(DataConfig):
     """What both trainings need beyond the method: data, and how often they report."""
 
     cache_gb: float = flag(0.0, "memory for decoded pictures, in GB: they are read once, when "
-                           "training starts; 0: each is read anew every time", min=0)
+                           "training starts; 0: each is read again every time", min=0)
     accumulate: int = flag(1, "parts in which a process goes through its share of a batch, their "
                            "gradients added up: less memory, the same step", min=1)
     val_images: int = flag(512, "held-out images per validation, at most", min=1)

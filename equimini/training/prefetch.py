@@ -9,8 +9,8 @@ from typing import Any, Callable
 class Prefetcher:
     """Calls a pure function(step, …), always the same one, and for step + 1 in another thread.
 
-    If that, with the same rest, is what is asked for next, its result is there.  An error is
-    raised when its step is asked for.  Results of two steps are in memory, and the last one was
+    If the next call is for that step, with the same rest, its result is ready.  An error is
+    raised by the call for its step.  Results of two steps are in memory, and the last one was
     made for nothing.
     """
 

@@ -61,7 +61,7 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
     The preset gives the defaults, --recipe paper those of the training; with --resume, the
     checkpoint gives all; with --init-from, those of the model.  count: from a run's options to the
     number of its training pictures.  Raises UserError for an impossible setting, for an output
-    folder that holds another run, and for a checkpoint whose model is not the one asked for.
+    folder that holds another run, and for a checkpoint whose model is not the one of the flags.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
@@ -126,7 +126,7 @@ def check_model(model: Checked, args: argparse.Namespace, source: str) -> None:
         raise UserError(f"{source} was trained with --objective {model.objective}, not "
                         f"{asked.objective}")
     if asked != model:
-        raise UserError(f"{source} holds a model of other sizes than asked for; leave the "
+        raise UserError(f"{source} holds a model of other sizes than the flags; leave the "
                         "model's flags out, or begin another run")
 
 
@@ -142,9 +142,9 @@ def make_parser(description: str, run: RunConfig, model: Checked,
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, the "
                         "memory and the time that it needs (from a few measured steps), and stop")
     parser.add_argument("--resume", action="store_true",
-                        help="go on from last.pt in --out; its settings are the defaults")
+                        help="continue from last.pt in --out; its settings are the defaults")
     parser.add_argument("--overwrite", action="store_true",
-                        help="start anew even if --out holds a run already")
+                        help="start afresh even if --out holds a run already")
     for part, title in ((run, "run"), (model, "model"), (training, "training")):
         add_flags(parser, part, title)
     return parser
@@ -164,8 +164,8 @@ def open_folder(out: Path, args: argparse.Namespace) -> None:
     output_folder(str(out))
     holds_run = any(path.suffix == ".pt" for path in own_files(out))
     if holds_run and not (args.resume or args.overwrite):
-        raise UserError(f"{out} holds a run already; add --resume to go on with it, --overwrite "
-                        "to start anew, or choose another folder with --out")
+        raise UserError(f"{out} holds a run already; add --resume to continue it, --overwrite "
+                        "to start afresh, or choose another folder with --out")
     for folder in (out, out / "previews"):
         remove_leftovers(folder)
 

@@ -159,8 +159,8 @@ def number_as(source: Source, other: Source, path: str) -> Part:
 def as_trained(cfg: DataConfig, path: str) -> DataConfig:
     """`cfg`, with the pictures held out that were in the training of checkpoint `path`.
 
-    What was asked for otherwise stays, with a warning: some of the pictures held out are then
-    pictures that the model was trained on.
+    Options that say otherwise are followed, with a warning: the model was then trained on some
+    of the pictures held out.
     """
     run = {"split": "order", **trained_with(path)}
     if "val_fraction" not in run or cfg.data in BUILT_IN or cfg.val_data:
@@ -187,7 +187,7 @@ def trained_with(path: str) -> dict[str, Any]:
 
 
 def check_split(before: DataConfig, now: DataConfig) -> None:
-    """Raise UserError where a run goes on with other pictures held out than before."""
+    """Raise UserError where a resumed run would hold out other pictures than before."""
     if now.data in BUILT_IN or now.val_data or getattr(now, "latents", ""):
         return
     for name in ("split", "val_fraction") + ("seed",) * (now.split == "order"):

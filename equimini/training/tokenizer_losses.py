@@ -129,7 +129,7 @@ class Adversary:
             self.optimizer.load_state_dict(state["disc_optimizer"])
 
     def carry_over(self, state: dict, path: str) -> None:
-        """Begin with the critic of stage 1's checkpoint; the optimizer's state begins anew.
+        """Begin with the critic of stage 1's checkpoint; its optimizer starts afresh.
 
         Raises UserError for a critic of another layout.
         """

@@ -41,7 +41,7 @@ def stage_one(setup: Setup) -> dict:
     saved = config_from_dict(TokenizerConfig, content["config"]["model"])
     asked, there = (asdict(m) | {"semantic_channels": 0} for m in (setup.model, saved))
     if setup.model != PRESETS[setup.preset].tokenizer and asked != there:
-        raise UserError(f"--finetune-decoder {path} holds a model of other sizes than asked for; "
+        raise UserError(f"--finetune-decoder {path} holds a model of other sizes than the flags; "
                         "leave the model's flags out")
     setup.model = saved
     return content
@@ -51,7 +51,7 @@ def match_semantics(setup: Setup, teacher: nn.Module | None) -> TokenizerConfig:
     """The model's configuration with a semantic head as wide as the teacher, none without one.
 
     A model that is already there (resumed, or to start from) keeps its head.  Raises
-    UserError where its width, or one asked for, is not the teacher's.
+    UserError where its width, or that of the flags, is not the teacher's.
     """
     given, wanted = setup.model.semantic_channels, teacher.channels if teacher else 0
     fixed = setup.resumed or setup.initial

@@ -72,7 +72,7 @@ class TokenizerTrainer:
         self.decode_with_semantics = compiled(model.decode_with_semantics)
 
     def autocast(self) -> torch.autocast:
-        """Convolutions and matrix products in bfloat16 where asked for."""
+        """Convolutions and matrix products in bfloat16 with --precision bf16."""
         return torch.autocast(self.device.type, torch.bfloat16, self.opts.precision == "bf16")
 
     def reconstruction(self, x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:

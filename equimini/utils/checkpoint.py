@@ -75,7 +75,7 @@ def load_newest(path: Path, kind: str) -> dict[str, Any]:
                 content = load(older(path, i), kind)
             except UserError:
                 continue
-            print(f"{first}; going on from the one before it, {older(path, i)}", file=sys.stderr)
+            print(f"{first}; continuing from the one before it, {older(path, i)}", file=sys.stderr)
             return content
         raise
 

@@ -99,7 +99,7 @@ def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
 def pick_device(name: str) -> torch.device:
     """The torch device for --device; 'auto' takes CUDA, then MPS, then the CPU.
 
-    A GPU becomes CUDA's current one; its float32 keeps all its digits, in convolutions, too (until
+    A GPU becomes CUDA's current one; its float32 keeps all its digits, also in convolutions (until
     `set_float32` says otherwise), and products of bfloat16 are summed in float32.
     Raises UserError for a device that this machine or this torch does not have.
     """
@@ -126,7 +126,7 @@ def output_folder(path: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink(missing_ok=True)  # another process may probe, too
+        probe.unlink(missing_ok=True)  # another process may also probe
     except OSError as error:
         raise UserError(f"cannot write to the output folder {path}: {error.strerror}") from None
     return folder

@@ -45,5 +45,5 @@ def in_words(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return TOO_MANY_FILES
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full; make room and go on (what was written before is still there)"
+        return "the disk is full; make room and continue (what was written before is still there)"
     return None

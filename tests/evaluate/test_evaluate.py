@@ -213,7 +213,7 @@ def test_equal_folders_are_at_distance_zero(folder, capsys):
     assert any("30 of the floor's pictures are in the reference" in n for n in report("a")["notes"])
     call(*GENERATOR, "--reference", "train", "--n", 36, "--out", "b")
     assert row(report("b"), "floor")["frechet_distance"] < 1e-9
-    assert "in the reference, too" in capsys.readouterr().out
+    assert "also in the reference" in capsys.readouterr().out
 
 
 def test_reference_features_are_kept_by_content(folder, monkeypatch):
