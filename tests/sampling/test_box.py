@@ -39,10 +39,10 @@ def alike(drawn: np.ndarray, known: np.ndarray) -> bool:
 
 
 @pytest.fixture
-def draw(tmp_path, monkeypatch):
+def draw(tmp_path):
     """Draws as tests/known.png was drawn, but for the arguments that follow."""
     def drawn(*changed):
-        invoke("sample.py", *KNOWN, "new.png", *changed, cwd=tmp_path, monkeypatch=monkeypatch)
+        invoke("sample.py", *KNOWN, "new.png", *changed, cwd=tmp_path)
         return squares(tmp_path / "new.png")
     return drawn
 
@@ -57,7 +57,7 @@ def test_a_known_picture(draw):
         assert not alike(np.roll(known, 1, 0)[i], known[i])
 
 
-def test_without_arguments_squares_and_panoramas_are_drawn(tmp_path, monkeypatch):
+def test_without_arguments_squares_and_panoramas_are_drawn(tmp_path):
     said = call("sample.py", cwd=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["panorama.png", "samples.png"]
     sheets = {n: np.asarray(Image.open(tmp_path / n)) for n in ("samples.png", "panorama.png")}
@@ -70,21 +70,20 @@ def test_without_arguments_squares_and_panoramas_are_drawn(tmp_path, monkeypatch
     # the command that it prints draws the same, alone
     printed = [line for line in said.splitlines() if line.startswith("python sample.py --count")]
     assert [line.split()[-1] for line in printed] == ["samples.png", "panorama.png"]
-    invoke(*shlex.split(printed[1])[1:-1], "again.png", cwd=tmp_path, monkeypatch=monkeypatch)
+    invoke(*shlex.split(printed[1])[1:-1], "again.png", cwd=tmp_path)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), sheets["panorama.png"])
 
 
-def test_how_to_draw_may_be_said(tmp_path, monkeypatch, capsys):
-    invoke("sample.py", "--steps", 1, "--solver", "euler", "--seed", 3, cwd=tmp_path,
-           monkeypatch=monkeypatch)
+def test_how_to_draw_may_be_said(tmp_path, capsys):
+    invoke("sample.py", "--steps", 1, "--solver", "euler", "--seed", 3, cwd=tmp_path)
     said = capsys.readouterr().out
     assert said.count("1 evaluations of the head") == 2 and said.count("--seed 3") == 2
     assert (tmp_path / "samples.png").exists() and (tmp_path / "panorama.png").exists()
 
 
-def test_any_argument_works_with_the_boxed_model(tmp_path, monkeypatch):
+def test_any_argument_works_with_the_boxed_model(tmp_path):
     invoke("sample.py", "--classes", "sea:6,forest:6", "--steps", 1, "--singles", "one", "--count",
-           1, cwd=tmp_path, monkeypatch=monkeypatch)
+           1, cwd=tmp_path)
     assert [Image.open(p).size for p in (tmp_path / "one").iterdir()] == [(12 * 4, 64)]
     assert not (tmp_path / "panorama.png").exists()
 
@@ -123,7 +122,7 @@ def test_training_starts_from_the_boxed_model(picture_folder, tmp_path):
     assert all((a == b).all() for a, b in pairs)
 
 
-def test_a_copy_without_the_model_says_so(tmp_path, monkeypatch, capsys):
+def test_a_copy_without_the_model_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "BOX", tmp_path)
-    said = mistake("sample.py", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    said = mistake("sample.py", cwd=tmp_path)
     assert "came without the model scenes" in said and "--checkpoint" in said

@@ -1,31 +1,23 @@
 """sample.py and equimini.show, run as a user runs them."""
 
-import os
 import shutil
 import signal
-import subprocess
-import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.scripts import ROOT, TRAINED, call, command, mistake
+from tests.helpers.scripts import TRAINED, call, command, mistake, start
 
 
-def test_a_scroll_is_interrupted_resumed_and_prolonged(runs, monkeypatch, capsys):
+def test_a_scroll_is_interrupted_resumed_and_prolonged(runs):
     """SIGTERM leaves a scroll that opens; resumed and prolonged it is the one drawn at once."""
     options = [*TRAINED, "--classes", "sea:30,forest:20", "--steps", 2, "--seed", 5,
                "--tile-columns", 16]
     call("sample.py", *options, "--scroll", 120, "--out", "once", cwd=runs)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command("sample.py", *options, "--scroll", 100_000, "--out", "cut"),
-                               cwd=runs, env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)
-    deadline = time.time() + 120
-    while not (runs / "cut/state.pt").exists() and time.time() < deadline:
-        time.sleep(0.05)
+    process = start(command("sample.py", *options, "--scroll", 100_000, "--out", "cut"), runs,
+                    runs / "cut/state.pt")
     process.terminate()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM and "--resume" in output
@@ -34,8 +26,7 @@ def test_a_scroll_is_interrupted_resumed_and_prolonged(runs, monkeypatch, capsys
     call("sample.py", *options, "--scroll", 70, "--out", "short", "--checkpoint", "mine.pt",
          cwd=runs)
     assert "begun with --seed 5, not 6" in mistake(
-        "sample.py", "--scroll", 120, "--out", "short", "--resume", "--seed", 6, cwd=runs,
-        monkeypatch=monkeypatch, capsys=capsys)
+        "sample.py", "--scroll", 120, "--out", "short", "--resume", "--seed", 6, cwd=runs)
     call("sample.py", "--scroll", 120, "--out", "short", "--resume", cwd=runs)
     for path in sorted((runs / "once").iterdir()):
         if path.suffix == ".png":  # the page names the checkpoint
@@ -86,10 +77,9 @@ def test_pictures_are_edited_and_continued(runs):
 
 
 def test_pictures_of_what_a_model_does(runs):
-    show = ROOT / "equimini" / "show"
-    said = call(show, "seams", "--columns", 40, "--count", 2, "--steps", 1, cwd=runs)
+    said = call("equimini.show", "seams", "--columns", 40, "--count", 2, "--steps", 1, cwd=runs)
     assert "(default)" in said
-    call(show, "drift", "--columns", 20, "--count", 2, "--steps", 1,
+    call("equimini.show", "drift", "--columns", 20, "--count", 2, "--steps", 1,
          "--positions", "hold,grow", "--temperature", 1.1, "--lead-in", 2, "--out",
          "drift", cwd=runs)
     assert {"token.png", "pictures.png"} <= {p.name for p in (runs / "drift").iterdir()}
@@ -122,6 +112,5 @@ def test_pictures_of_what_a_model_does(runs):
       "--classes", "sea,forest"], "lengths in columns"),
     (["--save-tokens", "/proc/x/y.pt"], "/proc/x"),
     (["--show-steps", "x.gif"], ".png")))
-def test_mistakes_end_in_one_clear_error(runs, arguments, text, monkeypatch, capsys):
-    assert text in mistake("sample.py", *TRAINED, *arguments, cwd=runs, monkeypatch=monkeypatch,
-                           capsys=capsys)
+def test_mistakes_end_in_one_clear_error(runs, arguments, text):
+    assert text in mistake("sample.py", *TRAINED, *arguments, cwd=runs)

@@ -11,7 +11,7 @@ from equimini.convert.pack import pack
 from equimini.utils import checkpoint
 from equimini.utils.errors import UserError
 from tests.conftest import SMALL_TOKENIZER
-from tests.helpers.scripts import ROOT, call
+from tests.helpers.scripts import call
 
 
 def content(tokenizer):
@@ -116,7 +116,8 @@ def test_an_interrupted_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatc
 
 def test_a_packed_generator_draws_the_same_and_is_small(runs, tmp_path):
     source = runs / "runs/generator/last.pt"
-    assert "differs by" in call(ROOT / "equimini/convert/pack.py", source, "--out", "box.pt", cwd=tmp_path)
+    assert "differs by" in call("equimini.convert.pack", source, "--out", "box.pt",
+                                 cwd=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["box-tokenizer.pt", "box.pt"]
     one, other = (load_generator(path) for path in (source, tmp_path / "box.pt"))
     assert one.classes == other.classes and one.columns == other.columns

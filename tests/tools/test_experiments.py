@@ -70,8 +70,7 @@ def test_every_experiment_runs_and_shares_its_trainings(pictures, in_this_proces
             ("extrapolation", ["--times", 2, "--euler-steps", 1, "--measured", 2],
              ["extrapolation.png", "strips.png"]),
             ("uniformity", ["--centred-data", "data"], ["uniformity.png"])):
-        invoke("equimini.experiments", name, *data, *TOY, *extra, cwd=pictures,
-               monkeypatch=monkeypatch)
+        invoke("equimini.experiments", name, *data, *TOY, *extra, cwd=pictures)
         folder = pictures / "out" / name
         result = json.loads((folder / "results.json").read_text())
         assert {p.name for p in folder.iterdir()} == {"table.md", "results.json", *files}
@@ -250,15 +249,14 @@ def test_numbers_and_tables():
     assert text == '{"a": [1.0, null], "b": [2.0, 3]}'
 
 
-def test_mistakes(pictures, in_this_process, monkeypatch, capsys):
+def test_mistakes(pictures, in_this_process, capsys):
     data = ["--data", "data", "--val-data", "data", "--out", "out", *TOY]
     for arguments, text in ((["transfer", "--data", "nowhere"], "nowhere"),
                             (["matrix", *data, "--checkpoint", "none.pt"], "none.pt"),
                             (["dynamics", *data, "--single", "16"], "--single"),
                             (["grid-vs-columns", *data, "--network", "none.pt"], "none.pt")):
-        assert text in mistake("equimini.experiments", *arguments, cwd=pictures,
-                               monkeypatch=monkeypatch, capsys=capsys)
+        assert text in mistake("equimini.experiments", *arguments, cwd=pictures)
     with pytest.raises(SystemExit):
-        invoke("equimini.experiments", "--help", cwd=pictures, monkeypatch=monkeypatch)
+        invoke("equimini.experiments", "--help", cwd=pictures)
     listed = capsys.readouterr().out
     assert "grid-vs-columns  Columns against" in listed and "tokenizer        The" in listed

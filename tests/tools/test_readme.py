@@ -72,7 +72,7 @@ def test_every_command_of_the_pages_for_users(picture_folder, tmp_path, monkeypa
     for words in found:
         if not any(name in words for name in ELSEWHERE):
             print("$ python", *words)  # shown if it fails
-            invoke(*quick(words), cwd=tmp_path, monkeypatch=monkeypatch)
+            invoke(*quick(words), cwd=tmp_path)
     monkeypatch.setattr(ImageGenerator, "sample",
                         functools.partialmethod(ImageGenerator.sample, steps=1))
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):

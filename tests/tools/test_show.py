@@ -36,12 +36,11 @@ def test_copies_of_training_pictures_are_found_also_mirrored(picture_folder):
 
 
 @pytest.mark.parametrize("network", (False, True))
-def test_neighbours_sheet(runs, picture_folder, monkeypatch, capsys, network):
+def test_neighbours_sheet(runs, picture_folder, capsys, network):
     torch.jit.script(Mean()).save(str(runs / "mean.pt"))
     extra = ["--network", "mean.pt"] if network else []
     invoke("equimini.show", "neighbours", "--data", picture_folder, "--count", 3, "--nearest", 2,
-           "--steps", 1, "--workers", 0, "--out", "near.png", *extra, cwd=runs,
-           monkeypatch=monkeypatch)
+           "--steps", 1, "--workers", 0, "--out", "near.png", *extra, cwd=runs)
     text = capsys.readouterr().out
     assert "11 training pictures" in text and "held-out" in text
     sheet = np.asarray(Image.open(runs / "near.png"))
@@ -64,14 +63,13 @@ def test_statistics_of_columns_are_those_of_their_pixels():
     assert found.keys() == {*expected, "gradient x"}
 
 
-def test_neighbours_mistakes(runs, picture_folder, monkeypatch, capsys):
+def test_neighbours_mistakes(runs, picture_folder, capsys):
     for arguments, text in ((["--data", "nowhere"], "nowhere"),
                             (["--data", picture_folder, "--network", "none.pt"], "none.pt"),
                             (["--data", picture_folder, "--nearest", 99], "--nearest")):
-        assert text in mistake("equimini.show", "neighbours", *arguments, "--workers", 0, cwd=runs,
-                               monkeypatch=monkeypatch, capsys=capsys)
+        assert text in mistake("equimini.show", "neighbours", *arguments, "--workers", 0, cwd=runs)
     with pytest.raises(SystemExit):
-        invoke("equimini.show", "--help", cwd=runs, monkeypatch=monkeypatch)
+        invoke("equimini.show", "--help", cwd=runs)
     assert "neighbours  Samples beside" in capsys.readouterr().out
 
 

@@ -19,10 +19,9 @@ from equimini.training.generator_trainer import GeneratorTrainer
 from equimini.training.step import micro_batches
 from equimini.utils import distributed
 from equimini.utils.errors import UserError
-from tests.helpers.scripts import GENERATOR, ROOT, TOKENIZER, call, command
+from tests.helpers.scripts import (ENDLESS, ENVIRONMENT, GENERATOR, TOKENIZER, call, command, process,
+                                   start)
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-               "CUDA_VISIBLE_DEVICES": ""}  # two processes need two GPUs
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -38,7 +37,7 @@ def together(script, *arguments, cwd):
 def found(tmp_path_factory):
     """What tests/helpers/processes.py saved, by script, processes and pieces."""
     folder = {n: tmp_path_factory.mktemp(f"processes{n}") for n in (1, 2)}
-    call("tests/helpers/processes.py", folder[1], cwd=folder[1])
+    process("tests/helpers/processes.py", folder[1], cwd=folder[1])
     together("tests/helpers/processes.py", folder[2], cwd=folder[2])
     return {(kind, n, k): torch.load(folder[n] / f"{kind}-{k}.pt")
             for kind in ("generator", "tokenizer", "mean-flow") for n in (1, 2) for k in (1, 2)}
@@ -111,15 +110,9 @@ def test_two_processes_cache_the_latents_of_one(runs, tmp_path):
             assert len({(tmp_path / n / name).read_bytes() for n in ("one", "two")}) == 1
 
 
-def start_endless(tmp_path):
-    process = subprocess.Popen(
-        [*TORCHRUN, *command("train_tokenizer.py", *TOKENIZER, "--steps", 100000, "--val-every",
-                             100000, "--save-every", 100000)[1:]], cwd=tmp_path, env=ENVIRONMENT,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    log, deadline = tmp_path / "runs/tokenizer/log.jsonl", time.time() + 120
-    while not (log.exists() and log.stat().st_size) and time.time() < deadline:
-        time.sleep(0.1)
-    return process
+def start_endless(tmp_path, launcher=TORCHRUN, workers=0):
+    return start([*launcher, *command("train_tokenizer.py", *ENDLESS, "--workers", workers)[1:]],
+                 tmp_path, tmp_path / "runs/tokenizer/log.jsonl")
 
 
 def children(process):
@@ -194,12 +187,7 @@ def test_the_shift_belongs_to_the_place_in_the_global_batch(monkeypatch):
 
 def test_a_killed_loader_ends_the_training_with_one_sentence(tmp_path):
     """Also the other loader, which ignores SIGTERM."""
-    process = subprocess.Popen(
-        command("train_tokenizer.py", *TOKENIZER, "--steps", 100000, "--workers", 2), cwd=tmp_path,
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log, deadline = tmp_path / "runs/tokenizer/log.jsonl", time.time() + 120
-    while not (log.exists() and log.stat().st_size) and time.time() < deadline:
-        time.sleep(0.1)
+    process = start_endless(tmp_path, [sys.executable], 2)
     os.kill(children(process)[-1], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2 and "--workers 0" in output and "Traceback" not in output

@@ -35,10 +35,9 @@ def test_a_dry_run_tells_all_and_writes_nothing(picture_folder, tmp_path):
     assert "= 50." in printed and "needs a frozen network" in printed
 
 
-def test_recipe_and_resume_exclude_each_other(tmp_path, monkeypatch, capsys):
+def test_recipe_and_resume_exclude_each_other(tmp_path):
     for flag in ("--recipe=paper", "--dry-run"):
-        assert "not both" in mistake("train_generator.py", "--resume", flag, cwd=tmp_path,
-                                     monkeypatch=monkeypatch, capsys=capsys)
+        assert "not both" in mistake("train_generator.py", "--resume", flag, cwd=tmp_path)
 
 
 def test_bytes_kept_for_the_backward_pass():

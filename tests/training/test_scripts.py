@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +17,12 @@ from equimini.training.data import load_data
 from equimini.training.loop import Log
 from equimini.training.options import RunConfig
 from equimini.utils.images import to_float
-from tests.helpers.scripts import GENERATOR, ROOT, TOKENIZER, TRAINED, call, command, mistake
+from tests.helpers.scripts import (ENDLESS, GENERATOR, ROOT, TOKENIZER, TRAINED, call, command,
+                                   mistake, process, start)
 from tests.method.test_losses import TwoMaps
+
+
+CACHE = "equimini.training.cache_latents"
 
 
 def records(path):
@@ -69,31 +71,23 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs, kind, flags):
         assert np.array_equal(*map(np.asarray, pair))
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit():
     """A few kills; `python tests/soak/kill_and_resume.py` does twenty of each script."""
-    call("tests/soak/kill_and_resume.py", "--kills", 2, "--steps", 40, cwd=ROOT)
+    process("tests/soak/kill_and_resume.py", "--kills", 2, "--steps", 40, cwd=ROOT)
 
 
-def test_sigterm_writes_a_checkpoint_first(tmp_path, monkeypatch, capsys):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command("train_tokenizer.py", *TOKENIZER, "--steps", 100000,
-                                       "--val-every", 100000, "--save-every", 100000,
-                                       "--workers", 1),
-                               cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
+def test_sigterm_writes_a_checkpoint_first(tmp_path):
     log = tmp_path / "runs/tokenizer/log.jsonl"
-    deadline = time.time() + 120
-    while not (log.exists() and log.stat().st_size) and time.time() < deadline:
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM)  # the loader's process gets it, too
-    output, _ = process.communicate(timeout=120)
+    training = start(command("train_tokenizer.py", *ENDLESS, "--workers", 1), tmp_path, log)
+    os.killpg(training.pid, signal.SIGTERM)  # its loader gets it as well
+    output, _ = training.communicate(timeout=120)
     assert "--resume" in output and "Traceback" not in output
-    assert process.returncode == 128 + signal.SIGTERM
+    assert training.returncode == 128 + signal.SIGTERM
     step = torch.load(tmp_path / "runs/tokenizer/last.pt", weights_only=True)["step"]
     assert step == records(log)[-1]["step"]
     # a generator refuses it until its statistics are measured
-    assert "no latent statistics" in mistake("train_generator.py", *GENERATOR, cwd=tmp_path,
-                                             monkeypatch=monkeypatch, capsys=capsys)
+    assert "no latent statistics" in mistake("train_generator.py", *GENERATOR, cwd=tmp_path)
     call("train_tokenizer.py", "--resume", "--steps", step, cwd=tmp_path)
     assert load_tokenizer(tmp_path / "runs/tokenizer/last.pt").has_statistics
 
@@ -139,11 +133,9 @@ def test_a_folder_of_pictures_wide_crops_and_a_perceptual_network(picture_folder
     assert model.classes == ["cat", "dog", "eel"] and model.columns == 12
 
 
-def test_cached_latents_train_and_belong_to_one_tokenizer(runs, picture_folder, monkeypatch,
-                                                          capsys):
-    module = ROOT / "equimini/training/cache_latents.py"
-    cache = ["--data", picture_folder, "--workers", 0, "--crops", 2]
-    call(module, *cache, cwd=runs)
+def test_cached_latents_train_and_belong_to_one_tokenizer(runs, picture_folder):
+    cache = [CACHE, "--data", picture_folder, "--workers", 0, "--crops", 2]
+    call(*cache, cwd=runs)
     views = np.load(runs / "runs/latents/train-00000.npy")
     assert views.shape == (11, 4, 8, 8)  # pictures, 2 crops x 2 mirrors, columns, channels
     tokenizer = load_tokenizer(runs / "runs/tokenizer/last.pt")
@@ -154,7 +146,7 @@ def test_cached_latents_train_and_belong_to_one_tokenizer(runs, picture_folder, 
     # a shard that is lost is made again, the others stay
     before = (runs / "runs/latents/val-00000.npy").stat().st_mtime_ns
     (runs / "runs/latents/train-00000.npy").unlink()
-    call(module, *cache, cwd=runs)
+    call(*cache, cwd=runs)
     assert np.array_equal(np.load(runs / "runs/latents/train-00000.npy"), views)
     assert (runs / "runs/latents/val-00000.npy").stat().st_mtime_ns == before
     call("train_generator.py", *GENERATOR, "--steps", 2, "--latents", "runs/latents",
@@ -164,19 +156,18 @@ def test_cached_latents_train_and_belong_to_one_tokenizer(runs, picture_folder, 
          cwd=runs)
     assert "another tokenizer" in mistake(
         "train_generator.py", *GENERATOR, "--latents", "runs/latents", "--tokenizer",
-        "runs/other/last.pt", "--out", "x", cwd=runs, monkeypatch=monkeypatch, capsys=capsys)
+        "runs/other/last.pt", "--out", "x", cwd=runs)
 
 
-def test_cached_latents_that_are_not_finite_are_an_error(runs, picture_folder, monkeypatch, capsys):
-    call(ROOT / "equimini/training/cache_latents.py", "--data", picture_folder, "--workers", 0, "--out",
-         "runs/nan", cwd=runs)
+def test_cached_latents_that_are_not_finite_are_an_error(runs, picture_folder):
+    call(CACHE, "--data", picture_folder, "--workers", 0, "--out", "runs/nan", cwd=runs)
     path = runs / "runs/nan/train-00000.npy"
     views = np.load(path)
     views[4, :, 2] = np.nan
     np.save(path, views)
     assert "train picture 4 are not finite" in mistake(
         "train_generator.py", *GENERATOR, "--steps", 9, "--latents", "runs/nan", "--out",
-        "runs/from_nan", cwd=runs, monkeypatch=monkeypatch, capsys=capsys)
+        "runs/from_nan", cwd=runs)
 
 
 def test_a_generator_starts_from_another_with_new_classes(runs, picture_folder):
@@ -225,37 +216,33 @@ def test_files_that_cannot_be_read_are_listed_at_the_end(picture_folder, tmp_pat
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_clear_error(runs, monkeypatch, capsys):
+def test_a_full_disk_is_one_clear_error(runs, monkeypatch):
     out = runs / "runs" / "full"
     out.mkdir()
     (out / "log.jsonl").mkdir()  # neither can a log be written where a folder is
     arguments = [*GENERATOR, "--steps", 1, "--out", out]
-    assert "log.jsonl" in mistake("train_generator.py", *arguments, cwd=runs,
-                                  monkeypatch=monkeypatch, capsys=capsys)
+    assert "log.jsonl" in mistake("train_generator.py", *arguments, cwd=runs)
     (out / "log.jsonl").rmdir()
     monkeypatch.setattr(Log, "__init__", lambda log, *_: setattr(
         log, "file", open("/dev/full", "w", buffering=1)))
-    assert "make room" in mistake("train_generator.py", *arguments, cwd=runs,
-                                  monkeypatch=monkeypatch, capsys=capsys)
+    assert "make room" in mistake("train_generator.py", *arguments, cwd=runs)
 
 
-def test_memory_that_runs_out_is_one_clear_error(runs, monkeypatch, capsys):
+def test_memory_that_runs_out_is_one_clear_error(runs, monkeypatch):
     def fill(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Generator, "predict", fill)
     assert "lower --batch-size" in mistake("train_generator.py", *GENERATOR, "--out", "x2",
-                                           cwd=runs, monkeypatch=monkeypatch, capsys=capsys)
+                                           cwd=runs)
 
 
-def test_a_folder_without_a_readable_picture_is_one_error(picture_folder, tmp_path, monkeypatch,
-                                                          capsys):
+def test_a_folder_without_a_readable_picture_is_one_error(picture_folder, tmp_path):
     for path in picture_folder.rglob("*.png"):
         path.write_bytes(b"no picture")
     for workers in (0, 1):
         message = mistake("train_tokenizer.py", *TOKENIZER, "--data", picture_folder, "--out",
-                          tmp_path / "x", "--workers", workers, cwd=tmp_path,
-                          monkeypatch=monkeypatch, capsys=capsys)
+                          tmp_path / "x", "--workers", workers, cwd=tmp_path)
         assert "none of the" in message
 
 
@@ -288,5 +275,5 @@ def test_a_folder_without_a_readable_picture_is_one_error(picture_folder, tmp_pa
     ("sample.py", ["--steps", "-1"], "steps"),
     ("sample.py", ["--out", "x.jpg"], ".png"),
     ("sample.py", ["--device", "abacus"], "abacus")))
-def test_mistakes_end_in_one_clear_error(runs, script, arguments, text, monkeypatch, capsys):
-    assert text in mistake(script, *arguments, cwd=runs, monkeypatch=monkeypatch, capsys=capsys)
+def test_mistakes_end_in_one_clear_error(runs, script, arguments, text):
+    assert text in mistake(script, *arguments, cwd=runs)
