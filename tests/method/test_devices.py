@@ -71,12 +71,17 @@ def strict():
     resize_matrix.cache_clear()  # of fake ones
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True}, {"accumulate": 2},
-                                     {"real_equivariant": True}], ids=str)
+def slow(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 2}, *slow(
+    {}, {"checkpoint_activations": True}, {"real_equivariant": True})], ids=str)
 def test_generator_training(strict, tokenizer, options):
     options = dict(options)
     crops = options.pop("real_equivariant", False)
-    model = make_generator(dataclasses.replace(SMALL_GENERATOR, real_equivariant=crops), 3, 6)
+    model = make_generator(dataclasses.replace(SMALL_GENERATOR, layers=1, head_depth=1,
+                                               real_equivariant=crops), 3, 6)
     trainer = GeneratorTrainer(model.to(META), tokenizer.to(META), ["a", "b", "c"],
                                GeneratorTraining(batch_size=4, warmup_steps=0, shift_group=2),
                                GeneratorRun(fused_optimizer=False, **options))
@@ -88,7 +93,7 @@ def test_generator_training(strict, tokenizer, options):
         trainer.validate([(images, labels, range(4))])
 
 
-@pytest.mark.parametrize("losses", ["plain", "all"])
+@pytest.mark.parametrize("losses", ["plain", *slow("all")])
 def test_tokenizer_training(strict, losses):
     """With PatchGAN; or with the published networks, in their sizes, and pieces."""
     everything = losses == "all"
@@ -110,10 +115,9 @@ def test_tokenizer_training(strict, losses):
     assert "adaptive_weight" in scalars and ("align" in scalars) == everything
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("options", [{}, {"positions": "grow", "cfg": 1.0}, {"solver": "heun"},
-                                     {"cuda_graphs": "on"}],
-                         ids=str)
+@pytest.mark.parametrize("precision", ["float32", *slow("bf16")])
+@pytest.mark.parametrize("options", [{"cuda_graphs": "on"}, *slow(
+    {}, {"positions": "grow", "cfg": 1.0}, {"solver": "heun"})], ids=str)
 def test_sampling(strict, model, precision, options, monkeypatch):
     monkeypatch.setattr(sampler, "_check_labels", lambda *_: None)  # fake labels have no values
 

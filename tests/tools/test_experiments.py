@@ -46,11 +46,10 @@ def pictures(tmp_path_factory):
 def in_this_process(monkeypatch):
     """Trainings without a process of their own, which would import torch again."""
     def run(name, arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            try:
-                invoke(name, *arguments, cwd=os.getcwd(), monkeypatch=patch)
-            except SystemExit as stop:
-                return stop.code, 1.0
+        try:
+            invoke(name, *arguments, cwd=os.getcwd())
+        except SystemExit as stop:
+            return stop.code, 1.0
         return 0, 1.0
 
     monkeypatch.setattr(training_runs, "run_script", run)

@@ -355,13 +355,14 @@ def test_commands_keep_an_index_in_their_output_folder(tar, tmp_path, keeping):
 
 def test_training_from_a_tar_and_resumed_is_that_from_the_folder(root, tar, tmp_path, keeping):
     logs = {}
-    for name, data, steps in (("folder", root, (4,)), ("tar", tar, (3, 4))):
-        options = [*TOKENIZER, "--data", data, "--out", tmp_path / name, "--workers", 1]
+    for name, data, steps in (("folder", root, (2,)), ("tar", tar, (1, 2))):
+        options = [*TOKENIZER, "--discriminator", "none", "--data", data, "--out",
+                   tmp_path / name, "--workers", 1]
         for i, count in enumerate(steps):
             call("train_tokenizer.py", *options, "--steps", count, *["--resume"] * (i > 0),
                  cwd=tmp_path)
         lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
         logs[name] = {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
-    assert logs["tar"] == logs["folder"] and 4 in logs["tar"]
+    assert logs["tar"] == logs["folder"] and 2 in logs["tar"]
     config = torch.load(tmp_path / "tar/last.pt", weights_only=True)["config"]["run"]
     assert config["split"] == "name" and config["val_fraction"] == 0.05

@@ -13,7 +13,7 @@ from equimini.training.options import RunConfig
 from equimini.utils.checkpoint import tokenizer_hash
 from equimini.utils.images import to_float
 
-EPOCHS = 200
+EPOCHS = 80
 
 
 def cache(tokenizer, folder, out, **options):

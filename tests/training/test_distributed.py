@@ -1,11 +1,11 @@
 """Several processes (gloo) and gradient accumulation against one process that does it all."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -19,9 +19,9 @@ from equimini.training.generator_trainer import GeneratorTrainer
 from equimini.training.step import micro_batches
 from equimini.utils import distributed
 from equimini.utils.errors import UserError
-from tests.helpers.scripts import (ENDLESS, ENVIRONMENT, GENERATOR, TOKENIZER, call, command, process,
-                                   start)
+from tests.helpers.scripts import (ENDLESS, ENVIRONMENT, GENERATOR, TOKENIZER, call, command, start)
 
+SLOW = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -35,15 +35,19 @@ def together(script, *arguments, cwd):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What tests/helpers/processes.py saved, by script, processes and pieces."""
-    folder = {n: tmp_path_factory.mktemp(f"processes{n}") for n in (1, 2)}
-    process("tests/helpers/processes.py", folder[1], cwd=folder[1])
-    together("tests/helpers/processes.py", folder[2], cwd=folder[2])
-    return {(kind, n, k): torch.load(folder[n] / f"{kind}-{k}.pt")
-            for kind in ("generator", "tokenizer", "mean-flow") for n in (1, 2) for k in (1, 2)}
+    """What tests/helpers/processes.py saves in so many processes, by script and pieces."""
+    @functools.cache
+    def in_processes(n):
+        folder = tmp_path_factory.mktemp(f"processes{n}")
+        run = call if n == 1 else together
+        run("tests/helpers/processes.py", folder, cwd=folder)
+        return {(kind, k): torch.load(folder / f"{kind}-{k}.pt")
+                for kind in ("generator", "tokenizer", "mean-flow") for k in (1, 2)}
+    return in_processes
 
 
-@pytest.mark.parametrize("processes, accumulate", ((1, 2), (2, 1), (2, 2)))
+@pytest.mark.parametrize("processes, accumulate", (
+    (1, 2), pytest.param(2, 1, marks=SLOW), pytest.param(2, 2, marks=SLOW)))
 @pytest.mark.parametrize("kind", ("generator", "tokenizer", "mean-flow"))
 def test_processes_and_pieces_give_the_losses_and_gradients_of_one(found, kind, processes,
                                                                    accumulate):
@@ -54,7 +58,7 @@ def test_processes_and_pieces_give_the_losses_and_gradients_of_one(found, kind, 
     of later steps are those of weights that Adam moved by ±lr, whatever the gradient's size, so
     that a sign that flips at a gradient near zero shows: they are compared to 1e-3.
     """
-    one, other = found[kind, 1, 1], found[kind, processes, accumulate]
+    one, other = found(1)[kind, 1], found(processes)[kind, accumulate]
     expected = {k: pytest.approx(v, rel=1e-5, abs=1e-5) for k, v in one["logged"][0].items()}
     assert other["logged"][0] == expected
     assert [r["loss"] for r in other["logged"]] == pytest.approx(
@@ -71,17 +75,18 @@ def records(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@SLOW
 def test_both_scripts_in_two_processes_and_resumed_in_one(tmp_path):
     """Only one writes; all held-out pictures count once; the number of processes may change."""
-    flags = ["--dropout", 0, "--val-images", 7]
-    for kind, start in (("tokenizer", TOKENIZER), ("generator", GENERATOR)):
+    more = ["--dropout", 0, "--val-images", 7]
+    for kind, flags in (("tokenizer", TOKENIZER), ("generator", GENERATOR)):
         script, folders = f"train_{kind}.py", {n: tmp_path / f"{kind}-{n}" for n in (1, 2)}
-        start = [*start, *flags, *(["--discriminator", "none"] if kind == "tokenizer" else
+        flags = [*flags, *more, *(["--discriminator", "none"] if kind == "tokenizer" else
                                    ["--tokenizer", tmp_path / "tokenizer-1/last.pt"])]
-        printed = together(script, *start, "--steps", 3, "--out", folders[2], cwd=tmp_path)
+        printed = together(script, *flags, "--steps", 3, "--out", folders[2], cwd=tmp_path)
         assert printed.count("held out)") == 1 and printed.count("done: ") == 1
         call(script, "--resume", "--steps", 6, "--out", folders[2], cwd=tmp_path)
-        call(script, *start, "--steps", 6, "--out", folders[1], cwd=tmp_path)
+        call(script, *flags, "--steps", 6, "--out", folders[1], cwd=tmp_path)
         mine, theirs = (records(folders[n]) for n in (1, 2))
         assert [r["step"] for r in mine] == [r["step"] for r in theirs]
         for a, b in zip(mine, theirs):
@@ -93,6 +98,7 @@ def test_both_scripts_in_two_processes_and_resumed_in_one(tmp_path):
                 torch.testing.assert_close(*(w[name] for w in weights), rtol=1e-2, atol=1e-3)
 
 
+@SLOW
 def test_two_processes_cache_the_latents_of_one(runs, tmp_path):
     program = ["-m", "equimini.training.cache_latents", "--tokenizer", runs / "runs/tokenizer/last.pt",
                "--images", 1030, "--workers", 0]  # two shards
@@ -121,6 +127,7 @@ def children(process):
     return sorted(map(int, out.split()))
 
 
+@SLOW
 def test_a_dead_process_ends_the_training_with_an_error(tmp_path):
     process = start_endless(tmp_path)
     os.kill(children(process)[-1], signal.SIGKILL)
@@ -128,6 +135,7 @@ def test_a_dead_process_ends_the_training_with_an_error(tmp_path):
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in output
 
 
+@SLOW
 def test_a_stopped_training_leaves_one_checkpoint_of_one_step(tmp_path):
     process = start_endless(tmp_path)
     os.killpg(process.pid, signal.SIGTERM)  # all get it, and torchrun hands it on once more
@@ -185,6 +193,7 @@ def test_the_shift_belongs_to_the_place_in_the_global_batch(monkeypatch):
     assert shift(trainer, 7, next(micro_batches(4, 1))) == rng("shift", 5, 7).integers(16)
 
 
+@SLOW
 def test_a_killed_loader_ends_the_training_with_one_sentence(tmp_path):
     """Also the other loader, which ignores SIGTERM."""
     process = start_endless(tmp_path, [sys.executable], 2)
