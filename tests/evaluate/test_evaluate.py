@@ -186,6 +186,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(folder, monkeypatch):
     assert len(calls) == 13 and len(list(Path("again/images/cfg-1.0").iterdir())) == 20
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(folder, monkeypatch):
     content = checkpoint.load("generator.pt", "generator")
     names = ["balloon", "house", "ball"]

@@ -55,20 +55,23 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(training_runs, "run_script", run)
 
 
-def test_every_experiment_runs_and_shares_its_trainings(pictures, in_this_process,
-                                                        monkeypatch):
+EXPERIMENTS = (("attention", ["--windows", 2], ["attention.png"]),  # options and pictures
+               ("transfer", [], ["transfer.png"]), ("dynamics", [], ["losses.png", "gains.png"]),
+               ("grid-vs-columns", [], ["samples.png"]),
+               ("matrix", ["--tune-steps", 1, "--tune-batch", 4, "--measured", 4],
+                ["matrix-columns.png", "matrix-grid.png"]),
+               ("extrapolation", ["--times", 2, "--euler-steps", 1, "--measured", 2],
+                ["extrapolation.png", "strips.png"]),
+               ("uniformity", ["--centred-data", "data"], ["uniformity.png"]))
+
+
+@pytest.mark.parametrize("count", (1, pytest.param(len(EXPERIMENTS), marks=pytest.mark.slow)))
+def test_every_experiment_runs_and_shares_its_trainings(pictures, in_this_process, monkeypatch,
+                                                        count):
     data = ["--data", "data", "--val-data", "data", "--out", "out"]
     monkeypatch.setattr("equimini.experiments.samples.GUIDANCE", (1.0, 2.0))
     monkeypatch.setattr("equimini.experiments.samples.EULER_STEPS", 2)
-    for name, extra, files in (
-            ("transfer", [], ["transfer.png"]), ("attention", ["--windows", 2], ["attention.png"]),
-            ("dynamics", [], ["losses.png", "gains.png"]),
-            ("grid-vs-columns", [], ["samples.png"]),
-            ("matrix", ["--tune-steps", 1, "--tune-batch", 4, "--measured", 4],
-             ["matrix-columns.png", "matrix-grid.png"]),
-            ("extrapolation", ["--times", 2, "--euler-steps", 1, "--measured", 2],
-             ["extrapolation.png", "strips.png"]),
-            ("uniformity", ["--centred-data", "data"], ["uniformity.png"])):
+    for name, extra, files in EXPERIMENTS[:count]:
         invoke("equimini.experiments", name, *data, *TOY, *extra, cwd=pictures)
         folder = pictures / "out" / name
         result = json.loads((folder / "results.json").read_text())
@@ -79,7 +82,7 @@ def test_every_experiment_runs_and_shares_its_trainings(pictures, in_this_proces
     assert sorted(done) == sorted(set(done))  # nothing was trained twice
     names = {name.removeprefix("generator-").removesuffix("-s0") for name in done
              if name.endswith("-s0")}
-    assert names == {
+    assert count == 1 or names == {
         *(f"{layout}{variant}" for layout in ("columns", "grid") for variant in (
             "", "-half", "-early", "-then-all", "-then-4-alone", "-then-11-alone")),
         "full", "real", "window-2", "unshifted", "columns-centred"}

@@ -195,7 +195,7 @@ def test_a_generator_starts_from_another_with_new_classes(runs, picture_folder):
     (runs / "elsewhere.pt").rename(runs / "runs/tokenizer/last.pt")
     call("sample.py", "--checkpoint", "runs/tuned/last.pt", "--steps", 1, "--count", 1,
          "--singles", "tuned", cwd=runs)
-    assert len(list((runs / "tuned").iterdir())) == 4
+    assert len(list((runs / "tuned").iterdir())) == 5
 
 
 def test_a_tokenizer_starts_from_another(runs):

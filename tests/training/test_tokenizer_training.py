@@ -213,6 +213,7 @@ def test_a_resumed_run_with_every_network_equals_an_uninterrupted_one(stage_one,
         assert all(torch.equal(a[k].nan_to_num(7), b[k].nan_to_num(7)) for k in a), which
 
 
+@pytest.mark.slow
 def test_a_fork_is_the_same_as_a_training_from_the_start(stage_one, tmp_path):
     """What differs before the critic's start is nothing: the shared steps are trained once."""
     net = str(stage_one / "maps.pt")
@@ -240,6 +241,7 @@ class Features(torch.nn.Module):
         return torch.nn.functional.avg_pool2d(x.float(), 16).flatten(1)
 
 
+@pytest.mark.slow
 def test_the_ablation_ends_in_a_table_and_a_picture(stage_one, picture_folder, tmp_path,
                                                     monkeypatch, capsys):
     torch.jit.script(Features()).save(str(tmp_path / "features.pt"))
