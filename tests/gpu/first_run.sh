@@ -14,8 +14,8 @@
 set -u
 cd "$(dirname "$0")/../.."
 OUT=$(realpath -m "${OUT:-runs/gpu}") PYTHON=${PYTHON:-python3} WORK=$(mktemp -d)
-LOGS=$WORK/logs PARTS=${1:-} DEVICE=cuda WIDTH=5 SLOWER=1 SHORT='' T0=$SECONDS
-mkdir -p "$OUT" "$LOGS" build
+LOGS=$WORK/logs VARIANTS=$PWD/build/gpu PARTS=${1:-} DEVICE=cuda WIDTH=5 SLOWER=1 SHORT='' T0=$SECONDS
+mkdir -p "$OUT" "$LOGS"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 export TORCHINDUCTOR_CACHE_DIR=$WORK/inductor TRITON_CACHE_DIR=$WORK/triton
 
@@ -24,7 +24,7 @@ case $PARTS in
   2) DEADLINE=${DEADLINE:-170} ;;
   build) DEADLINE=${DEADLINE:-99999} ;;
   --rehearse)  # short sizes; programs that a CPU lacks only check their options
-    PARTS='1 2' DEVICE=cpu WIDTH=0 SLOWER=10 SHORT=--short PATH=$PWD/tests/gpu/stand_ins:$PATH
+    PARTS='1 2' VARIANTS=$WORK/variants DEVICE=cpu WIDTH=0 SLOWER=10 SHORT=--short PATH=$PWD/tests/gpu/stand_ins:$PATH
     export EQUIMINI_TEST_DEVICE=cpu OMP_NUM_THREADS=1 ;;
   *) sed -n '2,/^set/s/^# \?//p' "$0"; exit 2 ;;
 esac
@@ -60,23 +60,32 @@ compile() {
     EQUIMINI_MARCH=${EQUIMINI_MARCH:-$(choose x86-64-v3 native)} MAX_JOBS=${MAX_JOBS:-4} \
     "$PYTHON" setup.py -q build_ext --inplace
 }
-# variant NAME PATCH…: a copy of the tree with patches, in build/gpu/NAME; kept if it is built and current
+# variant NAME PATCH…: a copy of the tree with patches, $VARIANTS/NAME; not built again if it is current
 variant() {
-  local folder=build/gpu/$1 mark; shift
+  local folder=$VARIANTS/$1 mark patch; shift
   mark="$DEVICE $(cat setup.py csrc/*.* csrc/*/* "$@" | sha256sum) $(
     "$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
-  if [ "$(cat "$folder/current" 2>/dev/null)" = "$mark" ]; then return 0; fi
-  rm -rf "$folder" && mkdir -p "$folder" && cp -r csrc setup.py pyproject.toml README.md "$folder" || return
-  mkdir "$folder/equimini" && tar cf - --exclude='_kernels*' --exclude=__pycache__ equimini | tar xf - -C "$folder"
-  local patch; for patch in "$@"; do
-    GIT_CEILING_DIRECTORIES=$PWD/build/gpu git -C "$folder" apply "$PWD/$patch" || return
+  [ "$(cat "$folder/current" 2>/dev/null)" = "$mark" ] || rm -rf "$folder"
+  mkdir -p "$folder"
+  tar cf - --exclude='_kernels*' --exclude=__pycache__ equimini | tar xf - -C "$folder"
+  if [ -e "$folder/current" ]; then return 0; fi
+  cp -r csrc setup.py pyproject.toml README.md "$folder"
+  for patch in "$@"; do
+    GIT_CEILING_DIRECTORIES=$VARIANTS git -C "$folder" apply "$PWD/$patch" \
+      || patch -d "$folder" -p1 < "$patch" || return
   done
   if real; then (compile "$folder") || return; fi  # a rehearsal only applies the patches
   echo "$mark" > "$folder/current"
 }
 P=tests/gpu/prefetch_stage.patch S=tests/gpu/short_stretch.patch
-variants() { variant prefetch_stage $P & variant short_stretch $S & variant both $P $S & wait; }
-export -f real choose compile variant variants; export PYTHON DEVICE P S
+variants() {
+  local job jobs=()
+  variant prefetch_stage $P & jobs+=($!); variant short_stretch $S & jobs+=($!)
+  variant both $P $S & jobs+=($!)
+  local failed=0; for job in "${jobs[@]}"; do wait "$job" || failed=1; done
+  return $failed
+}
+export -f real choose compile variant variants; export PYTHON DEVICE VARIANTS P S
 
 correctness() {
   # compilations that need no kernels of ours fill the caches while nvcc runs
@@ -125,7 +134,8 @@ if device == 'cuda':
 }
 # sanitize TOOL NAME FILE…: without torch's own cache, so that what is written beside a tensor is seen
 sanitize() {
-  local ours=(--kernel-name kns=equimini); [ "$1" = initcheck ] && ours=()
+  local ours=(--kernel-name kns=equimini)
+  [ "$1" != initcheck ] && compute-sanitizer --help 2>&1 | grep -q -e --kernel-name || ours=()
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$2" 160 compute-sanitizer --tool "$1" "${ours[@]}" \
     --error-exitcode 7 --target-processes application-only "$PYTHON" "${@:3}"
 }
@@ -161,8 +171,8 @@ judge_variants() {
   step variants 150 bash -c variants
   local name; for name in '' prefetch_stage short_stretch both; do
     if [ -n "$name" ]; then
-      [ -e "build/gpu/$name/current" ] || continue
-      PYTHONPATH=$PWD/build/gpu/$name
+      [ -e "$VARIANTS/$name/current" ] || continue
+      PYTHONPATH=$VARIANTS/$name
     fi
     probe "smoke_${name:-as_is}" 25 smoke && probe "time_${name:-as_is}" 25 time
     PYTHONPATH=$PWD
