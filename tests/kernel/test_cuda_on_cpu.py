@@ -73,6 +73,7 @@ def test_chosen(kernels: EmulatedKernels, path: str, case: Case):
     run(case, kernels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("path", PATHS[1:])
 def test_random(kernels: EmulatedKernels, path: str, seed: int):
@@ -124,6 +125,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 def test_faults_are_caught(tmp_path: Path):
     """Break copies of the sources one by one: each fault must show."""
     builds = {}
@@ -148,6 +150,7 @@ def test_faults_are_caught(tmp_path: Path):
             pytest.fail(f"nothing shows: {fault}")
 
 
+@pytest.mark.slow
 def test_sanitizers():
     """A few cases under the address and undefined-behaviour sanitizers, in a process of its own."""
     libraries = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True,

@@ -150,7 +150,8 @@ def test_opcheck(device: str, rope: bool, dropout_p: float):
     torch.library.opcheck(OPERATOR[1], (grad, q.detach(), k.detach(), v.detach(), out, lse, *rest))
 
 
-@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+@pytest.mark.parametrize("backend", (
+    "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
 def test_compile(backend):
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("inductor needs g++")
@@ -328,6 +329,7 @@ def test_missing_binary_falls_back_and_broken_one_is_an_error(tmp_path: Path, bi
         assert result.stdout.strip() == "reference", result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("c++"),
                     reason="needs an x86-64 processor and a C++ compiler")
 @pytest.mark.parametrize("march", ["x86-64", "haswell"])
