@@ -143,7 +143,7 @@ def paper_training(kind: str, images: int, batch_size: int | None = None
                    ) -> TokenizerTraining | GeneratorTraining:
     """The paper's training of a 'tokenizer' or 'generator' for a data set of `images` pictures.
 
-    Its schedules are told in epochs: 50 of the tokenizer, 1200 of the generator, of which 100 warm
+    Its schedules are given in epochs: 50 of the tokenizer, 1200 of the generator, of which 100 warm
     up.  The generator's learning rate is 1e-4 per 256 pictures of a batch.  batch_size: in place
     of the paper's (192, 2048); the epochs stay.
     """

@@ -50,7 +50,7 @@ class ArchivesBench(Checked):
     compared: int = flag(20_000, "pictures of the comparison", min=1000)
     read: int = flag(4096, "pictures read in each measurement", min=128)
     workers: tuple[int, ...] = flag((0, 1, 2), "numbers of loader processes", min=0)
-    repeats: int = flag(3, "measurements of each, of which the median is printed", min=1)
+    repeats: int = flag(3, "measurements of each; the median is printed", min=1)
 
 
 def private_mb() -> float:

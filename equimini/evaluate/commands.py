@@ -269,7 +269,7 @@ def picture_size(path: str, run: DataConfig) -> tuple[int, int] | None:
         try:
             return map_array(path, "arr_0").shape[1:3]
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            return None  # statistics, or a file of which `open_source` says what is wrong
+            return None  # statistics, or a file whose fault `open_source` names
     source = open_pictures(run, path)
     try:
         image = read_rgb(BytesIO(source.read(0)))

@@ -21,7 +21,7 @@ from equimini.utils.errors import UserError
 from equimini.utils.machine import seconds
 
 MEASURED_STEPS = 3
-FEW = 4  # images of a step whose bytes are counted, at most; on a CPU, also of a timed one
+FEW = 4  # images, at most, of a step whose bytes are counted, and on a CPU of one that is timed
 COPIES = 5  # of every trained weight: itself, its gradient, two moments of Adam, the average
 
 

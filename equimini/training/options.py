@@ -40,8 +40,8 @@ class RunConfig(DataConfig):
 
     cache_gb: float = flag(0.0, "memory for decoded pictures, in GB: they are read once, when "
                            "training starts; 0: each is read again every time", min=0)
-    accumulate: int = flag(1, "parts in which a process goes through its share of a batch, their "
-                           "gradients added up: less memory, the same step", min=1)
+    accumulate: int = flag(1, "micro-batches that a process splits its part of a batch into; their "
+                           "gradients are added up: less memory, the same step", min=1)
     val_images: int = flag(512, "held-out images per validation, at most", min=1)
     val_every: int = flag(500, "steps between validations", min=1)
     preview_every: int = flag(500, "steps between preview pictures", min=1)

@@ -42,7 +42,7 @@ def write_samples(path: Path | str, n: int, height: int,
 
 
 def open_npz(path: Path | str, what: str) -> np.lib.npyio.NpzFile:
-    """An .npz file, of which nothing is unpickled.
+    """An .npz file; nothing in it is unpickled.
 
     what: the option, and what the file must hold, for the message.  Raises UserError.
     """
