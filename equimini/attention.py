@@ -275,8 +275,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int, rope: Rope | None,
 
 def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
     """The dropout seed as an int64 tensor of one element on `device`."""
-    if seed is None:
-        return torch.randint(-2**63, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if seed is None:  # 31 bits: wider bounds become 32-bit numbers in what inductor compiles
+        return torch.randint(2**31, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, int):
         return torch.full((1,), seed, dtype=torch.int64, device=device)
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:

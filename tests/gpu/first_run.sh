@@ -24,7 +24,7 @@ case $PARTS in
   2) DEADLINE=${DEADLINE:-170} ;;
   build) DEADLINE=${DEADLINE:-99999} ;;
   --rehearse)  # short sizes; programs that a CPU lacks only check their options
-    PARTS='1 2' VARIANTS=$WORK/variants DEVICE=cpu WIDTH=0 SLOWER=10 SHORT=--short PATH=$PWD/tests/gpu/stand_ins:$PATH
+    PARTS='1 2' VARIANTS=$WORK/variants DEVICE=cpu WIDTH=0 SLOWER=20 SHORT=--short PATH=$PWD/tests/gpu/stand_ins:$PATH
     export EQUIMINI_TEST_DEVICE=cpu OMP_NUM_THREADS=1 ;;
   *) sed -n '2,/^set/s/^# \?//p' "$0"; exit 2 ;;
 esac
