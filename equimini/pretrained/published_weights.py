@@ -77,7 +77,7 @@ def verify(path: Path, published: Published) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A state dict from a file, without executing anything in it; raises UserError if it is none."""
+    """A state dict from a file; nothing in it is executed; raises UserError if it is none."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
