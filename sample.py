@@ -71,8 +71,8 @@ def draw_npz(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerator)
     with write_samples(cfg.npz, len(seeds), shape.image_size, width) as add:
         for _, pictures in draw_batches(cfg, options, model, labels, seeds):
             add(to_uint8(pictures), next(first).tolist())
-    print(f"{len(seeds)} pictures of {width}x{shape.image_size} pixels, {evaluations(options)}: "
-          f"{cfg.npz}")
+    print(f"{len(seeds)} pictures of {width}x{shape.image_size} pixels, "
+          f"{evaluations(options, model)}: {cfg.npz}")
 
 
 def draw_sheet(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerator) -> None:

@@ -270,8 +270,8 @@ def draw_scroll(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
         drawn = scroll(model, labels, cfg.seed, folder, options, tile=cfg.tile_columns,
                        caption=what, settings=asdict(cfg) | asdict(options), resumed=state,
                        stop=lambda: bool(stop.asked), progress=bar("columns", cfg.scroll, done))
-    print(f"{drawn} columns ({drawn * model.tokenizer.config.f} pixels), {evaluations(options, model)}: "
-          f"{folder}/index.html")
+    print(f"{drawn} columns ({drawn * model.tokenizer.config.f} pixels), "
+          f"{evaluations(options, model)}: {folder}/index.html")
     if stop.asked:
         print(f"stopped; continue with --scroll {cfg.scroll} --out {folder} --resume")
         sys.exit(128 + stop.asked)

@@ -83,7 +83,7 @@ def test_single_columns_are_the_samplers(model, cfg):
 
 
 @pytest.mark.parametrize("arguments, message", (
-    (["--solvers", "euler,rk4"], "--solvers takes euler, midpoint, heun, got 'rk4'"),
+    (["--solvers", "euler,rk4"], "--solvers takes euler, midpoint, heun, mean-flow, got 'rk4'"),
     (["--time-shifts", "1,0"], "--time-shifts takes numbers above 0"),
     (["--network", "net.pt"], "both --network and --data")))
 def test_mistakes(arguments, message):

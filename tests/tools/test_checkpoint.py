@@ -181,7 +181,7 @@ def test_a_fine_tuned_decoder_is_packed_and_another_tokenizer_is_not(runs, tmp_p
 
 def test_packed_files_that_would_be_too_large_are_not_written(runs, tmp_path):
     source, out = runs / "runs/generator/last.pt", tmp_path / "box.pt"
-    with pytest.raises(UserError, match=r"box.pt would be .* at most 0.01 .*--file-mb"):
+    with pytest.raises(UserError, match=r"box.pt would be .* the limit is 0.01 .*--file-mb"):
         pack(source, out, file_mb=0.01)
     with pytest.raises(UserError, match="together; at most 0.02"):
         pack(source, out, total_mb=0.02)
