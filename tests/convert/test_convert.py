@@ -514,9 +514,10 @@ def payloads(marker):
     }
 
 
-@FORMATS
+@pytest.mark.parametrize("place, new_format", [
+    ("weights", False), ("extra", True), *(pytest.param(*rest, marks=pytest.mark.slow)
+                                           for rest in (("weights", True), ("extra", False)))])
 @pytest.mark.parametrize("name", payloads(""))
-@pytest.mark.parametrize("place", ["extra", "weights"])
 def test_nothing_is_run(name, new_format, place, tmp_path):
     marker, source = tmp_path / "marker", tmp_path / "a.ckpt"
     payload = payloads(marker)[name]

@@ -165,6 +165,7 @@ def test_sanitizers():
     assert result.returncode == 0 and "all right" in result.stdout, result.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 def test_nvcc_compiles_without_spills(tmp_path: Path):
     result = subprocess.run(

@@ -91,6 +91,15 @@ def test_mistakes(arguments, message):
         solvers.main(arguments)
 
 
+@pytest.mark.parametrize("setting, message", (
+    ("plain,slow", "--settings takes plain, .*got 'slow'"),
+    ("tf32", "--settings tf32 needs a CUDA device")))
+def test_settings_that_do_not_run_here(setting, message):
+    with pytest.raises(UserError, match=message):
+        train.main(["--preset", "tiny", "--device", "cpu", "--settings", setting])
+
+
+@pytest.mark.slow
 def test_training_benchmark(capsys, monkeypatch):
     monkeypatch.setattr(train, "peak_rate", lambda *_: (1e12, "measured"))
     arguments = ["--preset", "tiny", "--batch-size", "2", "--steps", "1", "--device", "cpu"]
@@ -103,10 +112,6 @@ def test_training_benchmark(capsys, monkeypatch):
     assert 0.1 < float(values["GiB"]) < 8
     assert 0 < float(values["MFU"].rstrip("%"))
     assert len(table) == 4 + 12 + 1 and any("aten::addmm" in line for line in table)
-    for wrong, message in ((["--settings", "plain,slow"], "--settings takes plain, .*got 'slow'"),
-                           (["--settings", "tf32"], "--settings tf32 needs a CUDA device")):
-        with pytest.raises(UserError, match=message):
-            train.main([*arguments, *wrong])
 
 
 def test_model_flops():

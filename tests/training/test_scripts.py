@@ -18,7 +18,7 @@ from equimini.training.loop import Log
 from equimini.training.options import RunConfig
 from equimini.utils.images import to_float
 from tests.helpers.scripts import (ENDLESS, GENERATOR, ROOT, TOKENIZER, TRAINED, call, command,
-                                   mistake, process, start)
+                                   invoke, mistake, process, start)
 from tests.method.test_losses import TwoMaps
 
 
@@ -208,10 +208,11 @@ def test_a_tokenizer_starts_from_another(runs):
     assert same(old, new)
 
 
-def test_files_that_cannot_be_read_are_listed_at_the_end(picture_folder, tmp_path):
+def test_files_that_cannot_be_read_are_listed_at_the_end(picture_folder, tmp_path, capfd):
     (picture_folder / "dog" / "2.png").write_bytes(b"")
-    text = process("train_tokenizer.py", *TOKENIZER, "--data", picture_folder, "--steps", 3,
-                   "--out", tmp_path / "x", "--workers", 1, "--cache-gb", 0.1, cwd=tmp_path)
+    invoke("train_tokenizer.py", *TOKENIZER, "--data", picture_folder, "--steps", 3, "--out",
+           tmp_path / "x", "--workers", 1, "--cache-gb", 0.1, cwd=tmp_path)
+    text = "".join(capfd.readouterr())  # also its loader's
     assert text.count("cannot read") == 1 and "1 files could not be read" in text
     assert (tmp_path / "x" / "unreadable.txt").read_text().endswith("dog/2.png\n")
 
