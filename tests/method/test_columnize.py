@@ -12,6 +12,7 @@ from equimini.noise import rng
 from equimini.presets import PRESETS, parameters
 from equimini.sampler import Guidance, sample_plainly, sample_tokens
 from equimini.sampling.image_generator import ImageGenerator
+from equimini.training import generator_trainer
 from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
 from equimini.utils.command_line import config_from_dict
 from tests.conftest import SMALL_GENERATOR, SMALL_TOKENIZER, randomize
@@ -165,6 +166,15 @@ def test_loss_is_the_mean_over_the_chosen_subtasks(tokenizer):
     chosen, same = Setting(tokenizer, subtasks=(1, 6)).step()
     assert torch.equal(same, columns)  # the same noise, whatever is chosen
     torch.testing.assert_close(chosen, columns[:, :, [1, 6]].mean())
+
+
+def test_dropout_is_seeded_by_the_run_and_the_step(tokenizer, monkeypatch):
+    keys, setting = [], Setting(tokenizer)
+    monkeypatch.setattr(generator_trainer, "seed_torch", lambda *key: keys.append(key))
+    for run, step in ((0, 3), (0, 4), (5, 4), (0, 3)):
+        setting.trainer.seed = run
+        setting.trainer.step(step, setting.means, setting.labels)
+    assert len(set(keys[:3])) == 3 and keys[3] == keys[0]
 
 
 def test_only_chosen_subtasks_have_a_gradient(tokenizer):
