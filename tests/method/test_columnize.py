@@ -177,6 +177,17 @@ def test_dropout_is_seeded_by_the_run_and_the_step(tokenizer, monkeypatch):
     assert len(set(keys[:3])) == 3 and keys[3] == keys[0]
 
 
+@pytest.mark.parametrize("share", (0.0, 0.5, 1.0))
+def test_classes_are_dropped_below_the_label_dropout(tokenizer, share):
+    setting = Setting(tokenizer, label_dropout=share)
+    trainer, drawn = setting.trainer, []
+    draws = trainer.draws([rng("here", i) for i in range(4)], 8, 6)._replace(
+        drop=torch.tensor([0.1, 0.4, 0.6, 0.9]))
+    trainer.flow_errors = lambda model, x, labels, u, eps, drop, shift: drawn.append(drop)
+    trainer.errors(setting.means, setting.labels, draws)
+    assert drawn[0].sum() == 4 * share and drawn[0].tolist() == sorted(drawn[0], reverse=True)
+
+
 def test_only_chosen_subtasks_have_a_gradient(tokenizer):
     loss, columns = Setting(tokenizer, subtasks=(0, 5)).step()
     grad, = torch.autograd.grad(loss, columns)

@@ -125,6 +125,7 @@ def test_weight_decay_spares_vectors_and_the_flow_head(generator):
     assert {"class_table.weight", "no_class", "class_embed", "x_in.weight"} <= {
         names[id(p)] for p in decayed}
     assert all(p.dim() == 1 or names[id(p)].startswith("head.") for p in free)
+    assert all(p.dim() > 1 and not names[id(p)].startswith("head.") for p in decayed)
     assert len(decayed) + len(free) == len(names)
 
 
