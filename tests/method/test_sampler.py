@@ -77,6 +77,12 @@ def test_scale_one_is_exactly_the_conditional_branch(generator):
     torch.testing.assert_close(drawn, slow, rtol=1e-4, atol=1e-4)
 
 
+def test_every_column_of_every_seed_has_noise_of_its_own():
+    rows = torch.cat([column_noise(SEEDS, i, 6) for i in range(4)])
+    assert len(rows.unique(dim=0)) == 4 * len(SEEDS)
+    assert torch.equal(column_noise([SEEDS[1]], 3, 6), rows[10:11])
+
+
 def test_an_image_does_not_depend_on_its_batch(generator):
     together = sample_tokens(generator, LABELS, 5, SEEDS, cfg=2.0, steps=5)
     for i in range(3):
