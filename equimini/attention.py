@@ -10,8 +10,9 @@ Two operators are defined here, `equimini::window_attention` and its backward pa
 default implementation, for any device, is the plain PyTorch below, which is also the text
 to read first.  `equimini._kernels`, built from csrc/ where there is a compiler, adds C++ for
 CPUs and CUDA for NVIDIA GPUs to the same two operators; autograd, torch.compile and the FLOP
-counter see no difference.  `implementation(device)` says which one runs, and
-EQUIMINI_ATTENTION=reference in the environment leaves the binary out.
+counter see no difference.  Forward-mode and second derivatives are plain PyTorch everywhere.
+`implementation(device)` says which one runs, and EQUIMINI_ATTENTION=reference in the
+environment leaves the binary out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, Callable, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from equimini.rope import Rope, rotate
@@ -50,6 +52,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, *, rope: Rope
 
     Returns (B, Nq, H, D), contiguous, in q's dtype (under autocast: autocast's dtype); sums
     and softmax run in float32 (float64 for float64, which the CUDA kernels do not take).
+    Differentiable in q, k and v, in every mode of torch and to any order.
     Raises ValueError or TypeError, naming the argument, for what does not fit.
     """
     device = q.device.type
@@ -60,7 +63,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, *, rope: Rope
     cos, sin = (None, None) if rope is None else rope
     seed = _seed_tensor(seed, q.device) if dropout_p else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _FORWARD(q, k, v, cos, sin, seed, window, float(dropout_p), scale)[0]
+    return _attend(q, k, v, cos, sin, seed, window, float(dropout_p), scale)[0]
 
 
 def implementation(device: torch.device | str = "cpu") -> str:
@@ -106,15 +109,22 @@ def _mix(x: Tensor) -> Tensor:
 # The reference -----------------------------------------------------------------------------
 
 
-def _weights(q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, window: int,
-             scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rotated q and k as (B, H, N, D); scores and their softmax, (B, H, Nq, Nk)."""
+def _rotated(q: Tensor, k: Tensor, cos: Tensor | None,
+             sin: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rotated q and k as (B, H, N, D), in the dtype of sums."""
     n_q, n_k = q.shape[1], k.shape[1]
     compute = torch.promote_types(q.dtype, torch.float32)
     q, k = q.to(compute), k.to(compute)
     if cos is not None:
         q, k = rotate(q, (cos[n_k - n_q:], sin[n_k - n_q:])), rotate(k, (cos, sin))
-    q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, N, D)
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def _weights(q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, window: int,
+             scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotated q and k as (B, H, N, D); scores and their softmax, (B, H, Nq, Nk)."""
+    n_q, n_k = q.shape[1], k.shape[1]
+    q, k = _rotated(q, k, cos, sin)
     s = (q * scale) @ k.transpose(-1, -2)  # (B, H, Nq, Nk)
     s.masked_fill_(~window_mask(n_q, n_k, window, q.device), float("-inf"))
     return q, k, s, s.softmax(-1)
@@ -146,7 +156,7 @@ def reference_forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: 
     _, _, s, p = _weights(q, k, cos, sin, window, scale)
     lse = s.amax(-1) - p.amax(-1).log()  # the largest weight is exp(largest score − lse)
     if seed is not None:
-        p *= _keep(seed, p, dropout_p)
+        p = p * _keep(seed, p, dropout_p)
     out = (p @ v.to(p.dtype).transpose(1, 2)).transpose(1, 2)  # (B, Nq, H, D)
     return out.to(v.dtype).contiguous(), lse
 
@@ -176,50 +186,162 @@ def reference_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     return tuple(x.to(dtype).contiguous() for x in (dq, dk, dv))
 
 
+@_without_autocast
+def reference_tangent(q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor, k_dot: Tensor,
+                      v_dot: Tensor, cos: Tensor | None, sin: Tensor | None, seed: Tensor | None,
+                      window: int, dropout_p: float, scale: float) -> Tensor:
+    """How the output moves, (B, Nq, H, D), when q, k and v move by q_dot, k_dot and v_dot.
+
+        Ṡ = (Q̇ Kᵀ + Q K̇ᵀ) · scale      Ṗ = P ∘ (Ṡ − Σ_j P_ij Ṡ_ij)      Ȯ = Ṗ̃ V + P̃ V̇
+
+    The tilde is dropout.  Whatever computed the output, its tangent is this.
+    """
+    dtype = v.dtype
+    q_dot, k_dot = _rotated(q_dot, k_dot, cos, sin)
+    q, k, _, p = _weights(q, k, cos, sin, window, scale)
+    v, v_dot = (x.to(p.dtype).transpose(1, 2) for x in (v, v_dot))
+    keep = _keep(seed, p, dropout_p)
+    s_dot = (q_dot @ k.transpose(-1, -2) + q @ k_dot.transpose(-1, -2)) * scale  # (B, H, Nq, Nk)
+    p_dot = p * (s_dot - (p * s_dot).sum(-1, keepdim=True))
+    out = (p_dot * keep) @ v + (p * keep) @ v_dot
+    return out.transpose(1, 2).to(dtype).contiguous()
+
+
 # The operators -----------------------------------------------------------------------------
 
-_FORWARD_OP = torch.library.custom_op(
-    "equimini::window_attention", mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? seed, "
-           "SymInt window, float dropout_p, float scale) -> (Tensor, Tensor)",
-)(lambda *args: reference_forward(*args))
-_BACKWARD_OP = torch.library.custom_op(
-    "equimini::window_attention_backward", mutates_args=(),
-    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cos, "
-           "Tensor? sin, Tensor? seed, SymInt window, float dropout_p, float scale) "
-           "-> (Tensor, Tensor, Tensor)",
-)(lambda *args: reference_backward(*args))
+_FORWARD_NAME, _BACKWARD_NAME = "equimini::window_attention", "equimini::window_attention_backward"
+_REST = "Tensor? cos, Tensor? sin, Tensor? seed, SymInt window, float dropout_p, float scale"
+torch.library.define(_FORWARD_NAME, f"(Tensor q, Tensor k, Tensor v, {_REST}) -> (Tensor, Tensor)")
+torch.library.define(_BACKWARD_NAME, "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, "
+                                     f"Tensor lse, {_REST}) -> (Tensor, Tensor, Tensor)")
 _FORWARD = torch.ops.equimini.window_attention.default
 _BACKWARD = torch.ops.equimini.window_attention_backward.default
 
 
-@_FORWARD_OP.register_fake
+@torch.library.impl(_FORWARD_NAME, "CompositeExplicitAutograd")
+def _(*args) -> tuple[Tensor, Tensor]:
+    return reference_forward(*args)
+
+
+@torch.library.impl(_BACKWARD_NAME, "CompositeExplicitAutograd")
+def _(*args) -> tuple[Tensor, Tensor, Tensor]:
+    return reference_backward(*args)
+
+
+@torch.library.register_fake(_FORWARD_NAME)
 def _(q, k, v, cos, sin, seed, window, dropout_p, scale):
     b, n_q, h, _ = q.shape
     return (torch.empty_like(q, memory_format=torch.contiguous_format),
             q.new_empty((b, h, n_q), dtype=torch.promote_types(q.dtype, torch.float32)))
 
 
-@_BACKWARD_OP.register_fake
+@torch.library.register_fake(_BACKWARD_NAME)
 def _(grad, q, k, v, out, lse, cos, sin, seed, window, dropout_p, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
-def _save(ctx, inputs, output) -> None:
-    q, k, v, cos, sin, seed, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output, cos, sin, seed)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+# Derivatives: Functions, since torch.library's own way (register_autograd) drops tangents.
 
 
-def _backward(ctx, grad, _grad_lse):
-    none = (None,) * 6  # cos, sin, seed, window, dropout_p, scale
-    if grad is None:
-        return None, None, None, *none
-    return *_BACKWARD(grad, *ctx.saved_tensors, *ctx.rest), *none
+class _Attention(torch.autograd.Function):
+    """The operator with its gradient and its tangent."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _FORWARD(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        q, k, v, cos, sin, seed, *ctx.rest = inputs
+        saved = q, k, v, *output, cos, sin, seed
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad, _grad_lse):
+        none = (None,) * 6  # cos, sin, seed, window, dropout_p, scale
+        if grad is None:
+            return None, None, None, *none
+        backward = _AttentionBackward.apply if _transforms() else _BACKWARD
+        return *backward(grad, *ctx.saved_tensors, *ctx.rest), *none
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        q, k, v, _, _, cos, sin, seed = ctx.saved_tensors
+        moves = (torch.zeros_like(x) if move is None else move
+                 for x, move in zip((q, k, v), tangents))
+        return reference_tangent(q, k, v, *moves, cos, sin, seed, *ctx.rest), None
 
 
-_FORWARD_OP.register_autograd(_backward, setup_context=_save)
+class _AttentionBackward(torch.autograd.Function):
+    """The backward operator; its own derivatives are those of the reference, of any order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _BACKWARD(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.window, ctx.dropout_p, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def pullback(ctx):
+        """The gradients, and what takes their gradients back to (grad, q, k, v)."""
+        grad, q, k, v, out, lse, *rest = ctx.saved_tensors
+        rest += ctx.window, ctx.dropout_p, ctx.scale
+        return torch.func.vjp(lambda *x: reference_backward(*x, out, lse, *rest), grad, q, k, v)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *_AttentionBackward.pullback(ctx)[1](grads), *(None,) * 8
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        results, pull = _AttentionBackward.pullback(ctx)
+        return torch.func.vjp(pull, results)[1](tangents[:4])[0]  # pull is linear: its transpose
+
+
+def _differentiable(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    def call(*args):
+        needed = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        return function.apply(*args) if needed else function.forward(*args)
+    return call
+
+
+torch.library.impl(_FORWARD_NAME, "Autograd")(_differentiable(_Attention))
+torch.library.impl(_BACKWARD_NAME, "Autograd")(_differentiable(_AttentionBackward))
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks while it traces
+def _transforms() -> str:
+    """The transforms of torch.func that are under way, outermost first: "Grad Jvp Vmap", say."""
+    return " ".join(x.key().name for x in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def forward_mode() -> bool:
+    """Whether tangents may be under way, by torch.func.jvp or torch.autograd.forward_ad."""
+    return "Jvp" in _transforms() or forward_ad._current_level >= 0
+
+
+def _attend(*args) -> tuple[Tensor, Tensor]:
+    """The operator, where the transforms under way can differentiate it; else the reference.
+
+    They look into a Function, at one forward-mode level; torch.compile only into the operator.
+    """
+    transforms = _transforms()
+    if torch.compiler.is_compiling() and transforms or transforms.count("Jvp") > 1:
+        return reference_forward(*args)
+    return _Attention.apply(*args) if transforms else _FORWARD(*args)
 
 
 def visible_pairs(n_q: int, n_k: int, window: int) -> int:
@@ -268,6 +390,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int, rope: Rope | None,
             if table.shape != (n_k, d // 2):
                 raise ValueError(f"rope's {name} must be (Nk={n_k}, D/2={d // 2}), "
                                  f"got {tuple(table.shape)}")
+            if table.requires_grad:
+                raise ValueError(f"rope's {name} takes no gradient: detach it")
             if table.dtype != torch.float32 or table.device != q.device:
                 raise TypeError(f"rope's {name} must be float32 on q's device ({q.device}), "
                                 f"got {table.dtype} on {table.device}")

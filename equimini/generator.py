@@ -11,14 +11,16 @@ every column is predicted by the same function of its surroundings.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from equimini.attention import window_attention
+from equimini.attention import forward_mode, window_attention
 from equimini.config import Checked, flag
 from equimini.flow_head import FlowHead
 from equimini.layers import LayerNorm, maybe_recomputed
@@ -111,8 +113,10 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, keys_values: KeyValue, rope: Rope) -> Tensor:
         q = rotate(self.q(x).unflatten(-1, (self.heads, -1)), rope)
         q, k, v = (a.transpose(1, 2) for a in (q, *keys_values))  # (B, H, n, D)
-        o = F.scaled_dot_product_attention(q, k, v,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        # torch's fused kernels know no tangents
+        with sdpa_kernel(SDPBackend.MATH) if forward_mode() else nullcontext():
+            o = F.scaled_dot_product_attention(q, k, v,
+                                               dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.proj(o.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
