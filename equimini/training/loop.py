@@ -34,7 +34,7 @@ class Log:
             kept = [line for line in records if json.loads(line)["step"] <= start]
         with replacing(path) as file:
             file.write("".join(kept).encode())
-        self.file = open(path, "a", buffering=1)
+        self.path = path
 
     def write(self, step: int, **scalars: float) -> None:
         """Append one record; `step` counts the optimizer steps done.
@@ -42,9 +42,10 @@ class Log:
         Raises UserError if it cannot be written.
         """
         try:
-            self.file.write(json.dumps({"step": step, **scalars}) + "\n")
+            with open(self.path, "a") as file:  # not kept open: a training may end anywhere
+                file.write(json.dumps({"step": step, **scalars}) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.file.name}: {error.strerror}; make room, and go "
+            raise UserError(f"cannot write {self.path}: {error.strerror}; make room, and go "
                             "on from the last checkpoint with --resume") from None
 
 

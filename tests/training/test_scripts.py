@@ -1,8 +1,10 @@
 """The three scripts, run as a user runs them, for a few steps."""
 
+import gc
 import json
 import os
 import signal
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,6 @@ from equimini.utils.images import to_float
 from tests.helpers.scripts import (ENDLESS, GENERATOR, ROOT, TOKENIZER, TRAINED, call, command,
                                    invoke, mistake, process, start)
 from tests.method.test_losses import TwoMaps
-
 
 CACHE = "equimini.training.cache_latents"
 
@@ -225,9 +226,12 @@ def test_a_full_disk_is_one_clear_error(runs, monkeypatch):
     arguments = [*GENERATOR, "--steps", 1, "--out", out]
     assert "log.jsonl" in mistake("train_generator.py", *arguments, cwd=runs)
     (out / "log.jsonl").rmdir()
-    monkeypatch.setattr(Log, "__init__", lambda log, *_: setattr(
-        log, "file", open("/dev/full", "w", buffering=1)))
-    assert "make room" in mistake("train_generator.py", *arguments, cwd=runs)
+    monkeypatch.setattr(Log, "__init__", lambda log, *_: setattr(log, "path", Path("/dev/full")))
+    with warnings.catch_warnings(record=True) as seen:  # nothing is left open
+        warnings.simplefilter("always")
+        assert "make room" in mistake("train_generator.py", *arguments, cwd=runs)
+        gc.collect()
+    assert not [w for w in seen if issubclass(w.category, ResourceWarning)]
 
 
 def test_memory_that_runs_out_is_one_clear_error(runs, monkeypatch):
