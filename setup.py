@@ -3,14 +3,15 @@
     pip install --no-build-isolation -e .
 
 builds against the torch that is installed: C++ where there is a compiler (on Linux), CUDA too
-where torch is a CUDA build and a toolkit that fits it is found (CUDA_HOME), GPU or no GPU in the
-machine.  With no compiler, or where the build cannot see torch (build isolation), equimini
+where torch is a CUDA build and a toolkit that fits it is found (in CUDA_HOME; unset, beside nvcc and
+in /usr/local/cuda*), GPU or no GPU in the machine.  The binary serves every Python from 3.10 on.  With no compiler, or where the build cannot see torch (build isolation), equimini
 installs as plain Python and attention runs as the PyTorch reference.  Environment:
 
     EQUIMINI_BUILD       none: plain Python · cpu: C++ alone · cuda: C++ and CUDA.  What is asked
                          for and impossible is an error; unset, the above is found out.
     EQUIMINI_MARCH       processor to compile for (-march), "native" unless set
-    TORCH_CUDA_ARCH_LIST GPUs to compile for, "8.0;9.0+PTX" unless set; older ones are left out
+    TORCH_CUDA_ARCH_LIST GPUs to compile for; unset, 8.0, 9.0 and, where nvcc and torch know them,
+                         10.0 and 12.0, the last one as PTX too; older ones are left out
 """
 
 import os
@@ -18,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from glob import glob
 
 from setuptools import setup
@@ -51,26 +53,63 @@ def build_choice() -> str:
     return "cpu" if missing else "cuda"
 
 
-def architectures() -> "list[str]":
-    """The GPUs to compile for that the kernels can run on: compute capability 8.0 or newer."""
+def architectures(known: "list[str]" = ()) -> "list[str]":
+    """The GPUs to compile for that the kernels can run on: compute capability 8.0 or newer.
+
+    known: what nvcc can compile for, "compute_100" and the like.
+    """
     older = ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+    newest = [name for name in ("10.0", "12.0") if f"compute_{name.replace('.', '')}" in known]
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(["8.0", "9.0", *newest]) + "+PTX"
     names = listed.replace(";", " ").replace(",", " ").split()
     return [name for name in names if not name.startswith(older)
             and not (name[0].isdigit() and float(re.match(r"[0-9.]+", name)[0]) < 8)]
 
 
-def missing_for_cuda(version: "str | None", compiler: str) -> str:
-    """What keeps CUDA kernels from being built for a torch of this CUDA version, or nothing."""
+def known_architectures(home: str) -> "list[str]":
+    """What the toolkit's nvcc and this torch (from 2.7 on) can both compile for."""
+    import torch
+
+    nvcc = [os.path.join(home, "bin", "nvcc"), "--list-gpu-arch"]
+    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
+    return [] if old else subprocess.run(nvcc, capture_output=True, text=True).stdout.split()
+
+
+def toolkits(version: str) -> "list[str]":
+    """Folders where a CUDA toolkit for a torch of this CUDA version may be, likely ones first."""
     from torch.utils import cpp_extension
 
-    home = cpp_extension.CUDA_HOME
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    folders = [named] if named else [
+        cpp_extension.CUDA_HOME, nvcc and os.path.dirname(os.path.dirname(os.path.realpath(nvcc))),
+        f"/usr/local/cuda-{version}", "/usr/local/cuda"]
+    return list(dict.fromkeys(folder for folder in folders if folder))
+
+
+def missing_for_cuda(version: "str | None", compiler: str) -> str:
+    """What keeps CUDA kernels from being built for a torch of this CUDA version, or nothing.
+
+    Of several toolkits the first that fits becomes torch's choice.
+    """
+    from torch.utils import cpp_extension
+
     if version is None:
         return "the torch that is installed is built without CUDA"
     if not architectures():
         return "TORCH_CUDA_ARCH_LIST names no GPU of compute capability 8.0 or newer"
-    if home is None:
-        return "no CUDA toolkit is found (nvcc, or the environment variable CUDA_HOME)"
+    why = ["no CUDA toolkit is found (nvcc, or the environment variable CUDA_HOME)"]
+    folders = toolkits(version)
+    for cpp_extension.CUDA_HOME in folders:
+        why.append(missing_in_toolkit(cpp_extension.CUDA_HOME, compiler))
+        if not why[-1]:
+            return ""
+    return why[min(1, len(folders))]  # of the likeliest
+
+
+def missing_in_toolkit(home: str, compiler: str) -> str:
+    from torch.utils import cpp_extension
+
     folders = [*cpp_extension.include_paths("cuda"), os.path.join(home, "include"),
                *glob(os.path.join(home, "targets", "*", "include"))]
     if not any(os.path.exists(os.path.join(folder, "cuda_runtime.h")) for folder in folders):
@@ -95,9 +134,16 @@ def without_kernels(choice: str, why: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line of the installation."""
-    if not {"egg_info", "dist_info"} & set(sys.argv):  # pip asks for metadata first: say it once
-        print(f"equimini: {text}")
+    """Print a line of the installation, past pip, which shows what is printed only with -v."""
+    if {"egg_info", "dist_info"} & set(sys.argv):  # pip asks for metadata first: say it once
+        return
+    print(f"equimini: {text}")
+    if not sys.stdout.isatty():
+        try:
+            with open("/dev/tty", "w") as terminal:
+                print(f"\nequimini: {text}", file=terminal)
+        except OSError:  # nobody sits there
+            pass
 
 
 def extension(choice: str) -> dict:
@@ -106,21 +152,36 @@ def extension(choice: str) -> dict:
         return {}
     from torch.utils import cpp_extension
 
-    flags = ["-O3", f"-march={os.environ.get('EQUIMINI_MARCH', 'native')}",
-             "-fno-math-errno", "-fvisibility=hidden", "-fopenmp"]
+    march = os.environ.get("EQUIMINI_MARCH", "native")
+    flags = ["-O3", f"-march={march}", "-fno-math-errno", "-fvisibility=hidden", "-fopenmp"]
     sources, kind = ["csrc/binding.cpp", "csrc/cpu/attention.cpp"], cpp_extension.CppExtension
-    macros = []
+    macros, gpus = [("COMPILED_FOR", march)], []
     if choice == "cuda":
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures())
+        gpus = architectures(known_architectures(cpp_extension.CUDA_HOME))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(gpus)
         sources, kind = sources + ["csrc/cuda/attention.cu"], cpp_extension.CUDAExtension
-        macros = [("WITH_CUDA", None)]
-    module = kind("equimini._kernels", sources, define_macros=macros,
-                  include_dirs=[os.path.abspath("csrc")],
-                  depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True),
-                  extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+        macros += [("WITH_CUDA", None)]
+    limited = not sysconfig.get_config_var("Py_GIL_DISABLED")  # which has no stable ABI
+    module = kind("equimini._kernels", sources,
+                  define_macros=[*macros, ("COMPILED_FOR_GPUS", "/".join(gpus))],
+                  include_dirs=[os.path.abspath("csrc")], depends=glob("csrc/**/*.*", recursive=True),
+                  extra_compile_args={"cxx": flags, "nvcc": ["-O3"]}, py_limited_api=limited,
                   extra_link_args=["-fopenmp"] if is_clang() else [])  # GCC's is torch's own
-    return {"ext_modules": [module],
-            "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+
+    class Build(cpp_extension.BuildExtension):
+        """Tells at the end what there is; takes away binaries that Python would load instead."""
+
+        def run(self) -> None:
+            super().run()
+            target = self.get_ext_fullpath(module.name)
+            for old in set(glob(os.path.join(os.path.dirname(target), "_kernels.*"))) - {target}:
+                os.remove(old)
+            say(f"built the attention kernels: C++ for -march={march}"
+                + (f", CUDA in {cpp_extension.CUDA_HOME} for {', '.join(gpus)}." if gpus else
+                   ", none for CUDA."))
+
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build},
+            "options": {"bdist_wheel": {"py_limited_api": "cp310"}} if limited else {}}
 
 
 def is_clang() -> bool:

@@ -8,6 +8,7 @@
 #include <deque>
 
 #include "cpu/attention.h"
+#include "cpu/processor.h"
 #ifdef WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -142,38 +143,34 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(
   return {dq, dk, dv};
 }
 
-// A binary built for this machine's vector instructions must not run on one without them.
-void check_processor() {
-#if defined(__x86_64__)
-#if defined(__AVX512F__)
-  TORCH_CHECK(__builtin_cpu_supports("avx512f"), "built for a processor with AVX-512");
-#elif defined(__AVX2__)
-  TORCH_CHECK(__builtin_cpu_supports("avx2"), "built for a processor with AVX2");
-#elif defined(__AVX__)
-  TORCH_CHECK(__builtin_cpu_supports("avx"), "built for a processor with AVX");
-#endif
+torch::Library kernels_for(torch::Library library) {
+  library.impl("window_attention", window_attention);
+  library.impl("window_attention_backward", window_attention_backward);
+  return library;
+}
+
+__attribute__((noinline)) void register_kernels() {  // for as long as the process lives
+  new auto(kernels_for(MAKE_TORCH_LIBRARY_IMPL(equimini, CPU)));
+#ifdef WITH_CUDA
+  new auto(kernels_for(MAKE_TORCH_LIBRARY_IMPL(equimini, CUDA)));
 #endif
 }
 
 }  // namespace
-
-TORCH_LIBRARY_IMPL(equimini, CPU, m) {
-  check_processor();
-  m.impl("window_attention", window_attention);
-  m.impl("window_attention_backward", window_attention_backward);
-}
-
-#ifdef WITH_CUDA
-TORCH_LIBRARY_IMPL(equimini, CUDA, m) {
-  m.impl("window_attention", window_attention);
-  m.impl("window_attention_backward", window_attention_backward);
-}
-#endif
-
 }  // namespace equimini
 
-// Importing the module registers the kernels; it holds nothing else.
-PyMODINIT_FUNC PyInit__kernels() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, nullptr};
-  return PyModule_Create(&module);
+#define TEXT(...) #__VA_ARGS__
+#define TEXT_OF(...) TEXT(__VA_ARGS__)
+
+// Importing the module registers the kernels, where the processor has what they were compiled
+// for; else `missing` names what it lacks.  `march` and `gpus`: what setup.py compiled for.
+PyMODINIT_FUNC FOR_ANY_PROCESSOR PyInit__kernels() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  const char* missing = equimini::missing_instructions();
+  if (!missing) equimini::register_kernels();
+  PyModule_AddStringConstant(module, "missing", missing ? missing : "");
+  PyModule_AddStringConstant(module, "march", TEXT_OF(COMPILED_FOR));
+  PyModule_AddStringConstant(module, "gpus", TEXT_OF(COMPILED_FOR_GPUS));
+  return module;
 }

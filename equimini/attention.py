@@ -6,30 +6,24 @@ Query i sees the `window` keys that end at its own position, itself counted:
 
 so every token of the scroll looks back over the same distance and no position is special.
 
-Two operators are defined here, `equimini::window_attention` and its backward pass.  Their
-default implementation, for any device, is the plain PyTorch below, which is also the text
-to read first.  `equimini._kernels`, built from csrc/ where there is a compiler, adds C++ for
-CPUs and CUDA for NVIDIA GPUs to the same two operators; autograd, torch.compile and the FLOP
-counter see no difference.  Forward-mode and second derivatives are plain PyTorch everywhere.
-`implementation(device)` says which one runs, and EQUIMINI_ATTENTION=reference in the
-environment leaves the binary out.
+Plain PyTorch, the reference, is below and the text to read first.  What runs is an operator of
+PyTorch (kernel/operators.py) to which a binary adds C++ for CPUs and CUDA for NVIDIA GPUs
+(kernel/binary.py, csrc/); `implementation(device)` says which of them attends.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 from typing import Any, Callable, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
+from equimini.kernel import binary, operators
 from equimini.rope import Rope, rotate
 
 Result = TypeVar("Result")
+implementation, why_reference = binary.implementation, binary.why_reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -63,15 +57,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, *, rope: Rope
     cos, sin = (None, None) if rope is None else rope
     seed = _seed_tensor(seed, q.device) if dropout_p else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _attend(q, k, v, cos, sin, seed, window, float(dropout_p), scale)[0]
-
-
-def implementation(device: torch.device | str = "cpu") -> str:
-    """Which code attends on this device: "C++", "CUDA", or "reference" (plain PyTorch)."""
-    name = torch.device(device).type
-    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(
-        "equimini::window_attention", name.upper()) if name in ("cpu", "cuda") else False
-    return {"cpu": "C++", "cuda": "CUDA"}[name] if compiled else "reference"
+    return operators.attend(q, k, v, cos, sin, seed, window, float(dropout_p), scale)[0]
 
 
 def window_mask(n_q: int, n_k: int, window: int, device: torch.device | str = "cpu") -> Tensor:
@@ -207,158 +193,9 @@ def reference_tangent(q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor, k_dot: Ten
     return out.transpose(1, 2).to(dtype).contiguous()
 
 
-# The operators -----------------------------------------------------------------------------
-
-_FORWARD_NAME, _BACKWARD_NAME = "equimini::window_attention", "equimini::window_attention_backward"
-_REST = "Tensor? cos, Tensor? sin, Tensor? seed, SymInt window, float dropout_p, float scale"
-torch.library.define(_FORWARD_NAME, f"(Tensor q, Tensor k, Tensor v, {_REST}) -> (Tensor, Tensor)")
-torch.library.define(_BACKWARD_NAME, "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, "
-                                     f"Tensor lse, {_REST}) -> (Tensor, Tensor, Tensor)")
-_FORWARD = torch.ops.equimini.window_attention.default
-_BACKWARD = torch.ops.equimini.window_attention_backward.default
-
-
-@torch.library.impl(_FORWARD_NAME, "CompositeExplicitAutograd")
-def _(*args) -> tuple[Tensor, Tensor]:
-    return reference_forward(*args)
-
-
-@torch.library.impl(_BACKWARD_NAME, "CompositeExplicitAutograd")
-def _(*args) -> tuple[Tensor, Tensor, Tensor]:
-    return reference_backward(*args)
-
-
-@torch.library.register_fake(_FORWARD_NAME)
-def _(q, k, v, cos, sin, seed, window, dropout_p, scale):
-    b, n_q, h, _ = q.shape
-    return (torch.empty_like(q, memory_format=torch.contiguous_format),
-            q.new_empty((b, h, n_q), dtype=torch.promote_types(q.dtype, torch.float32)))
-
-
-@torch.library.register_fake(_BACKWARD_NAME)
-def _(grad, q, k, v, out, lse, cos, sin, seed, window, dropout_p, scale):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-
-
-# Derivatives: Functions, since torch.library's own way (register_autograd) drops tangents.
-
-
-class _Attention(torch.autograd.Function):
-    """The operator with its gradient and its tangent."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _FORWARD(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        q, k, v, cos, sin, seed, *ctx.rest = inputs
-        saved = q, k, v, *output, cos, sin, seed
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad, _grad_lse):
-        none = (None,) * 6  # cos, sin, seed, window, dropout_p, scale
-        if grad is None:
-            return None, None, None, *none
-        backward = _AttentionBackward.apply if _transforms() else _BACKWARD
-        return *backward(grad, *ctx.saved_tensors, *ctx.rest), *none
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        q, k, v, _, _, cos, sin, seed = ctx.saved_tensors
-        moves = (torch.zeros_like(x) if move is None else move
-                 for x, move in zip((q, k, v), tangents))
-        return reference_tangent(q, k, v, *moves, cos, sin, seed, *ctx.rest), None
-
-
-class _AttentionBackward(torch.autograd.Function):
-    """The backward operator; its own derivatives are those of the reference, of any order."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _BACKWARD(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        *tensors, ctx.window, ctx.dropout_p, ctx.scale = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def pullback(ctx):
-        """The gradients, and what takes their gradients back to (grad, q, k, v)."""
-        grad, q, k, v, out, lse, *rest = ctx.saved_tensors
-        rest += ctx.window, ctx.dropout_p, ctx.scale
-        return torch.func.vjp(lambda *x: reference_backward(*x, out, lse, *rest), grad, q, k, v)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return *_AttentionBackward.pullback(ctx)[1](grads), *(None,) * 8
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        results, pull = _AttentionBackward.pullback(ctx)
-        return torch.func.vjp(pull, results)[1](tangents[:4])[0]  # pull is linear: its transpose
-
-
-def _differentiable(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    def call(*args):
-        needed = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        return function.apply(*args) if needed else function.forward(*args)
-    return call
-
-
-torch.library.impl(_FORWARD_NAME, "Autograd")(_differentiable(_Attention))
-torch.library.impl(_BACKWARD_NAME, "Autograd")(_differentiable(_AttentionBackward))
-
-
-@torch.compiler.assume_constant_result  # torch.compile asks while it traces
-def _transforms() -> str:
-    """The transforms of torch.func that are under way, outermost first: "Grad Jvp Vmap", say."""
-    return " ".join(x.key().name for x in torch._C._functorch.get_interpreter_stack() or ())
-
-
-def forward_mode() -> bool:
-    """Whether tangents may be under way, by torch.func.jvp or torch.autograd.forward_ad."""
-    return "Jvp" in _transforms() or forward_ad._current_level >= 0
-
-
-def _attend(*args) -> tuple[Tensor, Tensor]:
-    """The operator, where the transforms under way can differentiate it; else the reference.
-
-    They look into a Function, at one forward-mode level; torch.compile only into the operator.
-    """
-    transforms = _transforms()
-    if torch.compiler.is_compiling() and transforms or transforms.count("Jvp") > 1:
-        return reference_forward(*args)
-    return _Attention.apply(*args) if transforms else _FORWARD(*args)
-
-
-def visible_pairs(n_q: int, n_k: int, window: int) -> int:
-    """How many (query, key) pairs one head attends over: ones in window_mask."""
-    return sum(min(window, n_k - n_q + i + 1) for i in range(n_q))
-
-
-@register_flop_formula(torch.ops.equimini.window_attention)
-def _(q, k, v, cos, sin, seed, window, *args, **kwargs) -> int:
-    (b, n_q, h, d), n_k = q, k[1]
-    return 2 * 2 * b * h * d * visible_pairs(n_q, n_k, window)  # q·k and p·v
-
-
-@register_flop_formula(torch.ops.equimini.window_attention_backward)
-def _(grad, q, k, v, out, lse, cos, sin, seed, window, *args, **kwargs) -> int:
-    (b, n_q, h, d), n_k = q, k[1]
-    return 5 * 2 * b * h * d * visible_pairs(n_q, n_k, window)  # q·k again, dV, dP, dQ, dK
+operators.fall_back_on(operators.Reference(  # looked up when called: tests replace them
+    lambda *args: reference_forward(*args), lambda *args: reference_backward(*args),
+    lambda *args: reference_tangent(*args)))
 
 
 # Arguments ---------------------------------------------------------------------------------
@@ -409,23 +246,3 @@ def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
     return seed
 
 
-# The binary --------------------------------------------------------------------------------
-
-
-def _load_kernels() -> None:
-    """Add the compiled kernels to the operators, where they were built."""
-    choice = os.environ.get("EQUIMINI_ATTENTION", "")
-    if choice not in ("", "reference"):
-        raise ValueError(f"EQUIMINI_ATTENTION must be unset or 'reference', got {choice!r}")
-    if choice == "reference" or importlib.util.find_spec("equimini._kernels") is None:
-        return
-    try:
-        importlib.import_module("equimini._kernels")
-    except ImportError as error:
-        raise ImportError(
-            f"the compiled attention kernels are present but do not load: {error}. They may "
-            "have been built for another torch: reinstall equimini, or set "
-            "EQUIMINI_ATTENTION=reference to do without them.") from error
-
-
-_load_kernels()

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from equimini.attention import forward_mode, window_attention
+from equimini.attention import window_attention
 from equimini.config import Checked, flag
 from equimini.flow_head import FlowHead
+from equimini.kernel.operators import forward_mode
 from equimini.layers import LayerNorm, maybe_recomputed
 from equimini.mean_flow import MeanFlowHead
 from equimini.rope import Rope, rope_tables, rotate

@@ -17,7 +17,4 @@ struct Parallel {
 void cpu_forward(const Attention& p, Dtype dtype, const Parallel& parallel);
 void cpu_backward(const Attention& p, Dtype dtype, const Parallel& parallel);
 
-// An instruction set that these kernels were compiled for and this processor lacks, or nullptr.
-const char* missing_instructions();
-
 }  // namespace equimini

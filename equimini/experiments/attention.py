@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from equimini.attention import visible_pairs
 from equimini.config import flag
 from equimini.experiments.common import Lab
 from equimini.experiments.report import Report, per_column, spread, verdict
 from equimini.experiments.samples import Judge, SampledConfig
 from equimini.experiments.training_runs import losses
+from equimini.kernel.operators import visible_pairs
 from equimini.utils.command_line import parse
 from equimini.utils.plot import curves
 

@@ -1,7 +1,7 @@
-"""The CUDA kernels apart from the operator, with the kernel family as an argument.
+"""The kernels apart from the operator: CUDA's with the kernel family as an argument.
 
 `EmulatedKernels` compiles csrc/cuda with g++ (see cuda_on_cpu/cuda_runtime.h) and calls it on CPU
-tensors, `GPUKernels` with nvcc and on a GPU.
+tensors, `GPUKernels` with nvcc and on a GPU; `CPUKernels` compiles csrc/cpu for a processor.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Kernels:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest):
         b, n_q, h, _ = q.shape
-        out, lse = poisoned(q, q.shape, q.dtype), poisoned(q, (b, h, n_q), torch.float32)
+        sums = torch.promote_types(q.dtype, torch.float32)
+        out, lse = poisoned(q, q.shape, q.dtype), poisoned(q, (b, h, n_q), sums)
         held, p = describe(q, k, v, *rest, out=out, lse=lse)
         self._call(self.library.forward, p, q.dtype)
         return out, lse
@@ -58,7 +59,8 @@ class Kernels:
         return dq, dk, dv
 
     def _call(self, function, p: Attention, dtype: torch.dtype, *more) -> None:
-        error = function(ctypes.byref(p), DTYPES.index(dtype), PATHS.index(self.path), *more)
+        number = (*DTYPES, torch.float64).index(dtype)
+        error = function(ctypes.byref(p), number, PATHS.index(self.path), *more)
         if error:
             raise RuntimeError(self.library.error_string(error).decode())
 
@@ -73,6 +75,17 @@ class EmulatedKernels(Kernels):
                         "-I", str(csrc), str(STAND_IN / "library.cpp"), "-o", str(library)],
                        check=True)
         super().__init__(library, path)
+
+
+class CPUKernels(Kernels):
+    """Compiled for a processor, or for this one but fewer of its instructions."""
+
+    def __init__(self, build: Path, march: str, flags: tuple[str, ...] = ("-O2",)):
+        library = build / f"by_path-{march}.so"
+        source = Path(__file__).parent / "by_path.cpp"
+        subprocess.run(["c++", "-std=c++20", *flags, f"-march={march}", "-fno-math-errno", "-fPIC",
+                        "-shared", "-I", str(CSRC), str(source), "-o", str(library)], check=True)
+        super().__init__(library)
 
 
 class GPUKernels(Kernels):

@@ -84,7 +84,8 @@ def test_random(kernels: EmulatedKernels, path: str, seed: int):
 
 @pytest.mark.parametrize("window,dtype,paths", [
     (4, torch.bfloat16, ["registers"]), (4, torch.float32, ["registers"]),
-    (5, torch.bfloat16, ["registers", "shared memory"]), (15, torch.float16, ["registers", "shared memory"]),
+    (5, torch.bfloat16, ["registers", "shared memory"]),
+    (15, torch.float16, ["registers", "shared memory"]),
     (16, torch.float16, ["tensor cores"]),
     (16, torch.float32, ["registers", "shared memory", "tensor cores"])], ids=str)
 def test_which_kernels_run(kernels: EmulatedKernels, window: int, dtype: torch.dtype,
@@ -171,7 +172,8 @@ def test_nvcc_compiles_without_spills(tmp_path: Path):
     result = subprocess.run(
         ["nvcc", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", "--threads", "2",
          "-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90",
-         "-c", "-I", str(CSRC), str(CSRC / "cuda" / "attention.cu"), "-o", str(tmp_path / "kernels.o")],
+         "-c", "-I", str(CSRC), str(CSRC / "cuda" / "attention.cu"),
+         "-o", str(tmp_path / "kernels.o")],
         capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     spills = re.findall(r"(\d+) bytes spill", result.stderr)

@@ -70,7 +70,8 @@ DERIVATIVES = {
     "vmap of jvp": lambda f: vmap(lambda *x: jvp(f, x, MOVES))(*(torch.stack((x, -x)) for x in AT)),
     # second derivatives
     "backward twice": lambda f: twice(f, *leaves()),
-    "backward three times": lambda f: twice(lambda *x: backward(f, *x, create_graph=True), *leaves()),
+    "backward three times": lambda f: twice(
+        lambda *x: backward(f, *x, create_graph=True), *leaves()),
     "backward of jvp": lambda f: backward(lambda *x: jvp(f, x, MOVES), *leaves()),
     "dual numbers of backward": lambda f: dual(
         lambda *x: backward(f, *x, create_graph=True), *leaves()),

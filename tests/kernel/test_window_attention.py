@@ -11,6 +11,7 @@ import argparse
 import os
 import platform
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -22,10 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 from attention_cases import Case, draw_case, draw_inputs, run_case  # noqa: E402
+from emulation import CPUKernels  # noqa: E402
 
 import equimini.attention as module  # noqa: E402
 from equimini.attention import (implementation, keep_mask, reference_backward,  # noqa: E402
-                                reference_forward, visible_pairs, window_attention, window_mask)
+                                reference_forward, window_attention, window_mask)
+from equimini.kernel.operators import visible_pairs  # noqa: E402
 from equimini.rope import rope_tables  # noqa: E402
 
 ROOT = Path(module.__file__).parent
@@ -310,47 +313,80 @@ def test_environment_forces_the_reference():
     assert "EQUIMINI_ATTENTION must be" in result.stderr
 
 
-@pytest.mark.parametrize("binary", [None, b"not a library"])
-def test_missing_binary_falls_back_and_broken_one_is_an_error(tmp_path: Path, binary):
+@pytest.mark.parametrize("name,told", [
+    (None, "reference equimini was installed without compiled kernels"),
+    ("_kernels.cpython-27-x86_64-linux-gnu.so", "_kernels.cpython-27-x86_64-linux-gnu.so is for "
+     "another Python"), ("_kernels.abi3.so", "present but do not load.*file too short")])
+def test_without_a_binary_that_loads(tmp_path: Path, name: str | None, told: str):
+    """A missing one is silent, one of another Python warns, a broken one is an error."""
     package = tmp_path / "equimini"
-    package.mkdir()
+    (package / "kernel").mkdir(parents=True)
     (package / "__init__.py").touch()
-    for name in ("rope.py", "attention.py"):
-        shutil.copy(ROOT / name, package)
-    if binary:
-        (package / "_kernels.abi3.so").write_bytes(binary)
+    for file in ("rope.py", "attention.py", *(f"kernel/{x}.py" for x in (
+            "__init__", "binary", "operators"))):
+        shutil.copy(ROOT / file, package / file)
+    if name:
+        (package / name).write_bytes(b"not a library")
     result = run_python(
         "import sys\n"  # an editable installation's finder would still offer the real binary
         "sys.meta_path = [x for x in sys.meta_path if 'editable' not in str(x).lower()]\n"
-        "import equimini.attention as m; print(m.implementation())", tmp_path)
-    if binary:
-        assert "present but do not load" in result.stderr and "file too short" in result.stderr
-    else:
-        assert result.stdout.strip() == "reference", result.stderr
+        "import equimini.attention as m; print(m.implementation(), m.why_reference())", tmp_path)
+    assert re.search(told, result.stdout + result.stderr), result
+    assert ("Warning" in result.stderr) == ("cpython-27" in told)
+
+
+def source_tree(folder: Path) -> None:
+    """Copy what an installation needs, without a binary."""
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT.parent / name, folder)
+    shutil.copytree(ROOT.parent / "csrc", folder / "csrc")
+    shutil.copytree(ROOT, folder / "equimini",
+                    ignore=shutil.ignore_patterns("_kernels*", "assets", "__pycache__"))
+
+
+x86_64 = pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("c++"),
+                            reason="needs an x86-64 processor and a C++ compiler")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("c++"),
-                    reason="needs an x86-64 processor and a C++ compiler")
+@x86_64
 @pytest.mark.parametrize("march", ["x86-64", "haswell"])
 def test_other_processors(march: str, tmp_path: Path):
     """Kernels built for vectors of 16 (SSE) and 32 bytes (AVX2) are right, too."""
-    pytest.importorskip("setuptools")
     if march == "haswell" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("needs AVX2")
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT.parent / name, tmp_path)
-    shutil.copytree(ROOT.parent / "csrc", tmp_path / "csrc")
-    shutil.copytree(ROOT, tmp_path / "equimini",
-                    ignore=shutil.ignore_patterns("_kernels*", "assets", "__pycache__"))
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "EQUIMINI_BUILD": "cpu",
-                   "EQUIMINI_MARCH": march, "OMP_NUM_THREADS": "1"}
-    for command in (["setup.py", "-q", "build_ext", "--inplace"],
-                    [str(Path(__file__).resolve()), "--cases", "120", "--longest", "140"]):
-        result = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment,
-                                capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("120 cases on cpu: C++"), result.stdout
+    kernels = CPUKernels(tmp_path, march)
+    for case in [*CHOSEN, *(draw_case(random.Random(n), ALL, 140) for n in range(120))]:
+        run_case(case, kernels.forward, kernels.backward)
+
+
+@pytest.mark.slow
+@x86_64
+def test_a_binary_for_another_processor_is_left_out(tmp_path: Path):
+    """With a warning, and a reason where one asks; Python goes on."""
+    pytest.importorskip("setuptools")
+    flags = Path("/proc/cpuinfo").read_text()
+    march = next((march for flag, march in (("avx512f", "x86-64-v4"),
+                                            ("avx512_fp16", "sapphirerapids"))
+                  if flag not in flags), None)
+    if march is None:
+        pytest.skip("this processor has everything")
+    source_tree(tmp_path)
+    environment = {"EQUIMINI_BUILD": "cpu", "EQUIMINI_MARCH": march, "OMP_NUM_THREADS": "1"}
+    built = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+                           cwd=tmp_path, env={**os.environ, **environment}, capture_output=True,
+                           text=True)
+    assert f"built the attention kernels: C++ for -march={march}" in built.stdout, built.stderr
+    assert len(list(tmp_path.glob("equimini/_kernels.abi3.so"))) == 1
+    told = run_python("import torch, equimini.attention as m; x = torch.ones(1, 4, 1, 8)\n"
+                      "assert (m.window_attention(x, x, x, 2) == 1).all()\n"
+                      "print(m.implementation(), m.why_reference())", tmp_path)
+    assert told.stdout.startswith(f"reference the kernels were compiled with -march={march}, and "
+                                  "this processor has no avx512"), told
+    assert "UserWarning: attention runs as slow plain PyTorch" in told.stderr
+    versions = subprocess.run([sys.executable, "-m", "equimini.show", "versions"], cwd=tmp_path,
+                              capture_output=True, text=True)
+    assert "attention on cpu: reference (the kernels were compiled with" in versions.stdout
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])

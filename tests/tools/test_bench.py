@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from equimini.attention import visible_pairs
 from equimini.bench import attention, sample, solvers, train
+from equimini.kernel.operators import visible_pairs
 from equimini.presets import PRESETS
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.utils.errors import UserError

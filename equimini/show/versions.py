@@ -1,0 +1,54 @@
+"""What a bug report needs: versions, processor, GPU, and which code attends on each device.
+
+    python -m equimini.show versions
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Iterator
+
+import torch
+
+from equimini import __version__
+from equimini.attention import implementation, why_reference
+from equimini.utils.machine import processor
+
+
+def lines() -> Iterator[str]:
+    """"name: what there is", one by one."""
+    yield f"equimini: {__version__}"
+    yield f"Python: {platform.python_version()}, {platform.platform()}"
+    cuda = torch.version.cuda and f"built with CUDA {torch.version.cuda}"
+    yield f"torch: {torch.__version__}, {cuda or 'built without CUDA'}"
+    yield "; ".join(f"{name}: {installed(name)}" for name in ("numpy", "pillow", "matplotlib"))
+    yield (f"processor: {processor()}, {torch.get_num_threads()} threads, torch uses "
+           f"{torch.backends.cpu.get_cpu_capability()}")
+    if not torch.cuda.is_available():
+        yield "GPU: torch sees none"
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        yield (f"GPU {i}: {torch.cuda.get_device_name(i)}, compute capability "
+               f"{'.'.join(map(str, torch.cuda.get_device_capability(i)))}")
+    for device in ("cpu", "cuda"):
+        why = why_reference(device)
+        yield f"attention on {device}: {implementation(device)}{f' ({why})' if why else ''}"
+    if kernels := sys.modules.get("equimini._kernels"):
+        yield (f"compiled kernels: {kernels.__file__}, for -march={kernels.march}"
+               + (f" and GPUs of compute capability {kernels.gpus.replace('/', ', ')}" if kernels.gpus else ""))
+
+
+def installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    argparse.ArgumentParser(prog="python -m equimini.show versions",
+                            description=__doc__.split("\n")[0]).parse_args(argv)
+    print("\n".join(lines()))
