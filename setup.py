@@ -3,9 +3,10 @@
     pip install --no-build-isolation -e .
 
 builds against the torch that is installed: C++ where there is a compiler (on Linux), CUDA too
-where torch is a CUDA build and a toolkit that fits it is found (in CUDA_HOME; unset, beside nvcc and
-in /usr/local/cuda*), GPU or no GPU in the machine.  The binary serves every Python from 3.10 on.  With no compiler, or where the build cannot see torch (build isolation), equimini
-installs as plain Python and attention runs as the PyTorch reference.  Environment:
+where torch is a CUDA build and a toolkit that fits it is found (in CUDA_HOME; unset, beside nvcc
+and in /usr/local/cuda*), GPU or no GPU in the machine.  The binary serves every Python from 3.10
+on.  With no compiler, or where the build cannot see torch (build isolation), equimini installs as
+plain Python and attention runs as the PyTorch reference.  Environment:
 
     EQUIMINI_BUILD       none: plain Python · cpu: C++ alone · cuda: C++ and CUDA.  What is asked
                          for and impossible is an error; unset, the above is found out.
@@ -164,7 +165,8 @@ def extension(choice: str) -> dict:
     limited = not sysconfig.get_config_var("Py_GIL_DISABLED")  # which has no stable ABI
     module = kind("equimini._kernels", sources,
                   define_macros=[*macros, ("COMPILED_FOR_GPUS", "/".join(gpus))],
-                  include_dirs=[os.path.abspath("csrc")], depends=glob("csrc/**/*.*", recursive=True),
+                  include_dirs=[os.path.abspath("csrc")],
+                  depends=glob("csrc/**/*.*", recursive=True),
                   extra_compile_args={"cxx": flags, "nvcc": ["-O3"]}, py_limited_api=limited,
                   extra_link_args=["-fopenmp"] if is_clang() else [])  # GCC's is torch's own
 
