@@ -62,5 +62,5 @@ def test_the_method_stays_small():
     """What a reader of the paper sees first."""
     front = sorted((ROOT / "equimini").glob("*.py"))
     assert len(front) <= 15  # with __init__.py
-    assert sum(len(path.read_text().splitlines()) for path in front) <= 2450  # of which mean_flow.py, beyond the paper: some 150
+    assert sum(len(path.read_text().splitlines()) for path in front) <= 2450  # mean_flow.py is beyond the paper
     assert all(path.read_text().startswith('"""') for path in front)
