@@ -15,8 +15,8 @@ from equimini.presets import GeneratorTraining
 from equimini.training.options import RunConfig
 from equimini.training.precision import PRECISIONS, adamw, compiled, load_optimizer, set_float32
 from equimini.training.prefetch import Prefetcher
-from equimini.training.step import (Ema, MicroBatch, Stepper, add, micro_batches, warmup_decay_lr,
-                                    weight_decay_groups)
+from equimini.training.step import (Ema, MicroBatch, Stepper, add, cooldown, micro_batches,
+                                    warmup_decay_lr, weight_decay_groups)
 from equimini.utils import checkpoint, distributed
 from equimini.utils.checkpoint import tokenizer_content
 from equimini.utils.errors import UserError
@@ -94,7 +94,8 @@ class GeneratorTrainer:
         log, and the loss of every column and of T_BINS equal parts of t from 0 to 1.
         """
         cfg, sums = self.cfg, {}
-        lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps)
+        lr = (warmup_decay_lr(step, cfg.lr, cfg.warmup_steps)
+              * cooldown(step, cfg.steps, cfg.lr_cooldown))
         drawn = self.prefetch(self.step_draws, step, len(data), *self.shape(data))
         for part, draws in zip(micro_batches(len(data), self.opts.accumulate), drawn):
             seed_torch(self.seed, 1, step, part.places[0])  # dropout

@@ -98,6 +98,11 @@ def warmup_decay_lr(step: int, lr: float, warmup_steps: int, decay: float = 1.0,
     return lr * decay ** ((step - warmup_steps) // every)
 
 
+def cooldown(step: int, steps: int, share: float) -> float:
+    """Factor on the learning rate: 1, and down to 0 in a line over the last `share` of steps."""
+    return min(1.0, (steps - step) / (share * steps)) if share else 1.0
+
+
 class Stepper:
     """One optimizer step from the gradients of all micro-batches and processes, clipped.
 

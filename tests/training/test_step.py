@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from equimini.training.step import Ema, Stepper, warmup_decay_lr
+from equimini.training.step import Ema, Stepper, cooldown, warmup_decay_lr
 from equimini.utils.errors import UserError
 
 
@@ -48,3 +48,8 @@ def test_learning_rate_rises_from_0_then_falls_in_steps():
     found = [warmup_decay_lr(k, 8.0, 4, 0.5, 3) for k in range(11)]
     assert found == [0, 2, 4, 6, 8, 8, 8, 4, 4, 4, 2]
     assert warmup_decay_lr(0, 8.0, 0) == warmup_decay_lr(999, 8.0, 0) == 8
+
+
+def test_cooldown():
+    assert [cooldown(k, 10, 0.4) for k in range(5, 11)] == pytest.approx([1, 1, 0.75, 0.5, 0.25, 0])
+    assert cooldown(9, 10, 0) == 1
