@@ -267,17 +267,22 @@ class Stream:
         self.context = self.generator.encode_classes(labels.repeat(n).to(self.device), drop)
 
     @torch.no_grad()
-    def feed(self, x: Tensor) -> None:
-        """Take x (B, C) as the next column; what follows is as if it had been drawn."""
-        self._next_z()
+    def feed(self, x: Tensor) -> Tensor:
+        """Take x (B, C) as the next column; what follows is as if it had been drawn.
+
+        Returns z (branches·B, d), from which it would have been.
+        """
+        z = self._next_z()
         self.last, self.column = x.to(self.device), self.column + 1
+        return z
 
     @torch.no_grad()
-    def draw(self) -> Tensor:
-        """The next column, (B, C), normalised."""
+    def draw(self, noise: Tensor | None = None) -> Tensor:
+        """The next column, (B, C), normalised; from noise (B, C) in place of the seeds'."""
         z = self._next_z()
-        noise = column_noise(self.seeds, self.column, self.generator.channels).to(self.device)
-        self.last = self.sampler(z, noise, self.guidance.scale(self.column))
+        if noise is None:
+            noise = column_noise(self.seeds, self.column, self.generator.channels)
+        self.last = self.sampler(z, noise.to(self.device), self.guidance.scale(self.column))
         self.column += 1
         return self.last
 

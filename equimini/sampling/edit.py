@@ -11,12 +11,13 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from equimini.sampling.class_schedule import ClassSchedule, schedule_labels
+from equimini.sampling.fit import FITTED, LOOK_AHEAD, draw_candidates, ranking, reach, widen
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
 from equimini.utils import checkpoint
@@ -133,19 +134,46 @@ def parse_columns(text: str, n: int) -> list[int]:
 
 def resample(model: ImageGenerator, source: Tokens, columns: Sequence[int], seeds: Sequence[int],
              options: SamplingOptions, plan: ClassSchedule | None = None,
-             progress: Callable[[Iterable], Iterable] = iter) -> Tokens:
+             progress: Callable[[Iterable], Iterable] = iter, fit: int = 1) -> Tokens:
     """Draw columns of one picture (B = 1) again, once per seed; the others stay as they are.
 
-    plan: classes of the drawn columns (their own, where None).  Raises UserError where a class is
-    needed and not known.
+    plan: classes of the drawn columns (their own, where None).  fit: candidates per version and
+    gap, of which one is chosen that what is kept on the right follows well (fit.py); 1: none.
+    Raises UserError where a class is needed and not known.
     """
-    n = source.tokens.shape[1]
+    labels = _planned(source, columns, plan)
+    return _draw(model, source, labels, list(columns), seeds, options, progress, fit)
+
+
+def candidates(model: ImageGenerator, source: Tokens, columns: Sequence[int], seed: int,
+               options: SamplingOptions, plan: ClassSchedule | None = None,
+               progress: Callable[[Iterable], Iterable] = iter,
+               fit: int = 16) -> tuple[Tokens, Tensor]:
+    """`fit` versions of one picture (B = 1) with neighbouring `columns` drawn again, the best first.
+
+    Returns the versions, and their log weights (fit,), up to a constant: how well what is kept on
+    the right follows.  The order is that of a draw by weight without replacement: version 0 is
+    what `resample` chooses, and the first few are a choice for the eye.
+    """
+    labels = _planned(source, columns, plan)
+    gaps = _gaps(columns)
+    if len(gaps) != 1:
+        raise ValueError(f"columns must be neighbours, got {list(columns)}")
+    tokens, found = _blank(source, labels, list(columns), [seed] * fit)
+    drawn, weights = fill_gap(model, tokens[0], labels, gaps[0], seed, options, fit,
+                              iter(progress(columns)))
+    tokens[:, list(columns)] = drawn
+    return Tokens(tokens, *found, source.options), weights
+
+
+def _planned(source: Tokens, columns: Sequence[int], plan: ClassSchedule | None) -> Tensor:
+    """The class of every column (N,) once `columns` are of those in `plan`."""
     labels = source.labels[0].clone()
     if plan is not None:
-        planned = schedule_labels(plan, n)
+        planned = schedule_labels(plan, len(labels))
         labels[list(columns)] = planned[list(columns)]
         labels = torch.where(labels == UNKNOWN, planned, labels)
-    return _draw(model, source, labels, list(columns), seeds, options, progress)
+    return labels
 
 
 def extend(model: ImageGenerator, source: Tokens, columns: int, seeds: Sequence[int],
@@ -156,31 +184,121 @@ def extend(model: ImageGenerator, source: Tokens, columns: int, seeds: Sequence[
     plan: classes of the new columns (the last one's, where None).  Raises UserError where a class
     is needed and not known.
     """
-    old, given = source.labels[0], source.tokens.shape[1]
-    new = old[-1:].expand(columns) if plan is None else schedule_labels(plan, columns)
-    labels = torch.cat((torch.where(old == UNKNOWN, new[0], old), new))
+    labels = _prolonged(source, columns, plan)
+    given = source.tokens.shape[1]
     return _draw(model, source, labels, list(range(given, given + columns)), seeds, options,
                  progress)
 
 
+def close_ring(model: ImageGenerator, source: Tokens, columns: int, seeds: Sequence[int],
+               options: SamplingOptions, plan: ClassSchedule | None = None,
+               progress: Callable[[Iterable], Iterable] = iter, fit: int = 16) -> Tokens:
+    """`extend`, such that the picture's own beginning follows the last new column.
+
+    fit: candidates for the end, as for `resample`.
+    """
+    labels = _prolonged(source, columns, plan)
+    given = source.tokens.shape[1]
+    return _draw(model, source, labels, list(range(given, given + columns)), seeds, options,
+                 progress, fit, ring=True)
+
+
+def _prolonged(source: Tokens, columns: int, plan: ClassSchedule | None) -> Tensor:
+    old = source.labels[0]
+    new = old[-1:].expand(columns) if plan is None else schedule_labels(plan, columns)
+    return torch.cat((torch.where(old == UNKNOWN, new[0], old), new))
+
+
+@torch.no_grad()
+def mirror(model: ImageGenerator, picture: Tokens, pixels: Tensor) -> Tokens:
+    """The picture (B = 1) seen in a mirror: `pixels` (1, 3, H, N·f), mirrored and encoded anew.
+
+    Continued to the right, it is the picture continued to the left.  The way back is another call
+    with the mirrored pixels.  Raises UserError for a generator that has not seen mirrored pictures.
+    """
+    if not model.mirrored:
+        raise UserError("this generator was trained without mirrored pictures (the built-in data "
+                        "has none), so it cannot continue pictures to the left")
+    tokens = model.tokenizer.normalize(model.tokenizer.encode(pixels.flip(3).to(model.device)))
+    return Tokens(tokens.cpu(), picture.labels.flip(1), picture.seeds.flip(1), picture.options)
+
+
 def _draw(model: ImageGenerator, source: Tokens, labels: Tensor, drawn: list[int],
           seeds: Sequence[int], options: SamplingOptions,
-          progress: Callable[[Iterable], Iterable]) -> Tokens:
+          progress: Callable[[Iterable], Iterable], fit: int = 1, ring: bool = False) -> Tokens:
     """One version of the picture per seed, with the columns `drawn` new, of the classes `labels`."""
+    tokens, found = _blank(source, labels, drawn, seeds)
+    if fit > 1:
+        steps = iter(progress([(seed, i) for seed in seeds for i in drawn]))
+        for picture, seed in zip(tokens, seeds):
+            for gap in _gaps(drawn):
+                versions, weights = fill_gap(model, picture, labels, gap, seed, options, fit,
+                                             steps, ring)
+                picture[gap.start:gap.stop] = versions[0]
+        next(steps, None)
+        return Tokens(tokens, *found, source.options)
+    b = len(seeds)
+    stream = model.stream(labels[:1].expand(b), seeds, len(labels), options)
+    for i in progress(drawn):
+        while stream.column < i:  # kept columns
+            stream.set_class(labels[stream.column].expand(b))
+            stream.feed(tokens[:, stream.column])
+        stream.set_class(labels[i].expand(b))
+        tokens[:, i] = stream.draw().cpu()
+    return Tokens(tokens, *found, source.options)
+
+
+def _blank(source: Tokens, labels: Tensor, drawn: list[int],
+           seeds: Sequence[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Tokens (B, N, C) of one version per seed, before `drawn` are; all labels and seeds."""
     if (labels == UNKNOWN).any():
         raise UserError("the picture does not say which class it shows; name it with --classes")
     b, n, given = len(seeds), len(labels), source.tokens.shape[1]
     tokens = torch.zeros(b, n, source.tokens.shape[2])
     all_seeds = source.seeds.new_zeros(b, n)
     tokens[:, :given], all_seeds[:, :given] = source.tokens, source.seeds
-    stream = model.stream(labels[:1].expand(b), seeds, n, options)
-    for i in progress(drawn):
-        while stream.column < i:  # kept columns
-            stream.set_class(labels[stream.column].expand(b))
-            stream.feed(tokens[:, stream.column])
-        stream.set_class(labels[i].expand(b))
-        tokens[:, i], all_seeds[:, i] = stream.draw().cpu(), torch.tensor(seeds)
-    return Tokens(tokens, labels.expand(b, n).clone(), all_seeds, source.options)
+    all_seeds[:, drawn] = torch.tensor(seeds)[:, None]
+    return tokens, (labels.expand(b, n).clone(), all_seeds)
+
+
+def _gaps(drawn: Sequence[int]) -> list[range]:
+    """Neighbouring columns together."""
+    gaps: list[range] = []
+    for i in drawn:
+        if gaps and gaps[-1].stop == i:
+            gaps[-1] = range(gaps[-1].start, i + 1)
+        else:
+            gaps.append(range(i, i + 1))
+    return gaps
+
+
+def fill_gap(model: ImageGenerator, tokens: Tensor, labels: Tensor, gap: range, seed: int,
+             options: SamplingOptions, fit: int, steps: Iterator,
+             ring: bool = False) -> tuple[Tensor, Tensor]:
+    """`fit` versions (fit, gap, C) of one gap in tokens (N, C), ranked, and their log weights.
+
+    They differ in the gap's last columns only, where it is longer than FITTED.
+    """
+    n, follow = len(labels), min(LOOK_AHEAD, reach(model.generator.config))
+    right = [i % n if ring else i for i in range(gap.stop, gap.stop + follow)]
+    right = [i for i in right if i < n and i not in gap]
+    stream = model.stream(labels[:1], [seed], n, options)
+    first = max(gap.start, gap.stop - FITTED)
+    while stream.column < first:
+        i = stream.column
+        stream.set_class(labels[i:i + 1])
+        if i in gap:
+            next(steps)
+            tokens[i] = stream.draw()[0].cpu()
+        else:
+            stream.feed(tokens[i:i + 1])
+    wide = model.stream(labels[first].expand(fit), [seed] * fit, n, options)
+    widen(wide, torch.zeros(fit, dtype=torch.long), stream.state())
+    drawn, weights = draw_candidates(wide, labels[[*range(first, gap.stop), *right]],
+                                     gap.stop - first, tokens[right], seed, steps)
+    best = ranking(weights, seed, gap.start)
+    same = tokens[gap.start:first].expand(fit, -1, -1)
+    return torch.cat((same, drawn[best].cpu()), 1), weights[best].cpu()
 
 
 def next_seed(source: Tokens) -> int:

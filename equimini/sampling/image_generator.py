@@ -26,6 +26,8 @@ from equimini.utils.checkpoint import tokenizer_inside
 from equimini.utils.command_line import config_from_dict
 from equimini.utils.errors import UserError
 
+UNMIRRORED = ("synthetic", "synthetic-object")  # the data that training does not mirror
+
 
 @dataclass
 class ImageGenerator:
@@ -35,6 +37,7 @@ class ImageGenerator:
     tokenizer: Tokenizer
     classes: list[str]
     columns: int = 0  # of its training pictures; 0: those of a square
+    mirrored: bool = True  # whether these were mirrored at random
     packed: LastPacked = field(default_factory=LastPacked, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -161,6 +164,8 @@ def load_generator(path: Path | str, device: str | torch.device = "cpu", ema: bo
                                len(content["classes"]), tokenizer.config.token_channels)
     checkpoint.load_weights(generator, checkpoint.weights_of(content, ema, path), path)
     generator.eval().requires_grad_(False)
-    width = content["config"].get("run", {}).get("width", 0)  # files that do not hold "columns"
-    columns = content.get("columns", 0) or width // tokenizer.config.f
-    return ImageGenerator(generator.to(device), tokenizer.to(device), content["classes"], columns)
+    run = content["config"].get("run", {})  # says both in files that do not themselves
+    columns = content.get("columns", 0) or run.get("width", 0) // tokenizer.config.f
+    mirrored = content.get("mirrored", run.get("latents") or run.get("data") not in UNMIRRORED)
+    return ImageGenerator(generator.to(device), tokenizer.to(device), content["classes"], columns,
+                          bool(mirrored))
