@@ -46,7 +46,9 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, *, rope: Rope
 
     Returns (B, Nq, H, D), contiguous, in q's dtype (under autocast: autocast's dtype); sums
     and softmax run in float32 (float64 for float64, which the CUDA kernels do not take).
-    Differentiable in q, k and v, in every mode of torch and to any order.
+    Differentiable in q, k and v, in every mode of torch and to any order.  A NaN or an infinity
+    spoils what depends on it and may spoil, in the same head of the same batch entry, tokens up
+    to a tile of 64 beyond that (0 · NaN is NaN); in the reference, whose tile is everything, all.
     Raises ValueError or TypeError, naming the argument, for what does not fit.
     """
     device = q.device.type

@@ -178,3 +178,36 @@ def run_case(case: Case, forward, backward, device: str = "cpu",
     judge(case, inputs, first, rounds_rotated)
     for name, x, y in zip(NAMES, first, attend()):
         assert torch.equal(x, y), f"{case}: {name} differs between two runs"
+
+
+REACH = 64  # tokens, a tile: contract of window_attention
+
+
+def check_reach(forward, backward, window: int, dtype: torch.dtype, n_q: int = 160,
+                reach: int | None = REACH, device: str = "cpu") -> None:
+    """What is not finite in one token spoils what depends on it, and `reach` tokens beside that.
+
+    Nothing in other heads and batch entries: each but the first has a token of its own.
+    reach None: the whole sequence.
+    """
+    n_k, b, h = 160, 2, 4
+    q, k, v, grad, rope, _, scale = draw_inputs(Case(b, n_q, n_k, h, 16, window, dtype), device)
+    rest = (*rope, None, window, 0.0, scale)
+    for name, x in (("q", q), ("k", k), ("v", v), ("grad", grad)):
+        x = x.clone()
+        at = torch.full((b, h), 10**6)
+        for number in range(1, b * h):  # 7 places in a tile
+            entry, head = divmod(number, h)
+            at[entry, head] = n_k // 2 + 5 * number
+            x[entry, n_k // 2 + 5 * number - n_k + x.shape[1], head] = float(
+                ("inf", "nan")[number % 2])
+        inputs = {"q": q, "k": k, "v": v, "grad": grad, name: x}
+        dout = inputs.pop("grad")
+        out, lse = forward(*inputs.values(), *rest)
+        results = (out, *backward(dout, *inputs.values(), out, lse, *rest))
+        for result, what in zip(results, ("out", "dq", "dk", "dv")):
+            # result (B, N, H, D)
+            entry, token, head = (~result.isfinite()).any(-1).nonzero().cpu().unbind(1)
+            distance = (token + n_k - result.shape[1] - at[entry, head]).abs()
+            assert (distance < (n_k if reach is None else window + reach)).all(), (
+                f"{name} in {what}, window {window}: {int(distance.max())} tokens off")

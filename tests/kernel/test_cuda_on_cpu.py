@@ -21,7 +21,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from attention_cases import Case, draw_case, draw_inputs, run_case  # noqa: E402
+from attention_cases import Case, check_reach, draw_case, draw_inputs, run_case  # noqa: E402
 from emulation import CSRC, DTYPES, PATHS, EmulatedKernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -80,6 +80,14 @@ def test_random(kernels: EmulatedKernels, path: str, seed: int):
     kernels.path = path
     kernels.library.set_schedule(seed)
     run(small_case(seed, path), kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path,window", [("registers", 4), ("shared memory", 5),
+                                         ("shared memory", 15), ("tensor cores", 20)])
+def test_nan_goes_no_further_than_a_tile(kernels: EmulatedKernels, path: str, window: int):
+    kernels.path = path
+    check_reach(kernels.forward, kernels.backward, window, torch.bfloat16)
 
 
 @pytest.mark.parametrize("window,dtype,paths", [

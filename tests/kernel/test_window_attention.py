@@ -22,7 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))
-from attention_cases import Case, draw_case, draw_inputs, run_case  # noqa: E402
+from attention_cases import REACH, Case, check_reach, draw_case, draw_inputs, run_case  # noqa: E402
 from emulation import CPUKernels  # noqa: E402
 
 import equimini.attention as module  # noqa: E402
@@ -167,7 +167,8 @@ def test_compile(backend):
     inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     grads = [torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (attend, compiled)]
     for x, y in zip(*grads):  # inductor may sum the squares' gradients in another order
-        torch.testing.assert_close(x, y, **({"atol": 0, "rtol": 0} if backend == "aot_eager" else {}))
+        exact = {"atol": 0, "rtol": 0} if backend == "aot_eager" else {}
+        torch.testing.assert_close(x, y, **exact)
 
 
 def test_autocast():
@@ -219,6 +220,29 @@ def test_nan_is_seen_where_it_is_visible():
     k[0, 3, 0, 5] = float("nan")
     out = window_attention(q, k, v, 4)
     assert out[0, 3:7].isnan().all() and out[0, 7:].isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window", [1, 4, 12, 13, 40])
+def test_nan_goes_no_further_than_a_tile(device: str, window: int):
+    narrow = device == "cpu" and window <= 12
+    for dtype in device_dtypes(device):
+        for n_q in (160, 100):
+            check_reach(*OPERATOR, window, dtype, n_q, 0 if narrow else REACH, device)
+    check_reach(*REFERENCE, window, torch.float32, 100, None)
+
+
+def test_cached_decoding_reads_no_unset_memory(generator):
+    """With every uninitialised tensor full of NaN, column by column is still the whole."""
+    tokens, context = torch.randn(2, 9, 6), generator.encode_classes(torch.tensor([0, 1]))
+    whole, cache = generator(tokens, context), []
+    torch.use_deterministic_algorithms(True)  # which fills them
+    try:
+        assert torch.empty(1).isnan()
+        parts = [generator(tokens[:, i:i + 1], context, i, cache) for i in range(9)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
 
 
 def test_keep_mask_is_murmur():
@@ -358,6 +382,8 @@ def test_other_processors(march: str, tmp_path: Path):
     kernels = CPUKernels(tmp_path, march)
     for case in [*CHOSEN, *(draw_case(random.Random(n), ALL, 140) for n in range(120))]:
         run_case(case, kernels.forward, kernels.backward)
+    for window in (4, 13, 40):
+        check_reach(kernels.forward, kernels.backward, window, torch.bfloat16)
 
 
 @pytest.mark.slow
