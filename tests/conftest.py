@@ -1,6 +1,10 @@
 """Small models and folders that several tests share."""
 
 import dataclasses
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: a core each, and none spins for another's
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
