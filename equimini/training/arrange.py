@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
-from pathlib import Path
+from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from equimini.training.archives import dataset_labels
-from equimini.training.search import ENCODING, NO_LABEL, Search
-from equimini.utils.errors import UserError
+from equimini.training.archives import Reader
+from equimini.training.search import ENCODING, NO_LABEL, TABLE, Search
+from equimini.utils.errors import UserError, first_line
 
 MAX_CLASSES = 100_000
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "dev"}
@@ -24,10 +25,8 @@ def arrange(path: str, kind: str, volumes: list[str],
 
     Raises UserError where nothing was, or where folders are no classes.
     """
-    if kind == "folder" and os.path.isfile(table := os.path.join(path, "dataset.json")):
-        labels = dataset_labels(Path(table).read_bytes(), path)
-        found.labels = [labels.get(name, "") for name in found.names]
-    if labelled := any(found.labels):
+    tables = label_by_tables(path, Reader(kind, volumes), found)
+    if labelled := tables or any(found.labels):
         names, used, numbered = by_label(found)
     else:
         names, used, numbered = without_top(found, kind), range(len(found.names)), False
@@ -57,7 +56,8 @@ def arrange(path: str, kind: str, volumes: list[str],
     short = [names[i] if flat else names[i].partition("/")[2] for i in order]
     coded = [name.encode(*ENCODING) for name in short]
     arrays = {"labels": np.array([number[f] for f in firsts] if firsts else [0] * len(order)),
-              "hashes": np.array([name_hash(names[i]) for i in order], np.uint32),
+              "hashes": np.array([name_hash(own_name(names[i], found.aliases)) for i in order],
+                                 np.uint32),
               "ends": np.cumsum([len(name) for name in coded]),
               "text": np.frombuffer(b"".join(coded), np.uint8),
               **{k: np.array(getattr(found, k))[order] for k in ("volumes", "offsets", "sizes")}}
@@ -69,16 +69,45 @@ def arrange(path: str, kind: str, volumes: list[str],
     return about, arrays
 
 
+def label_by_tables(path: str, reader: Reader, found: Search) -> bool:
+    """Give pictures the labels in the dataset.json of their archive or folder, as StyleGAN and EDM
+    keep them; whether there is one.  Raises UserError for labels that are no whole numbers."""
+    tables: dict[int, dict[str, int]] = {}
+    for i in reversed([i for i, name in enumerate(found.names) if name == TABLE]):
+        _, _, *place = (values.pop(i) for values in found.columns())
+        try:
+            table = json.loads(reader.read(TABLE, *place))
+            if isinstance(table, dict) and "labels" in table:
+                tables[place[0]] = dict(table["labels"] or {})
+            else:  # somebody else's
+                found.leave_out(".json: files that nothing here reads", TABLE)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{TABLE} in {path} is damaged: {first_line(error)}") from None
+    for label in (label for pairs in tables.values() for label in pairs.values()):
+        if isinstance(label, bool) or not isinstance(label, int):
+            what = "vectors" if isinstance(label, list) else f"such as {label!r}"
+            raise UserError(f"the labels in {path} are {what}; classes must be whole numbers")
+    for i, (name, volume) in enumerate(zip(found.names, found.volumes)):
+        if volume in tables:  # one class for all if there are no labels
+            found.labels[i] = str(tables[volume].get(name, "")) if tables[volume] else "0"
+    return bool(tables)
+
+
 def by_label(found: Search) -> tuple[list[str], list[int], bool]:
-    """LABEL/NAME of every picture, those that have a label, and whether labels are numbers."""
-    numbered = all(re.fullmatch(r"-?\d+", label) for label in set(found.labels) if label)
-    limit, used, names = len(found.class_names) or MAX_CLASSES, [], []
+    """LABEL/NAME of every picture, those that have a label, and whether labels are numbers (most
+    of them: then the others are damaged)."""
+    whole = {label: bool(re.fullmatch(r"-?\d{1,18}", label)) for label in set(found.labels)}
+    counts = Counter(whole[label] for label in found.labels if label)
+    numbered, limit = counts[True] > counts[False], len(found.class_names) or MAX_CLASSES
+    used, names = [], []
     for i, (name, label) in enumerate(zip(found.names, found.labels)):
-        names.append(f"{int(label) if label and numbered else label}/{name}")
+        good = not numbered or whole[label]
+        names.append(f"{int(label) if numbered and good else label}/{name}")
         if not label:
             found.leave_out(NO_LABEL, name)
-        elif numbered and not 0 <= int(label) < limit:
-            found.leave_out(f"labels that are not 0 to {limit - 1}, left out", f"{name}: {label}")
+        elif not good or numbered and not 0 <= int(label) < limit:
+            found.leave_out(f"labels that are not 0 to {limit - 1}, left out",
+                            f"{name}: {label[:40]}")
         else:
             used.append(i)
     return names, used, numbered
@@ -144,6 +173,15 @@ def nothing_found(path: str, found: Search) -> str:
     left = "; ".join(f"{reason}: {n}, e.g. {name}" for reason, (n, name) in found.left_out.items())
     return (f"no image files in {path}; expected {path}/CLASS/picture.jpg, or pictures directly "
             f"in {path}{f' (left out: {left})' if left else ''}")
+
+
+def own_name(name: str, aliases: dict[str, str]) -> str:
+    """A name below links to folders, as it is without them: a picture stays on one side of the
+    split, by whatever class it is found."""
+    for link, home in reversed(aliases.items()):  # links inside links come last
+        if name.startswith(link + "/"):
+            return home + name[len(link):]
+    return name
 
 
 def name_hash(name: str) -> int:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import time
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Iterator
@@ -28,13 +29,15 @@ from equimini.training.arrange import arrange
 from equimini.training.parquet import scan_parquet
 from equimini.training.search import ENCODING, Damaged, Search, scan_folder, scan_old_folder
 from equimini.utils.command_line import output_folder
-from equimini.utils.errors import UserError
-from equimini.utils.files import locked, replacing, write_text
+from equimini.utils.errors import UserError, first_line
+from equimini.utils.files import locked, replacing
+from equimini.utils.npz import map_array
 
-FORMAT = 1
+FORMAT = 2
 SMALL = 10_000  # pictures; of fewer no index is kept: they are found again in no time
-PART = 50_000   # pictures after which a search can be taken up again
-ARRAYS = ("labels", "hashes", "volumes", "offsets", "sizes", "ends", "text")
+PAUSE = 30      # seconds after which a search is put down, to be taken up again
+PLACES = ("volumes", "offsets", "sizes")
+ARRAYS = ("labels", "hashes", "ends", "text", *PLACES)
 
 
 class Source:
@@ -42,8 +45,8 @@ class Source:
 
     def __init__(self, about: dict[str, Any], arrays: dict[str, np.ndarray],
                  kept: Path | None = None) -> None:
-        """about: what is kept as JSON; arrays: one value a picture; kept: where both lie."""
-        self.about, self.kept = about, kept
+        """about: what is kept as JSON; arrays: one value a picture; kept: the file of both."""
+        self.kept = kept
         self.folders: list[str] = about["folders"]  # the classes, as the source calls them
         self.classes: list[str] = about["classes"]  # and as people do
         self.flat: bool = about["flat"]  # one class, without a folder of its own
@@ -62,21 +65,26 @@ class Source:
 
     def name(self, i: int) -> str:
         """CLASS/NAME of picture i; of a flat source, NAME."""
+        return self._own(i) if self.flat else f"{self.folders[self.labels[i]]}/{self._own(i)}"
+
+    def _own(self, i: int) -> str:
         ends = self.arrays["ends"]
-        name = bytes(self.arrays["text"][ends[i - 1] if i else 0:ends[i]]).decode(*ENCODING)
-        return name if self.flat else f"{self.folders[self.labels[i]]}/{name}"
+        return bytes(self.arrays["text"][ends[i - 1] if i else 0:ends[i]]).decode(*ENCODING)
+
+    def _file(self, i: int) -> str:
+        """Its path below the folder; a class with a number has no folder."""
+        return self._own(i) if self.numbered else self.name(i)
 
     def where(self, i: int) -> str:
         """Picture i's file, or its archive and its name there, for messages."""
         volume = self.reader.volumes[int(self.arrays["volumes"][i])]
-        return os.path.join(volume, self.name(i)) if "folder" in self.reader.kind \
+        return os.path.join(volume, self._file(i)) if "folder" in self.reader.kind \
             else f"{volume}: {self.name(i)}"
 
     def read(self, i: int) -> bytes:
         """The bytes of picture i's file.  Raises OSError or ValueError if they are not there."""
-        name = self.name(i) if "folder" in self.reader.kind else ""
-        place = (int(self.arrays[key][i]) for key in ("volumes", "offsets", "sizes"))
-        return self.reader.read(name, *place)
+        name = self._file(i) if "folder" in self.reader.kind else ""
+        return self.reader.read(name, *(int(self.arrays[key][i]) for key in PLACES))
 
     def __getstate__(self) -> dict[str, Any]:
         """Arrays that lie in files are mapped anew by another process, not sent to it."""
@@ -86,7 +94,7 @@ class Source:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.kept:
-            self._take(map_arrays(self.kept))
+            self._take(load(self.kept)[1])
 
 
 def open_source(path: str, folder: str | Path | None = None, truncated: bool = False,
@@ -105,18 +113,18 @@ def open_source(path: str, folder: str | Path | None = None, truncated: bool = F
         return Source(*build(path, kind, volumes, None, truncated))
     absolute = [os.path.abspath(volume) for volume in volumes]
     key = hashlib.sha256("\n".join([*absolute, str(truncated)]).encode(*ENCODING)).hexdigest()[:16]
-    kept = Path(folder) / key
-    output_folder(str(folder))
+    kept = output_folder(str(folder)) / f"{key}.npz"
     with locked(Path(folder), wait=True):
-        about = read_about(kept)
-        if about is None:
+        about, arrays = load(kept)
+        if not about or not trusted(about):
             about, arrays = build(path, kind, volumes, kept, truncated)
             if len(arrays["labels"]) <= SMALL:
                 with suppress(OSError):  # unless it holds another index
                     Path(folder).rmdir()
                 return Source(about, arrays)
             save(kept, about, arrays)
-        return Source({**about, "path": path, "volumes": volumes}, map_arrays(kept), kept)
+            arrays = load(kept)[1]
+        return Source({**about, "path": path, "volumes": volumes}, arrays, kept)
 
 
 def find_volumes(path: str) -> tuple[str, list[str]]:
@@ -177,25 +185,28 @@ def archive_kind(path: str) -> str:
 
 def build(path: str, kind: str, volumes: list[str], kept: Path | None,
           truncated: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Search a source and put its pictures into order; kept: where parts of the search go."""
-    stamps, found = signature(volumes), Search()
-    place = take_up(kept, stamps, found)
-    saved, before = len(found.names), np.cumsum([0] + [os.path.getsize(v) for v in volumes])
+    """Search a source and put its pictures into order; kept: where its index will be."""
+    part = kept and kept.with_suffix(".part.npz")
+    stamps, found = signature(volumes), Search(truncated)
+    place, saved = take_up(part, stamps, found), time.monotonic()
+    before = np.cumsum([0] + [os.path.getsize(v) for v in volumes])
     with tqdm(total=int(before[-1]) if "folder" not in kind else None, unit="B", unit_scale=True,
               desc=f"looking through {path}", delay=2) as bar:
-        for number, at in scan(kind, volumes, place, found, truncated):
+        for number, at in scan(kind, volumes, place, found):
             bar.update(int(before[number]) + at - bar.n)
-            if kept and len(found.names) - saved >= PART:
-                put_down(kept, stamps, found, saved, (number, at))
-                saved = len(found.names)
+            if part and time.monotonic() - saved >= PAUSE:
+                put_down(part, stamps, found, (number, at))
+                saved = time.monotonic()
     about, arrays = arrange(path, kind, volumes, found)
+    if part:
+        part.unlink(missing_ok=True)
     about |= {"format": FORMAT, "built": time.time_ns(), "stamps": signature(found.watched
                                                                              or volumes)}
     return about, arrays
 
 
-def scan(kind: str, volumes: list[str], place: tuple[int, int], found: Search,
-         truncated: bool) -> Iterator[tuple[int, int]]:
+def scan(kind: str, volumes: list[str], place: tuple[int, int],
+         found: Search) -> Iterator[tuple[int, int]]:
     """Fill `found` from a place on; yields places (volume, byte) to take the search up from."""
     for number in range(place[0], len(volumes)):
         volume, start = volumes[number], place[1] if number == place[0] else 0
@@ -205,47 +216,35 @@ def scan(kind: str, volumes: list[str], place: tuple[int, int], found: Search,
                     end = os.path.getsize(volume)
                     for at in scan_tar(file.fileno(), number, start, end, found):
                         yield number, at
-            elif kind == "folder":
-                scan_folder(volume, found)
-            elif kind == "old folder":
-                scan_old_folder(volume, found)
+            elif "folder" in kind:
+                (scan_folder if kind == "folder" else scan_old_folder)(volume, found)
             else:
                 (scan_zip if kind == "zip" else scan_parquet)(volume, number, found)
         except Damaged as error:
-            if not truncated:
-                raise UserError(f"{volume} is damaged: {error}; copy it again, or add "
-                                "--allow-truncated to use what can be read") from None
-            found.leave_out("archives that are damaged, used up to there", f"{volume}: {error}")
+            found.damaged(volume, error, len(volumes) == 1)
         except OSError as error:
-            raise UserError(f"cannot read {volume}: {error.strerror}") from None
+            raise UserError(f"cannot read {error.filename or volume}: "
+                            f"{error.strerror or first_line(error)}") from None
         yield number + 1, 0
 
 
-def put_down(kept: Path, stamps: list, found: Search, first: int, place: tuple[int, int]) -> None:
-    """Keep what was found since picture `first`, and where the search is."""
-    kept.mkdir(parents=True, exist_ok=True)
-    with replacing(kept / f"part-{first:010d}.npz") as file:
-        np.savez(file, names=joined(found.names[first:]), labels=joined(found.labels[first:]),
-                 **{k: getattr(found, k)[first:] for k in ("volumes", "offsets", "sizes")})
-    state = {"format": FORMAT, "stamps": stamps, "place": place, "folders": sorted(found.folders),
-             "left_out": found.left_out, "class_names": found.class_names}
-    write_text(kept / "search.json", json.dumps(state))
+def put_down(part: Path, stamps: list, found: Search, place: tuple[int, int]) -> None:
+    """Keep what was found, and where the search is."""
+    save(part, {"format": FORMAT, "stamps": stamps, "place": place, "folders": sorted(found.folders),
+                "left_out": found.left_out, "class_names": found.class_names},
+         {"names": joined(found.names), "labels": joined(found.labels),
+          **{k: np.array(getattr(found, k)) for k in PLACES}})
 
 
-def take_up(kept: Path | None, stamps: list, found: Search) -> tuple[int, int]:
+def take_up(part: Path | None, stamps: list, found: Search) -> tuple[int, int]:
     """The opposite: fill `found`, and give the place; (0, 0) where there is nothing to take up."""
-    try:
-        state = json.loads((kept / "search.json").read_text()) if kept else {}
-    except (OSError, ValueError):
-        state = {}
-    if state.get("format") != FORMAT or state["stamps"] != stamps:
+    state, arrays = load(part, ("names", "labels", *PLACES)) if part else ({}, {})
+    if not state or state["stamps"] != stamps:
         return 0, 0
-    for part in sorted(kept.glob("part-*.npz")):
-        with np.load(part) as rows:
-            found.names += split(rows["names"])
-            found.labels += split(rows["labels"])
-            for key in ("volumes", "offsets", "sizes"):
-                getattr(found, key).extend(rows[key].tolist())
+    for key in ("names", "labels"):
+        setattr(found, key, arrays[key].tobytes().decode(*ENCODING).split("\0")[:-1])
+    for key in PLACES:
+        getattr(found, key).extend(arrays[key].tolist())
     found.folders, found.left_out = set(state["folders"]), state["left_out"]
     found.class_names = state["class_names"]
     return tuple(state["place"])
@@ -254,11 +253,6 @@ def take_up(kept: Path | None, stamps: list, found: Search) -> tuple[int, int]:
 def joined(names: list[str]) -> np.ndarray:
     """Names as bytes, each ended by a 0."""
     return np.frombuffer("".join(f"{name}\0" for name in names).encode(*ENCODING), np.uint8)
-
-
-def split(text: np.ndarray) -> list[str]:
-    """The opposite."""
-    return text.tobytes().decode(*ENCODING).split("\0")[:-1]
 
 
 def signature(paths: list[str]) -> list[list]:
@@ -271,32 +265,29 @@ def signature(paths: list[str]) -> list[list]:
     return found
 
 
-def read_about(kept: Path) -> dict[str, Any] | None:
-    """What is kept of an index; None if there is none, or its source has changed since."""
+def trusted(about: dict[str, Any]) -> bool:
+    """Whether the source of an index is still as it was."""
     try:
-        about = json.loads((kept / "about.json").read_text())
         stamps = signature([path for path, *_ in about["stamps"]])
-    except (OSError, ValueError, KeyError):
-        return None
+    except OSError:
+        return False
     # a time so shortly before the index was made may still be that of a later change
-    settled = all(time_ns < about["built"] - 2 * 10**9 for *_, time_ns in stamps)
-    there = all((kept / f"{name}.npy").exists() for name in ARRAYS)
-    return about if about["format"] == FORMAT and stamps == about["stamps"] and settled and there \
-        else None
+    return stamps == about["stamps"] and all(time_ns < about["built"] - 2 * 10**9
+                                             for *_, time_ns in stamps)
 
 
-def save(kept: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """Keep an index; what its search kept is deleted."""
-    kept.mkdir(parents=True, exist_ok=True)
-    (kept / "about.json").unlink(missing_ok=True)
-    for name, values in arrays.items():
-        with replacing(kept / f"{name}.npy") as file:
-            np.save(file, values)
-    write_text(kept / "about.json", json.dumps(about))
-    for path in (*kept.glob("part-*.npz"), kept / "search.json"):
-        path.unlink(missing_ok=True)
+def save(path: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Keep arrays and what is to be known about them in one file."""
+    with replacing(path) as file:
+        np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
 
 
-def map_arrays(kept: Path) -> dict[str, np.ndarray]:
-    """The arrays of an index, which stay in their files."""
-    return {name: np.asarray(np.load(kept / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}
+def load(path: Path,
+         names: tuple[str, ...] = ARRAYS) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The opposite, the arrays mapped into memory; both empty where there is no such file."""
+    try:
+        about = json.loads(map_array(path, "about").tobytes())
+        arrays = {name: np.asarray(map_array(path, name)) for name in names}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return {}, {}
+    return (about, arrays) if about.get("format") == FORMAT else ({}, {})

@@ -182,6 +182,9 @@ def test_links_to_folders_are_followed_and_end(picture_folder, tmp_path):
     assert sorted(found) == sorted([*plain, "fox/0.png", *dogs])
     assert source.classes == ["cat", "dog", "eel", "fox", "hen"]
     assert sorted(n for n, _ in source.left_out.values()) == [1, 6]
+    side = dict(zip(found, source.hashes.tolist()))  # a picture is held out by all its names
+    assert {side[f"{there}/0.png"] for there in ("eel/once", "hen", "dog")} == {side["dog/0.png"]}
+    assert side["fox/back/0.png"] == side["cat/0.png"] != side["fox/0.png"]
 
 
 def test_pictures_that_nothing_reads_are_counted_and_named(picture_folder):
