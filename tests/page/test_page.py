@@ -1,0 +1,347 @@
+"""The page's server over loopback: drawing, history, refusals, and the command that draws the same."""
+
+import base64
+import http.client
+import io
+import json
+import os
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from equimini import load_generator
+from equimini.page import server as page_server
+from equimini.page.drawing import Studio
+from equimini.page.server import Server
+from equimini.sampling.edit import load_tokens
+from equimini.sampling.strip import flat
+from equimini.utils.errors import UserError
+from tests.helpers.scripts import call
+
+QUICK = {"solver": "euler", "steps": 2}
+
+
+class Client:
+    """Talks to a server in this process."""
+
+    def __init__(self, studio):
+        self.studio, self.server = studio, Server(studio, 0)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+        self.host = f"127.0.0.1:{self.server.server_port}"
+
+    def ask(self, method, path, body=None, **headers):
+        """Status and content of the answer."""
+        link = http.client.HTTPConnection(self.host, timeout=60)
+        link.request(method, path, body, headers)
+        answer = link.getresponse()
+        content = answer.read()
+        kind = answer.headers["Content-Type"]
+        link.close()
+        return answer.status, json.loads(content) if kind == "application/json" else content
+
+    def post(self, path, **fields):
+        version = self.studio.strip.version
+        return self.ask("POST", f"{path}?version={version}", json.dumps(fields))
+
+    def draw(self, **order):
+        """The lines that an order is answered with."""
+        status, content = self.ask("POST", "/draw", json.dumps(QUICK | order))
+        assert status == 200, content
+        return [json.loads(line) for line in content.splitlines()]
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def client(model, tmp_path):
+    client = Client(Studio(model, tmp_path))
+    yield client
+    client.close()
+
+
+def picture(content):
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def test_it_draws_on_shows_what_it_keeps_and_is_found_again(client, model, tmp_path):
+    lines = client.draw(columns=70, classes=[0] * 30 + [2] * 40, seed=3)
+    assert lines[0]["at"] == 0 and lines[-1]["state"]["labels"] == [0] * 30 + [2] * 40
+    shown = np.zeros((32, 280, 3), np.uint8)
+    for line in lines[:-1]:
+        piece = picture(base64.b64decode(line["png"]))
+        shown[:, line["at"] * 4:line["at"] * 4 + piece.shape[1]] = piece
+    whole = picture(client.ask("GET", "/strip.png")[1])
+    assert np.array_equal(shown, whole)
+    assert np.array_equal(picture(client.ask("GET", "/pixels?from=5&to=9")[1]), whole[:, 20:36])
+    tokens = client.studio.strip.columns["token"]
+    labels = torch.tensor([[0] * 30 + [2] * 40])
+    drawn = torch.stack(list(model.draw(labels, [3], lines_options(client))), 1)[0]
+    torch.testing.assert_close(torch.tensor(tokens), drawn, rtol=1e-4, atol=1e-4)
+    again = Studio(model, tmp_path)
+    assert np.array_equal(flat(again.strip.columns), whole)
+
+
+def lines_options(client):
+    from equimini.sampling.options import SamplingOptions
+    return SamplingOptions(**client.studio.strip.last()["options"])
+
+
+def test_candidates_change_their_columns_and_fade_into_two(client):
+    client.draw(columns=30, classes=[1] * 30)
+    before = client.studio.strip.columns.copy()
+    lines = client.draw(do="redraw", start=10, end=12, fit=2)
+    assert {line.get("candidate") for line in lines[:-1]} == {0, 1, 2, 3}
+    state = lines[-1]["state"]
+    assert state["candidates"] == {"at": 8, "span": [10, 12], "count": 4}
+    third = picture(client.ask("GET", "/candidate?k=2")[1])
+    status, state = client.post("/choose", candidate=2)
+    assert status == 200 and state["candidates"] is None
+    after = client.studio.strip.columns
+    assert np.array_equal(flat(after[8:14]), third)
+    changed = (before["token"] != after["token"]).any(1).nonzero()[0].tolist()
+    assert changed == [10, 11] and len(set(after["seed"][10:12])) == 1
+    kept = [*range(8), *range(14, 30)]
+    assert np.array_equal(before["pixels"][kept], after["pixels"][kept])
+    assert client.post("/choose", candidate=0)[0] == 400  # they are gone
+    lines = client.draw(do="redraw", start=20, end=21, later="draw", candidates=2)
+    client.post("/choose", candidate=1)
+    assert (client.studio.strip.columns["token"][20:] != after["token"][20:]).any(1).all()
+
+
+def test_to_the_left_kept_columns_stay_and_a_ring_joins(client):
+    client.draw(columns=20, classes=[1] * 20)
+    before = client.studio.strip.columns.copy()
+    lines = client.draw(do="left", columns=5, classes=[0, 0, 2, 2, 2])
+    assert lines[0]["at"] == -1 and lines[-1]["state"]["labels"] == [0, 0, 2, 2, 2] + [1] * 20
+    after = client.studio.strip.columns
+    assert np.array_equal(after["token"][5:], before["token"])
+    assert np.array_equal(after["pixels"][7:], before["pixels"][2:])
+    assert client.ask("GET", "/start.png")[0] == 200
+    state = client.draw(do="ring", columns=6, fit=2)[-1]["state"]
+    assert state["ring"] and len(state["labels"]) == 31
+    assert not np.array_equal(client.studio.strip.columns["pixels"][0], after["pixels"][0])  # faded
+    assert client.post("/undo")[1]["ring"] is False
+    assert np.array_equal(client.studio.strip.columns, after)
+    client.studio.model.mirrored = False
+    assert "mirrored" in client.ask("POST", "/draw", json.dumps(
+        {"do": "left", "columns": 2}))[1]["error"]
+
+
+def test_undo_and_redo_without_end_and_after_a_kill(client, model, tmp_path):
+    client.draw(columns=3, classes=[0] * 3)
+    states = [client.studio.strip.columns.copy()]
+    for k in range(5):
+        client.draw(do="redraw", start=1, end=2, candidates=1)
+        client.post("/choose", candidate=0)
+        states.append(client.studio.strip.columns.copy())
+    size = sum((tmp_path / name).stat().st_size for name in ("columns.bin", "history.jsonl"))
+    for state in states[-2::-1]:
+        client.post("/undo")
+        assert np.array_equal(client.studio.strip.columns, state)
+    assert client.post("/undo")[1]["labels"] == [] and client.post("/undo")[0] == 200
+    for state in states:
+        client.post("/redo")
+        assert np.array_equal(client.studio.strip.columns, state)
+    grown = sum((tmp_path / name).stat().st_size for name in ("columns.bin", "history.jsonl"))
+    assert grown - size < 1000  # moves are lines
+    with open(tmp_path / "history.jsonl", "ab") as file:  # a line that a kill cut off
+        file.write(b'{"at": 0, "take": [], "pu')
+    with open(tmp_path / "columns.bin", "ab") as file:
+        file.write(b"x" * 100)
+    again = Studio(model, tmp_path)
+    assert np.array_equal(again.strip.columns, states[-1])
+    again.strip.undo()
+    assert np.array_equal(Studio(model, tmp_path).strip.columns, states[-2])
+    again.strip.edit(0, 1, states[0][:1])
+    assert len(again.strip.edits) == again.strip.done  # nothing to redo
+    assert np.array_equal(Studio(model, tmp_path).strip.columns[1:], states[-2][1:])
+
+
+def test_a_full_disk_leaves_the_strip_as_it_was(client, tmp_path, monkeypatch):
+    client.draw(columns=3, classes=[0] * 3)
+    before = [(tmp_path / name).read_bytes() for name in ("columns.bin", "history.jsonl")]
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, answer = client.post("/new")
+    assert status == 400 and "No space left" in answer["error"]
+    assert "No space left" in client.draw(columns=2)[-1]["error"]
+    assert [(tmp_path / name).read_bytes() for name in ("columns.bin", "history.jsonl")] == before
+
+
+def test_a_photograph_keeps_its_pixels(client, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 66, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    status, state = client.ask("POST", f"/photo?version={client.studio.strip.version}",
+                               file.getvalue())
+    assert status == 200 and state["labels"] == [-1] * 16 and state["command"] == ""
+    assert np.array_equal(picture(client.ask("GET", "/strip.png")[1]), pixels[:, :64])
+    error = client.draw(columns=4)[-1]["error"]
+    assert "which class" in error
+    client.draw(columns=4, classes=[2] * 4)
+    assert np.array_equal(picture(client.ask("GET", "/strip.png")[1])[:, :56], pixels[:, :56])
+    (tmp_path / "strip.pt").write_bytes(client.ask("GET", "/strip.pt")[1])
+    assert load_tokens(tmp_path / "strip.pt", client.studio.model).labels.tolist() == [[2] * 20]
+
+
+def test_what_is_refused_changes_nothing(client, tmp_path):
+    client.draw(columns=4, classes=[0] * 4)
+    state = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    good, text = json.dumps({"columns": 2, **QUICK}), "x" * 10
+    version = f"?version={client.studio.strip.version}"
+    large, bomb = io.BytesIO(), io.BytesIO()
+    Image.new("1", (8_000, 8_000)).save(large, "PNG")
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    for method, path, body, headers, status, words in (
+            ("POST", "/draw", good, {"Host": "example.com"}, 403, "nowhere else"),
+            ("GET", "/state", None, {"Host": f"evil.test:{client.server.server_port}"}, 403, "page"),
+            ("POST", "/draw", good, {"Origin": "http://example.com"}, 403, "another page"),
+            ("POST", "/draw", good, {"Origin": "null"}, 403, "another page"),
+            ("POST", "/draw", good, {"Sec-Fetch-Site": "cross-site"}, 403, "another page"),
+            ("GET", "/strip.pt", None, {"Sec-Fetch-Site": "same-site"}, 403, "another page"),
+            ("POST", "/draw", text, {}, 400, "JSON"), ("POST", "/draw", "[1]", {}, 400, "JSON"),
+            ("POST", "/draw", "[" * 100_000, {}, 400, "JSON"),
+            ("POST", "/draw", '{"colour": 1}', {}, 400, "unknown field 'colour'"),
+            ("POST", "/draw", '{"columns": "2"}', {}, 400, "columns must be int"),
+            ("POST", "/draw", '{"columns": 0}', {}, 400, "at least 1"),
+            ("POST", "/draw", '{"columns": true}', {}, 400, "columns must be int"),
+            ("POST", "/draw", '{"columns": 9999}', {}, 400, "at most 4096"),
+            ("POST", "/draw", '{"cfg": NaN}', {}, 400, "cfg must be at least"),
+            ("POST", "/draw", '{"solver": "magic"}', {}, 400, "solver must be one of"),
+            ("POST", "/draw", '{"solver": "mean-flow"}', {}, 400, "average velocities"),
+            ("POST", "/draw", '{"classes": [0, 3], "columns": 2}', {}, 400, "below 3"),
+            ("POST", "/draw", '{"classes": [0], "columns": 2}', {}, 400, "must be 2 numbers"),
+            ("POST", "/draw", '{"classes": ["0"], "columns": 1}', {}, 400, "classes must be list"),
+            ("POST", "/draw", '{"classes": 5}', {}, 400, "classes must be list"),
+            ("POST", "/draw", '{"do": "redraw", "start": 3, "end": 5}', {}, 400, "has 4 columns"),
+            ("POST", "/draw", " " * 200_000, {}, 413, "too large"),
+            ("POST", "/draw", None, {"Transfer-Encoding": "chunked"}, 411, "Content-Length"),
+            ("POST", "/draw", "", {"Content-Length": "-5"}, 411, "Content-Length"),
+            ("POST", "/undo" + version, '{"now": 1}', {}, 400, "fields"),
+            ("POST", "/choose" + version, '{"candidate": 0}', {}, 400, "no such candidate"),
+            ("POST", "/choose" + version, '{}', {}, 400, "candidate"),
+            ("POST", "/undo?version=0", "{}", {}, 409, "changed"), ("POST", "/undo", "{}", {}, 409, ""),
+            ("POST", "/photo" + version, b"no picture", {}, 400, "no picture"),
+            ("POST", "/photo" + version, b"%!PS-Adobe-3.0 EPSF-3.0\n", {}, 400, "no picture"),
+            ("POST", "/photo" + version, large.getvalue(), {}, 400, "8000x8000"),
+            ("POST", "/photo" + version, bomb.getvalue(), {}, 400, "no picture"),
+            ("POST", "/photo" + version, large.getvalue()[:900], {}, 400, "picture"),
+            ("GET", "/pixels?from=a&to=2", None, {}, 400, "from must be"),
+            ("GET", "/pixels?from=9&to=12", None, {}, 404, "nothing"),
+            ("GET", "/../../etc/passwd", None, {}, 404, "there is no"),
+            ("GET", "/draw", None, {}, 404, "there is no"), ("POST", "/state", "{}", {}, 404, "no /")):
+        found, answer = client.ask(method, path, body, **headers)
+        assert (found, words in answer["error"]) == (status, True), (path, body, headers, answer)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == state
+    assert len(client.draw(columns=2)[-1]["state"]["labels"]) == 6  # it lives on
+
+
+def test_slow_and_many_connections_block_nobody(client, monkeypatch):
+    monkeypatch.setattr(page_server, "SECONDS", 0.5)
+    monkeypatch.setattr(page_server.Handler, "timeout", 5)
+    slow = [socket.create_connection(("127.0.0.1", client.server.server_port)) for _ in range(40)]
+    for k in range(4):  # header by header, for ever
+        for one in slow:
+            try:
+                one.sendall(b"GET /state HTTP/1.0\r\n" if k == 0 else b"X: y\r\n")
+            except OSError:
+                pass
+        time.sleep(0.2)
+    deadline = time.time() + 10
+    while True:
+        try:
+            assert client.ask("GET", "/state")[0] == 200
+            break
+        except (OSError, http.client.HTTPException):
+            assert time.time() < deadline
+            time.sleep(0.1)
+    for one in slow:
+        one.close()
+
+
+def start(client, **order):
+    """An order whose answer is read line by line."""
+    link = socket.create_connection(("127.0.0.1", client.server.server_port))
+    body = json.dumps(QUICK | order)
+    link.sendall(f"POST /draw HTTP/1.0\r\nHost: {client.host}\r\n"
+                 f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    file = link.makefile("rb")
+    while file.readline().strip():
+        pass
+    return link, file
+
+
+def test_stop_a_closed_tab_and_the_queue(client):
+    one, lines = start(client, columns=4000, classes=[0] * 4000)
+    lines.readline()
+    two, waiting = start(client, columns=2, classes=[1] * 2)
+    assert json.loads(waiting.readline()) == {"waiting": True}
+    assert client.post("/new")[0] == 409
+    assert client.ask("POST", "/stop", "{}")[0] == 200
+    assert len(json.loads(lines.readlines()[-1])["state"]["labels"]) < 4000
+    labels = json.loads(waiting.readlines()[-1])["state"]["labels"]
+    assert labels[-3:] == [0, 1, 1]  # the second one's turn came
+    three, lines = start(client, columns=4000, classes=[0] * 4000)
+    lines.readline()
+    for link, file in ((one, None), (two, waiting), (three, lines)):
+        if file:
+            file.close()
+        link.close()
+    with client.server.turn:  # the tab is closed: its drawing ends, what it drew stays
+        n = len(client.studio.strip.columns)
+        assert len(labels) < n < 4000
+    assert client.post("/undo")[1]["labels"] == labels
+
+
+def test_a_fault_of_the_program_is_told_and_survived(client, monkeypatch, capfd):
+    client.draw(columns=2, classes=[0] * 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(client.studio.model.tokenizer, "decode", lambda tokens: 1 / 0)
+        assert "ZeroDivisionError" in client.draw(columns=2)[-1]["error"]
+    assert "Traceback" in capfd.readouterr().err
+    assert client.post("/undo")[0] == 200
+
+
+def test_a_folder_of_another_tokenizer_is_refused(client, model, tmp_path):
+    client.draw(columns=2, classes=[0] * 2)
+    model.tokenizer.set_statistics(0.0, 1.0)
+    with pytest.raises(UserError, match="holds a strip of other settings"):
+        Studio(model, tmp_path)
+
+
+def test_the_command_draws_the_same_tokens(tmp_path):
+    model = load_generator("scenes")
+    client = Client(Studio(model, tmp_path))
+    try:
+        order = {"solver": "midpoint", "steps": 2, "fit": 1}
+        client.draw(columns=6, classes=[4] * 3 + [1] * 3, **order)
+        same(client, model, tmp_path)
+        client.draw(columns=3, **order)
+        same(client, model, tmp_path)
+        client.draw(do="redraw", start=2, end=4, classes=[0, 0], candidates=2, **order)
+        client.post("/choose", candidate=1)
+        same(client, model, tmp_path)
+    finally:
+        client.close()
+
+
+def same(client, model, folder):
+    """What the page's command draws from the page's token file is what the page shows."""
+    (folder / "strip.pt").write_bytes(client.ask("GET", "/strip.pt")[1])
+    _, script, *words = client.ask("GET", "/state")[1]["command"].split()
+    call(script, *words, cwd=folder)
+    mine, its = (load_tokens(folder / name, model) for name in ("strip.pt", "again.pt"))
+    torch.testing.assert_close(its.tokens, mine.tokens, rtol=1e-3, atol=1e-3)
+    assert torch.equal(its.labels, mine.labels) and torch.equal(its.seeds, mine.seeds)
