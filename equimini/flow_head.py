@@ -33,8 +33,8 @@ def time_embedding(t: Tensor) -> Tensor:
 class VelocityHead(Protocol):
     """What a sampler asks of a head; a generator's `head` may be any module that offers this.
 
-    scales: None, guidance is computed from two branches; or from which to which guidance scale the
-    head itself is told (`embed_scale`), see `equimini.mean_flow`.
+    scales: None, both branches are evaluated and guided; or from which to which scale z is guided
+    instead, and the head is told (`embed_scale`), see `equimini.mean_flow`.
     """
 
     scales: tuple[float, float] | None

@@ -3,8 +3,10 @@
     x_r = x_t − (t − r)·u(x_t, r, t, z, s),       u = 1/(t − r) · ∫_r^t v(x_τ, τ, z) dτ
 
 (MeanFlow, arXiv 2505.13447.)  At r = t it is the velocity v of Eq. 8, so every solver still runs.
-v is that of a trained generator, the teacher, guided: v_uncond + s·(v_cond − v_uncond).  The scale
-s is a condition of u, so a column costs one evaluation of one branch, at any guidance.
+v is that of a trained generator, the teacher, guided: v_uncond + s·(v_cond − v_uncond).  The head
+is guided before it runs: z = z_uncond + s·(z_cond − z_uncond), which differs from that in the
+second order of a small difference, and s is a condition of u, which learns the rest.  So a column
+costs the head one evaluation, at any scale.
 
 MeanFlow trains u through the integral's derivative, v = u + (t − r)·du/dt.  Here v is a network's,
 without noise: its flow can be followed, and u is regressed to the integral itself, which comes to
@@ -83,6 +85,11 @@ class MeanFlowHead(FlowHead):
         return self.conditioned(x, self.embed_time(t, r) + scale, z)
 
 
+def guided_context(z: Tensor, s: float | Tensor) -> Tensor:
+    """z under guidance s (…), of both branches' z (2, …, d), with a class and without: (…, d)."""
+    return z[1] + (s[..., None] if isinstance(s, Tensor) else s) * (z[0] - z[1])
+
+
 def guided_velocity(head: FlowHead, z: Tensor, s: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """v(x, t) under guidance s (…), of both branches' z (2, …, d), with a class and without."""
     def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -121,8 +128,8 @@ def mean_flow_errors(head: FlowHead, teacher: FlowHead, z: Tensor, z_teacher: Te
                      eps: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
     """(u − (x_t − x_r)/(t − r))² on M ways along each token's flow, the mean over channels.
 
-    z: (B, N, d), of the head; z_teacher: (2, B, N, d), with the class and without; u: (M, B, N)
-    and more: (INTERVALS, B, N), uniform; eps: (B, N, C), standard normal: where the flow starts.
+    z, of the head, and z_teacher: (2, B, N, d), with the class and without; u: (M, B, N) and
+    more: (INTERVALS, B, N), uniform; eps: (B, N, C), standard normal: where the flow starts.
     Returns the errors, weighted by WHOLE_WAY, and t, both (M, B, N).
     """
     n = INTERVALS
@@ -137,7 +144,8 @@ def mean_flow_errors(head: FlowHead, teacher: FlowHead, z: Tensor, z_teacher: Te
         x_t, x_r, v_t = (torch.take_along_dim(y, i[..., None], 0)
                          for y, i in ((x, a), (x, b), (v, a.clamp(max=n - 1))))
         average = torch.where((a == b)[..., None], v_t, (x_t - x_r) / (t - r)[..., None])
-    errors = (head(x_t, t, z, r, s.expand_as(t)).float() - average).square().mean(3)
+    predicted = head(x_t, t, guided_context(z, s), r, s.expand_as(t)).float()
+    errors = (predicted - average).square().mean(3)
     weight = torch.ones_like(u[:, :1, :1])
     weight[0] = WHOLE_WAY
     return errors * weight / weight.mean(), t

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from equimini.flow_head import VelocityHead
 from equimini.generator import Generator, KeyValue
+from equimini.mean_flow import guided_context
 from equimini.noise import normal, rng
 
 SCHEDULES = ("linear", "constant")
@@ -177,9 +178,11 @@ class ColumnSampler:
         """One column x (B, C), normalised, from noise (B, C).
 
         z: (B, d), the transformer's output for this column; or (2·B, d) for guidance with scale
-        s: conditional first, then unconditional.  A head with `scales` is told s.
+        s: conditional first, then unconditional.  A head with `scales` is told s, and z is guided.
         """
         branches = len(z) // len(noise)
+        if self.head.scales and branches == 2:
+            z, branches = guided_context(z.view(2, len(noise), -1), s), 1
         modulations = self.modulations(z, s)
 
         def velocity(x: Tensor, t: float) -> Tensor:
@@ -249,7 +252,7 @@ class Stream:
         self.generator, self.seeds, self.guidance = generator, list(seeds), guidance
         self.sampler, self.step = sampler, step or partial(generator, max_position=max_position)
         self.device, self.labels = generator.no_class.device, None
-        self.branches = 1 if generator.head.scales else guidance.branches  # rows per image
+        self.branches = guidance.branches  # rows per image
         self.column = 0  # the next one
         self.last: Tensor | None = None  # (B, C), the column before
         self.cache: list[KeyValue] = []

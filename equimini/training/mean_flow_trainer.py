@@ -21,10 +21,12 @@ def distillation_errors(model: Generator, tokens: Tensor, labels: Tensor, u: Ten
 
     head_alone: the head reads the teacher's z, else that of its own transformer, with gradients.
     """
+    def branches(generator: Generator) -> Tensor:  # z with the class and without, (2, B, N, d)
+        return torch.stack([generator.predict(tokens, labels, torch.full_like(labels, drop).bool(),
+                                              shift) for drop in (0, 1)])
     with torch.no_grad():
-        z_teacher = torch.stack([teacher.predict(tokens, labels, torch.full_like(labels, drop).bool(),
-                                                 shift) for drop in (0, 1)])
-    z = z_teacher[0] if head_alone else model.predict(tokens, labels, None, shift)
+        z_teacher = branches(teacher)
+    z = z_teacher if head_alone else branches(model)
     return mean_flow_errors(model.head, teacher.head, z, z_teacher, u, eps, more)
 
 

@@ -94,7 +94,7 @@ def test_after_training_one_evaluation_solves_a_linear_flow():
     derivative along (v, 0, 1) that finite differences give, too."""
     torch.manual_seed(0)
     student, (b, n, c) = Linear(), (40, 5, 3)
-    z = torch.zeros(b, n, 1, dtype=torch.float64)
+    z = torch.zeros(2, b, n, 1, dtype=torch.float64)
     u, more = (torch.rand(k, b, n, dtype=torch.float64) for k in (8, INTERVALS))
     eps = torch.randn(b, n, c, dtype=torch.float64)
 
@@ -102,7 +102,7 @@ def test_after_training_one_evaluation_solves_a_linear_flow():
         return RATE * x.expand(2, *x.shape)
 
     def loss():
-        return mean_flow_errors(student, teacher, z, z.expand(2, -1, -1, -1), u, eps, more)[0].mean()
+        return mean_flow_errors(student, teacher, z, z, u, eps, more)[0].mean()
 
     def closure():
         optimizer.zero_grad()
@@ -131,7 +131,7 @@ def test_after_training_one_evaluation_solves_a_linear_flow():
 
 
 def test_a_generator_draws_columns_in_any_number_of_evaluations():
-    """The steps are x ← x − (t − r)·u, of one branch at the column's guidance; packed as well."""
+    """The steps are x ← x − (t − r)·u, of z at the column's guidance; packed as well."""
     torch.manual_seed(0)
     generator = make_generator(GeneratorConfig(layers=2, embed_dim=32, heads=2, head_width=32,
                                                head_depth=2, objective="mean-flow"), 3, 6).eval()
@@ -139,10 +139,16 @@ def test_a_generator_draws_columns_in_any_number_of_evaluations():
         nn.init.normal_(p, std=0.1)
     generator.requires_grad_(False)
     labels, seeds, head = torch.tensor([0, 2]), [5, 6], generator.head
+
+    def context(tokens, i, s):
+        cond, uncond = (generator.predict(tokens, labels, torch.tensor([drop, drop]))[:, i]
+                        for drop in (False, True))
+        return uncond + s * (cond - uncond)
+
     for steps in (1, 3):
         drawn = sample_tokens(generator, labels, 4, seeds, cfg=3.0, steps=steps, solver="mean-flow")
-        z = generator.predict(drawn, labels)[:, 2]
-        x, s = column_noise(seeds, 2, 6), torch.full((2,), Guidance(3.0, "linear", 4).scale(2))
+        s = Guidance(3.0, "linear", 4).scale(2)
+        z, x, s = context(drawn, 2, s), column_noise(seeds, 2, 6), torch.full((2,), s)
         for t in torch.linspace(1, 0, steps + 1)[:-1].expand(2, -1).T:
             x = x - head(x, t, z, t - 1 / steps, s) / steps
         torch.testing.assert_close(drawn[:, 2], x, rtol=1e-4, atol=1e-5)
@@ -150,7 +156,7 @@ def test_a_generator_draws_columns_in_any_number_of_evaluations():
                               solver="mean-flow")
         torch.testing.assert_close(again, drawn, rtol=1e-4, atol=1e-5)
     plain = sample_tokens(generator, labels, 4, seeds, cfg=3.0, steps=2, solver="euler")
-    z, x = generator.predict(plain, labels)[:, 3], column_noise(seeds, 3, 6)
+    z, x = context(plain, 3, 3.0), column_noise(seeds, 3, 6)
     for t in (torch.ones(2), torch.full((2,), 0.5)):
         x = x - head(x, t, z, None, torch.full((2,), 3.0)) / 2
     torch.testing.assert_close(plain[:, 3], x, rtol=1e-4, atol=1e-5)
