@@ -22,8 +22,10 @@ MOST_THREADS = 8
 
 def rng(purpose: str, *key: int) -> np.random.Generator:
     """A fresh generator for this purpose and key (non-negative integers)."""
-    sequence = np.random.SeedSequence([zlib.crc32(purpose.encode()), *key])
-    return np.random.Generator(np.random.Philox(sequence))
+    words = [zlib.crc32(purpose.encode()), *key]
+    if max(words) < 2**32:  # an array is taken in half the time; larger numbers are several words
+        words = np.array(words, np.uint32)
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
 
 
 def normal(shape: tuple[int, ...], rngs: list[np.random.Generator]) -> Tensor:

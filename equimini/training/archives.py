@@ -15,7 +15,6 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any, BinaryIO, Iterator
 
 from equimini.training.parquet import open_parquet, read_group
@@ -248,7 +247,8 @@ class Reader:
     def read(self, name: str, volume: int, offset: int, size: int) -> bytes:
         """Raises OSError or ValueError where the bytes are not there."""
         if "folder" in self.kind:
-            return Path(self.volumes[0], name).read_bytes()
+            with open(os.path.join(self.volumes[0], name), "rb", buffering=0) as file:
+                return file.read()
         if self.kind == "parquet":
             return self._row(volume, offset >> 32, offset & 0xffffffff)
         file = self._file(volume).fileno()

@@ -80,7 +80,7 @@ class ImageFolder(Dataset[Item]):
              flip: bool) -> tuple[Tensor, int]:
         """Picture `index`, cropped at random (draw None: at the centre), and its class."""
         for i in self._stand_ins(index):
-            picture = self.kept[i] if i in self.kept else self.decode(i)
+            picture = self.kept[i].numpy() if i in self.kept else self.decode(i)
             if picture is not None:
                 return self._crop(picture, draw, flip), int(self.labels[i])
         raise UserError(f"none of the {len(self)} pictures can be read, {self.where(index)} among "
@@ -94,9 +94,9 @@ class ImageFolder(Dataset[Item]):
         yield from ring[alike].tolist()
         yield from ring[~alike].tolist()
 
-    def decode(self, i: int) -> Tensor | None:
-        """Picture i, scaled, uint8 (3, h, w); None, after one warning, if it cannot be read."""
-        if self.found[i] == UNREADABLE:
+    def decode(self, i: int) -> np.ndarray | None:
+        """Picture i, scaled, uint8 (h, w, 3); None, after one warning, if it cannot be read."""
+        if self.found.numpy()[i] == UNREADABLE:
             return None
         try:
             image = read_rgb(BytesIO(self.content(i)), 4 * max(self.height, self.width))
@@ -111,8 +111,7 @@ class ImageFolder(Dataset[Item]):
                               f"than the crops of {self.width}x{self.height}; such pictures are "
                               "scaled up, and counted", stacklevel=4)
             self.found[i] = SCALED_UP
-        scaled = np.array(scale_to_fit(image, self.height, self.width))
-        return torch.from_numpy(scaled).permute(2, 0, 1)
+        return np.asarray(scale_to_fit(image, self.height, self.width))
 
     def keep_in_memory(self, gigabytes: float, workers: int) -> None:
         """Decode pictures once, now, and keep them until so much memory is full.
@@ -152,11 +151,12 @@ class ImageFolder(Dataset[Item]):
         """How many pictures found so far are smaller than the crops."""
         return int((self.found == SCALED_UP).sum())
 
-    def _crop(self, x: Tensor, draw: np.random.Generator | None, flip: bool) -> Tensor:
-        room = x.shape[1] - self.height, x.shape[2] - self.width
+    def _crop(self, x: np.ndarray, draw: np.random.Generator | None, flip: bool) -> Tensor:
+        room = x.shape[0] - self.height, x.shape[1] - self.width
         top, left = (int(draw.integers(n + 1)) if draw else n // 2 for n in room)
-        x = x[:, top:top + self.height, left:left + self.width]
-        return (x.flip(2) if flip else x).contiguous()
+        x = x[top:top + self.height, left:left + self.width]
+        x = x[:, ::-1] if flip else x
+        return torch.from_numpy(np.array(x.transpose(2, 0, 1), order="C"))  # the only copy
 
 
 class _Decoded(Dataset[Tensor]):
@@ -170,7 +170,7 @@ class _Decoded(Dataset[Tensor]):
 
     def __getitem__(self, i: int) -> Tensor:
         picture = self.folder.decode(i)
-        return torch.empty(0, dtype=torch.uint8) if picture is None else picture
+        return torch.from_numpy(np.zeros(0, np.uint8) if picture is None else picture.copy())
 
 
 class Synthetic(Dataset[Item]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,7 +73,7 @@ def read_rgb(path: Path | str | BinaryIO, side: int | None = None) -> Image.Imag
     more than 8 bits, and floating-point numbers, are scaled by the range that they fit into.
     Raises OSError, ValueError or Pillow's own errors for a file that is no readable image.
     """
-    with Image.open(path) as opened:
+    with Image.open(path, formats=_formats()) as opened:
         if side:
             opened.draft("RGB", (side, side))
         image = upright(opened)
@@ -81,7 +82,14 @@ def read_rgb(path: Path | str | BinaryIO, side: int | None = None) -> Image.Imag
         if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """All that Pillow reads; the usual ones first, since it tries them in turn."""
+    Image.init()
+    return sorted(Image.ID, key=lambda name: name not in ("JPEG", "PNG", "WEBP"))
 
 
 def upright(image: Image.Image) -> Image.Image:

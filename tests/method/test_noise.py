@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+import zlib
 
 import numpy as np
 import pytest
@@ -91,3 +92,10 @@ def test_prefetching_does_not_keep_the_function_alive():
         assert alive() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("key", ((), (0, 2**32 - 1), (3, 2**32), (2**40, 0)))
+def test_keys_of_any_size_are_those_of_numpy(key):
+    words = np.random.SeedSequence([zlib.crc32(b"x"), *key])
+    expected = np.random.Generator(np.random.Philox(words)).integers(2**60, size=4)
+    assert (rng("x", *key).integers(2**60, size=4) == expected).all()
