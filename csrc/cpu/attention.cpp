@@ -17,7 +17,8 @@ void run(const Attention& p, const Parallel& parallel) {
   const int64_t cost = p.b * p.h * (Backward ? p.n_k : p.n_q) * keys * p.d;
   const int64_t grain = 1 + (items << 18) / std::max<int64_t>(cost, 1);  // some 10 µs
   parallel.run(items, grain, [&](int64_t begin, int64_t end) {
-    if (narrow_window) narrow<Backward, T, C>(p, chunk, begin, end);
+    if (narrow_window && p.d == 64) narrow<Backward, 64, T, C>(p, chunk, begin, end);
+    else if (narrow_window) narrow<Backward, 0, T, C>(p, chunk, begin, end);
     else if constexpr (Backward) backward<T, C>(p, begin, end);
     else forward<T, C>(p, begin, end);
   });

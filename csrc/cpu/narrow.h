@@ -29,81 +29,105 @@ namespace equimini {
 // The widest window; measured with AVX-512: for D = 64 and long sequences this kernel takes less
 // time than the tiles up to W = 16, for D = 32 up to W = 8.
 constexpr int kNarrow = 12;
+constexpr int kHeld = 4;  // vectors of a row that loops hold at once
 
 // One level of sum_lanes: lanes whose number has the bit Step sum b's pairs, the others a's.
 template <class C, int Step, int... i>
 inline typename Simd<C>::Vec fold(typename Simd<C>::Vec a, typename Simd<C>::Vec b,
                                   std::integer_sequence<int, i...>) {
   constexpr int lanes = kLanes<C>;
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, (i & Step ? i + lanes : i)...) +
-         __builtin_shufflevector(a, b, (i & Step ? (i ^ Step) + lanes : i ^ Step)...);
-#else
-  using Int = typename Simd<C>::Int;
-  return __builtin_shuffle(a, b, Int{(i & Step ? i + lanes : i)...}) +
-         __builtin_shuffle(a, b, Int{(i & Step ? (i ^ Step) + lanes : i ^ Step)...});
-#endif
+  return pick<C, (i & Step ? i + lanes : i)...>(a, b) +
+         pick<C, (i & Step ? (i ^ Step) + lanes : i ^ Step)...>(a, b);
 }
 
 // result[r] = Σ_lane rows[r][lane], for as many rows as there are lanes; changes them.
 template <class C, int Step = kLanes<C> / 2>
 inline typename Simd<C>::Vec sum_lanes(typename Simd<C>::Vec* rows) {
   for (int r = 0; r < Step; r++)
-    rows[r] = fold<C, Step>(rows[r], rows[r + Step],
-                            std::make_integer_sequence<int, kLanes<C>>());
+    rows[r] = fold<C, Step>(rows[r], rows[r + Step], Lanes<C>());
   if constexpr (Step > 1) return sum_lanes<C, Step / 2>(rows);
   else return rows[0];
 }
 
+template <class C>
+constexpr int64_t whole_vectors(int64_t count) {
+  return (count + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+}
+
+// D and the length of a row in scratch memory: numbers that the compiler knows, or (D = 0) not.
+template <class C, int D>
+struct RowSize {
+  static constexpr int64_t d = D, width = whole_vectors<C>(D);
+  explicit RowSize(const Attention&) {}
+};
+template <class C>
+struct RowSize<C, 0> {
+  const int64_t d, width;
+  explicit RowSize(const Attention& p) : d(p.d), width(whole_vectors<C>(p.d)) {}
+};
+
 // The walk along one batch entry's tokens: its rings, and what happens at a token.
-template <class T, class C>
-struct Walk {
+template <class T, class C, int D>
+struct Walk : RowSize<C, D> {
+  using RowSize<C, D>::d, RowSize<C, D>::width;
   using Vec = typename Simd<C>::Vec;
   static constexpr int lanes = kLanes<C>;
 
   const Attention& p;
-  const int64_t width, all_rows, heads, window;  // of a row, of H rows; H padded; W
+  const int64_t all_rows, heads, window;  // length of H rows; H padded; W
   int64_t b = 0;
   Scratch<C> scratch;
   C *k, *v, *q, *grad;   // rings of the last W tokens, (W, H, width)
   C *weights, *dscores;  // rings of the last W queries, (W, W, heads): query, key of its window;
                          // forward has one query at a time
   C *scores, *row, *lse;
+  mutable Turn<C> turn;
 
-  static int64_t up(int64_t count) { return (count + lanes - 1) / lanes * lanes; }
   explicit Walk(const Attention& p)
-      : p(p), width(up(p.d)), all_rows(p.h * width), heads(up(p.h)),
+      : RowSize<C, D>(p), p(p), all_rows(p.h * width), heads(whole_vectors<C>(p.h)),
         window(std::min(p.window, p.n_k)),
-        scratch(window * (4 * all_rows + 2 * window * heads) + up(window * p.h) + width + heads) {
+        scratch(window * (4 * all_rows + 2 * window * heads) + whole_vectors<C>(window * p.h) +
+                width + heads) {
     for (C** ring : {&k, &v, &q, &grad}) *ring = scratch.take(window * all_rows);
     for (C** ring : {&weights, &dscores}) {
       *ring = scratch.take(window * window * heads);
       std::fill_n(*ring, window * window * heads, C(0));  // heads that are padding stay finite
     }
-    scores = scratch.take(up(window * p.h)), row = scratch.take(width), lse = scratch.take(heads);
+    scores = scratch.take(whole_vectors<C>(window * p.h));
+    row = scratch.take(width), lse = scratch.take(heads);
   }
 
   static Vec& vec(C* x) { return *reinterpret_cast<Vec*>(x); }
+  static const Vec& vec(const C* x) { return *reinterpret_cast<const Vec*>(x); }
   int64_t first_key(int64_t i) const { return std::max<int64_t>(0, i - window + 1); }
   C* slot(C* ring, int64_t position) const { return ring + position % window * all_rows; }
   C* pairs(C* ring, int64_t i) const { return ring + i % window * window * heads; }
 
   // Row n of x, all heads, becomes a token of a ring.
-  void load(C* to, const Heads& x, int64_t n, const float* cos, const float* sin, C by = 1) const {
+  void load(C* to, const Heads& x, int64_t n, const Turn<C>* turn, C by = 1) const {
     for (int64_t h = 0; h < p.h; h++) {
       const T* from = x.row<T>(b, n, h);
-      for (int64_t c = 0; c < p.d; c += 64 / sizeof(T)) __builtin_prefetch(from + x.token + c);
-      load_row(to + h * width, from, p.d, width, cos, sin, by);
+      for (int64_t c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(from + x.token + c);
+      load_row(to + h * width, from, d, width, turn, by);
     }
   }
-  const float* cos(int64_t position) const { return p.cos ? p.cos + position * p.d / 2 : nullptr; }
-  const float* sin(int64_t position) const { return p.sin ? p.sin + position * p.d / 2 : nullptr; }
   void load_key(int64_t j) const {
-    load(slot(k, j), p.k, j, cos(j), sin(j));
-    load(slot(v, j), p.v, j, nullptr, nullptr);
+    load(slot(k, j), p.k, j, turn.to(p, j));
+    load(slot(v, j), p.v, j, nullptr);
   }
   void load_query(int64_t i) const {
-    load(slot(q, i), p.q, i - p.offset(), cos(i), sin(i), static_cast<C>(p.scale));
+    load(slot(q, i), p.q, i - p.offset(), turn.to(p, i), static_cast<C>(p.scale));
+  }
+
+  // Partial sums of x · y.
+  Vec dot(const C* x, const C* y) const {
+    Vec sum[kHeld] = {};
+    int64_t c = 0;
+    for (; c + kHeld * lanes <= width; c += kHeld * lanes)
+      for (int r = 0; r < kHeld; r++) sum[r] += vec(x + c + r * lanes) * vec(y + c + r * lanes);
+    for (; c < width; c += lanes) sum[0] += vec(x + c) * vec(y + c);
+    for (int r = 1; r < kHeld; r++) sum[0] += sum[r];
+    return sum[0];
   }
 
   // out[j, h] = rows[h] · keys[j, h] for the keys j that query i sees.
@@ -114,9 +138,7 @@ struct Walk {
       const C *x = rows, *y = slot(keys, j);
       for (int64_t h = 0; h < p.h; h++, pair++, x += width, y += width) {
         if (pair && pair % lanes == 0) vec(scores + pair - lanes) = sum_lanes<C>(partial);
-        Vec& sum = partial[pair % lanes] = Vec{};
-        for (int64_t c = 0; c < width; c += lanes)
-          sum += reinterpret_cast<const Vec&>(x[c]) * reinterpret_cast<const Vec&>(y[c]);
+        partial[pair % lanes] = dot(x, y);
       }
     }
     vec(scores + (pair - 1) / lanes * lanes) = sum_lanes<C>(partial);
@@ -164,7 +186,7 @@ struct Walk {
   // row = Σ_n a[n][h] · x[n][h]
   void combine(const Terms& terms, int64_t h) const {
     int64_t c = 0;
-    for (; c + kWide * lanes <= width; c += kWide * lanes) combine_vectors<kWide>(terms, h, c);
+    for (; c + kHeld * lanes <= width; c += kHeld * lanes) combine_vectors<kHeld>(terms, h, c);
     for (; c < width; c += lanes) combine_vectors<1>(terms, h, c);
   }
   template <int V>
@@ -172,19 +194,17 @@ struct Walk {
     Vec sum[V] = {};
     for (int64_t n = 0; n < terms.count; n++)
       for (int r = 0; r < V; r++)
-        sum[r] += terms.a[n][h] *
-                  reinterpret_cast<const Vec&>(terms.x[n][h * width + c + r * lanes]);
+        sum[r] += terms.a[n][h] * vec(terms.x[n] + h * width + c + r * lanes);
     for (int r = 0; r < V; r++) vec(row + c + r * lanes) = sum[r];
   }
 
   // The sums for all heads become one token of a contiguous tensor, from its first element on.
-  void store(void* y, int64_t at, const Terms& terms, const float* cos, const float* sin,
-             C by = 1) const {
+  void store(void* y, int64_t at, const Terms& terms, const Turn<C>* turn, C by = 1) const {
     T* to = static_cast<T*>(y) + at;
-    for (int64_t h = 0; h < p.h; h++, to += p.d) {
-      for (int64_t c = 0; c < p.d; c += 64 / sizeof(T)) __builtin_prefetch(to + p.h * p.d + c, 1);
+    for (int64_t h = 0; h < p.h; h++, to += d) {
+      for (int64_t c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(to + p.h * d + c, 1);
       combine(terms, h);
-      store_row(to, row, p.d, cos, sin, by);
+      store_row(to, row, d, turn, by);
     }
   }
 
@@ -210,7 +230,7 @@ struct Walk {
       products(weights, slot(q, n), k, n);
       softmax(weights, n, lse);
       drop(weights, n);
-      store(p.out, query_at(n), over_keys(weights, v, n), nullptr, nullptr);
+      store(p.out, query_at(n), over_keys(weights, v, n), nullptr);
       for (int64_t h = 0; h < p.h; h++)
         static_cast<C*>(p.lse)[(b * p.h + h) * p.n_q + n - p.offset()] = lse[h];
     }
@@ -240,18 +260,18 @@ struct Walk {
       if (n < end) load_key(n);
       if (n >= first_query && n < end) {
         load_query(n);
-        load(slot(grad, n), p.grad, n - p.offset(), nullptr, nullptr);
+        load(slot(grad, n), p.grad, n - p.offset(), nullptr);
         C *s = pairs(weights, n), *ds = pairs(dscores, n);
         products(s, slot(q, n), k, n);
         products(ds, slot(grad, n), v, n);
         differentiate(s, ds, n);
         if (n < last)
-          store(p.dq, query_at(n), over_keys(ds, k, n), cos(n), sin(n), static_cast<C>(p.scale));
+          store(p.dq, query_at(n), over_keys(ds, k, n), turn.to(p, n), static_cast<C>(p.scale));
       }
       const int64_t j = n - window + 1;  // no later query sees it
       if (j >= first) {
-        store(p.dk, key_at(j), over_queries(dscores, q, j), cos(j), sin(j));
-        store(p.dv, key_at(j), over_queries(weights, grad, j), nullptr, nullptr);
+        store(p.dk, key_at(j), over_queries(dscores, q, j), turn.to(p, j));
+        store(p.dv, key_at(j), over_queries(weights, grad, j), nullptr);
       }
     }
   }
@@ -272,10 +292,10 @@ int64_t narrow_items(const Attention& p, int64_t chunk) {
 }
 
 // Work items begin … end: chunks of one batch entry after the other.
-template <bool Backward, class T, class C>
+template <bool Backward, int D, class T, class C>
 void narrow(const Attention& p, int64_t chunk, int64_t begin, int64_t end) {
   const int64_t low = Backward ? 0 : p.offset(), chunks = narrow_items<Backward>(p, chunk) / p.b;
-  Walk<T, C> walk(p);
+  Walk<T, C, D> walk(p);
   for (int64_t item = begin; item < end; item++) {
     walk.b = item / chunks;
     const int64_t first = low + item % chunks * chunk;

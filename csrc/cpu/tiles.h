@@ -82,13 +82,11 @@ struct Head {
 
   const Attention& p;
   int64_t b, h, width, window;
+  mutable Turn<C> turn;
 
   Head(const Attention& p, int64_t b, int64_t h)
       : p(p), b(b), h(h), width((p.d + lanes - 1) / lanes * lanes),
         window(std::min(p.window, p.n_k)) {}
-
-  const float* cos(int64_t position) const { return p.cos ? p.cos + position * p.d / 2 : nullptr; }
-  const float* sin(int64_t position) const { return p.sin ? p.sin + position * p.d / 2 : nullptr; }
 
   static int64_t padded(int64_t queries) { return (queries + lanes - 1) / lanes * lanes; }
 
@@ -104,9 +102,8 @@ struct Head {
     for (int64_t j = 0; j < count; j++) {
       prefetch(p.k, first + j);
       prefetch(p.v, first + j);
-      load_row(k + j * width, p.k.row<T>(b, first + j, h), p.d, width, cos(first + j),
-               sin(first + j));
-      load_row<T, C>(v + j * width, p.v.row<T>(b, first + j, h), p.d, width, nullptr, nullptr);
+      load_row(k + j * width, p.k.row<T>(b, first + j, h), p.d, width, turn.to(p, first + j));
+      load_row<T, C>(v + j * width, p.v.row<T>(b, first + j, h), p.d, width, nullptr);
     }
   }
 
@@ -114,8 +111,8 @@ struct Head {
   void load_queries(C* q, int64_t first, int64_t count) const {
     for (int64_t i = 0; i < count; i++) {
       prefetch(p.q, first + i - p.offset());
-      load_row(q + i * width, p.q.row<T>(b, first + i - p.offset(), h), p.d, width, cos(first + i),
-               sin(first + i), static_cast<C>(p.scale));
+      load_row(q + i * width, p.q.row<T>(b, first + i - p.offset(), h), p.d, width,
+               turn.to(p, first + i), static_cast<C>(p.scale));
     }
     std::fill(q + count * width, q + padded(count) * width, C(0));
   }

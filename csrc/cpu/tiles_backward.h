@@ -97,10 +97,10 @@ void load_query_tile(const Head<T, C>& head, const Tiles<C>& t, int64_t start, i
     const T* o = static_cast<const T*>(p.out) + p.contiguous_row(head.b, query, head.h, p.n_q);
     head.prefetch(p.grad, query);
     load_row<T, C>(t.grad + i * head.width, p.grad.row<T>(head.b, query, head.h), p.d, head.width,
-                   nullptr, nullptr);
+                   nullptr);
     t.lse[i] = static_cast<const C*>(p.lse)[(head.b * p.h + head.h) * p.n_q + query];
-    for (int64_t c = 0; c < p.d; c++)
-      t.delta[i] += t.grad[i * head.width + c] * static_cast<C>(o[c]);
+    load_row<T, C>(t.scores, o, p.d, head.width, nullptr);
+    for (int64_t c = 0; c < p.d; c++) t.delta[i] += t.grad[i * head.width + c] * t.scores[c];
   }
   head.transpose(t.q_strips, t.q, stop - start);
   head.transpose(t.grad_strips, t.grad, stop - start);
@@ -139,13 +139,12 @@ void backward(const Attention& p, int64_t begin, int64_t end) {
       }
       for (int64_t i = 0; own && i < stop - start; i++)
         store_row(static_cast<T*>(p.dq) + p.contiguous_row(b, start + i - p.offset(), h, p.n_q),
-                  t.dq + i * width, p.d, head.cos(start + i), head.sin(start + i),
-                  static_cast<C>(p.scale));
+                  t.dq + i * width, p.d, head.turn.to(p, start + i), static_cast<C>(p.scale));
     }
     for (int64_t j = chunk; j < chunk_end; j++) {
       const int64_t row = p.contiguous_row(b, j, h, p.n_k), from = (j - chunk) * width;
-      store_row(static_cast<T*>(p.dk) + row, t.dk + from, p.d, head.cos(j), head.sin(j));
-      store_row<T, C>(static_cast<T*>(p.dv) + row, t.dv + from, p.d, nullptr, nullptr);
+      store_row(static_cast<T*>(p.dk) + row, t.dk + from, p.d, head.turn.to(p, j));
+      store_row<T, C>(static_cast<T*>(p.dv) + row, t.dv + from, p.d, nullptr);
     }
   }
 }

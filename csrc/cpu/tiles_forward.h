@@ -85,7 +85,7 @@ void forward(const Attention& p, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < stop - start; i++) {
       const int64_t query = start + i - p.offset();
       store_row(static_cast<T*>(p.out) + p.contiguous_row(b, query, h, p.n_q), o + i * width, p.d,
-                nullptr, nullptr, 1 / l[i]);
+                nullptr, 1 / l[i]);
       static_cast<C*>(p.lse)[(b * p.h + h) * p.n_q + query] = m[i] + std::log(l[i]);
     }
   }

@@ -196,6 +196,23 @@ def test_window_one_returns_v():
     assert torch.equal(window_attention(q, k, v, 1), v)
 
 
+@pytest.mark.parametrize("forward", [pytest.param(OPERATOR[0], id="operator"), reference_forward])
+@pytest.mark.parametrize("window", [2, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_read_and_rounded_as_torch_does(forward, window: int, dtype: torch.dtype):
+    """All of them, subnormal ones, infinities and NaN too: the mean of two values is rounded."""
+    a = torch.arange(2**16).to(torch.int16).view(dtype)
+    b = a[torch.randperm(len(a))]
+    b = torch.where((a.float() + b.float()).isinf() & a.isfinite() & b.isfinite(), 0, b)
+    v = torch.zeros(1, window, len(a) // 72 + 1, 72, dtype=dtype)  # 72: no multiple of 16 lanes
+    for n, x in enumerate((a, b)):
+        v[0, n].view(-1)[:len(a)] = x
+    q = torch.zeros_like(v)
+    out = forward(q, q, v, None, None, None, window, 0.0, 1.0)[0][0, -1].view(-1)[:len(a)]
+    torch.testing.assert_close(out, ((a.float() + b.float()) / window).to(dtype), rtol=0, atol=0,
+                               equal_nan=True)
+
+
 def test_long_window_is_full_causal_attention():
     q, k, v = (torch.randn(2, 40, 2, 16, dtype=torch.float64) for _ in range(3))
     full = torch.nn.functional.scaled_dot_product_attention(
