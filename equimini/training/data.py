@@ -153,7 +153,7 @@ class ImageFolder(Dataset[Item]):
 
     def _crop(self, x: np.ndarray, draw: np.random.Generator | None, flip: bool) -> Tensor:
         room = x.shape[0] - self.height, x.shape[1] - self.width
-        top, left = (int(draw.integers(n + 1)) if draw else n // 2 for n in room)
+        top, left = (int(draw.integers(n + 1)) if draw and n else n // 2 for n in room)
         x = x[top:top + self.height, left:left + self.width]
         x = x[:, ::-1] if flip else x
         return torch.from_numpy(np.array(x.transpose(2, 0, 1), order="C"))  # the only copy
