@@ -8,11 +8,15 @@ look at it: samples.png and panorama.png.
     python sample.py --classes forest:48,sea:48 --count 4   # that turn from forest into sea
     python sample.py --classes forest:200,sea:200 --scroll 10000 --out walk  # walk/index.html
     python sample.py --edit photo.jpg --resample 5,6 --classes sea --out edited.png
+    python sample.py --edit photo.jpg --resample 5,6 --fit 16 --classes sea   # fit on both sides
     python sample.py --continue-from photo.jpg --columns 64 --classes sea --out wider.png
+    python sample.py --continue-left-from photo.jpg --columns 64 --classes sea --out wider.png
+    python sample.py --classes sea --columns 64 --ring --out ring.png         # its ends meet
     python sample.py --count 8000 --npz samples.npz         # for ADM's evaluator, or ours
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
 
@@ -21,10 +25,11 @@ from torch import Tensor
 
 from equimini import load_generator
 from equimini.sampling.class_schedule import has_lengths, schedule_labels, schedule_length
-from equimini.sampling.commands import (SampleConfig, asks_nothing, bar, check_device,
+from equimini.sampling.commands import (RING_FIT, SampleConfig, asks_nothing, bar, check_device,
                                         check_options, class_schedule, command_line, decoded,
                                         draw_scroll, edit_picture, evaluations, first_look,
-                                        guidance_text, length_in_columns, recorded, save_extras)
+                                        guidance_text, join_ends, length_in_columns, recorded,
+                                        save_extras)
 from equimini.sampling.edit import Tokens
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
@@ -61,6 +66,8 @@ def draw_batches(cfg: SampleConfig, options: SamplingOptions, model: ImageGenera
         label = f"pictures {k + 1}-{k + len(seeds[part])} of {len(seeds)}, columns"
         drawn = bar(label, n)(model.draw(labels[part], seeds[part], options))
         tokens = torch.stack(list(drawn)[cfg.lead_in:], 1)
+        if cfg.ring:
+            tokens = join_ends(cfg, options, model, tokens, labels[part, cfg.lead_in:], seeds[part])
         yield tokens, decoded(cfg, model, tokens)
 
 
@@ -119,6 +126,8 @@ def main() -> None:
                         help="with --scroll: continue the scroll in --out, with its own options")
     args = parser.parse_args()
     cfg, options = override(SampleConfig(), args), override(SamplingOptions(), args)
+    if cfg.ring and "fit" not in args:
+        cfg = replace(cfg, fit=RING_FIT)
     check_options(cfg, args)
     output_folder(str(Path(cfg.out).parent))
     if cfg.mode == "scroll":

@@ -124,6 +124,7 @@ def train_generator(setup: Setup) -> None:
     tokenizer = find_tokenizer(setup)
     train, val, classes = read_data(setup, tokenizer)
     trainer = make_trainer(setup, tokenizer, classes)
+    trainer.mirrored = train.mirrors > 1
     print(f"generator {setup.preset}: {parameters(trainer.model) / 1e6:.2f} M parameters, tokens of "
           f"{tokenizer.config.token_channels} channels, {len(train)} training and {len(val)} "
           f"held-out images of {len(classes)} classes, on {setup.device}, attention by "

@@ -68,7 +68,8 @@ def pack(source: Path, out: Path, file_mb: float = 15, total_mb: float = 30,
     beside = out.with_name(f"{out.stem}-tokenizer{out.suffix}")
     weights = {out: half(content["ema"], source), beside: half(inside["weights"], source)}
     check_sizes(weights, file_mb, total_mb)
-    kept = {key: content[key] for key in ("classes", "step", "columns") if key in content}
+    kept = {key: content[key] for key in ("classes", "step", "columns", "mirrored")
+            if key in content}
     checkpoint.save(beside, "tokenizer", {"config": {"preset": content["config"]["preset"],
                                                      "model": inside["config"]},
                                           "ema": weights[beside]})

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from equimini.config import Checked, flag
 from equimini.sampler import Guidance, column_noise
 from equimini.sampling.class_schedule import ClassSchedule, parse_schedule, schedule_labels
-from equimini.sampling.edit import (Tokens, extend, next_seed, open_picture, parse_columns, paste,
-                                    resample, save_tokens)
+from equimini.sampling.edit import (Tokens, close_ring, decode_ring, extend, mirror, next_seed,
+                                    open_picture, parse_columns, paste, resample, save_tokens)
+from equimini.sampling.fit import FITTED
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
 from equimini.sampling.scroll import check_new, load_state, scroll
@@ -38,9 +39,10 @@ class SampleConfig(Checked):
                         "With lengths in columns (forest:32,sea:64) one picture turns from class "
                         "to class, again and again if it is longer than their sum")
     count: int = flag(0, "pictures per class, or versions of an edited picture; 0: 8, or 1 for "
-                      "--edit and --continue-from", min=0)
+                      "--edit and the options that continue one", min=0)
     columns: int = flag(0, "length of the pictures, in columns of f pixels; 0: square, or the sum "
-                        "of the lengths in --classes. With --continue-from: columns added", min=0)
+                        "of the lengths in --classes. With --continue-from and "
+                        "--continue-left-from: columns added", min=0)
     width: int = flag(0, "the same in pixels, a multiple of f", min=0)
     lead_in: int = flag(0, "columns drawn before the picture and cut off: its first column then "
                         "follows others, and does not stand out", min=0)
@@ -49,9 +51,16 @@ class SampleConfig(Checked):
     tile_columns: int = flag(256, "columns per tile of a scroll", min=1)
     edit: str = flag("", "picture or token file of which --resample draws columns again")
     resample: str = flag("", "columns to draw again, counted from 0, such as 5,6 or 9-12. The "
-                         "columns after them are kept as they are and not drawn to fit, unless "
-                         "--redraw-later is given")
+                         "columns after them are kept as they are: the drawn ones are chosen to "
+                         "fit them with --fit, or they are drawn again with --redraw-later")
+    fit: int = flag(1, "candidates for a column between kept ones, or for the end of a ring (there "
+                    "16, if not given): one is chosen by how well what is kept on its right "
+                    "follows. 1: the first one drawn", min=1)
     continue_from: str = flag("", "picture or token file to continue on its right")
+    continue_left_from: str = flag("", "picture or token file to continue on its left; --classes "
+                                   "begin at the picture")
+    ring: bool = flag(False, "join the right end of the pictures, or of the one continued by "
+                      "--continue-from, to their beginning")
     pick: int = flag(-1, "which picture of a token file that holds several, from 0", min=-1)
     decoding: str = flag("windows", "long pictures are decoded in windows of columns, in constant "
                          "memory, or whole, as the paper's are", choices=("windows", "whole"))
@@ -59,8 +68,7 @@ class SampleConfig(Checked):
                             "mixed in next to drawn columns, or the tokenizer's version of them",
                             choices=("original", "decoded"))
     seed: int = flag(0, "seed of the first picture; it counts up over all pictures of all classes. "
-                     "For --edit and --continue-from, if not given: one that the picture was not "
-                     "drawn with",
+                     "For a given picture, if not given: one that it was not drawn with",
                      min=0, max=2**62)
     weights: str = flag("ema", "moving average of the weights, or the raw ones",
                         choices=("ema", "raw"))
@@ -70,15 +78,16 @@ class SampleConfig(Checked):
     npz: str = flag("", "write the pictures here, not on a sheet, in constant memory: an .npz that "
                     "ADM's evaluator reads, and python -m equimini.evaluate images")
     singles: str = flag("", "folder for every picture as a file of its own")
-    save_tokens: str = flag("", "file for the pictures' tokens: for --edit, --continue-from")
+    save_tokens: str = flag("", "file for the pictures' tokens, for --edit and the options that "
+                            "continue one")
     show_steps: str = flag("", "PNG that shows the pictures grow column by column (the paper's "
                            "Fig. 9), from noise on")
 
     @property
     def mode(self) -> str:
-        """scroll, edit, continue-from, npz, or sheet; raises UserError for two at once."""
-        asked = [name for name in ("scroll", "edit", "continue-from", "npz")
-                 if getattr(self, name.replace("-", "_"))]
+        """One of WITHOUT; raises UserError for two at once."""
+        asked = [name for name in WITHOUT if name != "sheet" and
+                  getattr(self, name.replace("-", "_"))]
         if len(asked) > 1:
             raise UserError(f"give --{asked[0]} or --{asked[1]}, not both")
         return asked[0] if asked else "sheet"
@@ -88,17 +97,20 @@ DRAWING = tuple(f.name for f in fields(SamplingOptions) if f.name != "cuda_graph
 FIRST_LOOK = {  # what is drawn without arguments, chosen by looking and by `show drift`
     "samples.png": ({"count": 8}, {"cfg": 3.0, "cfg_schedule": "constant"}),
     "panorama.png": ({"count": 1, "lead_in": 16}, {"cfg": 2.5})}
+RING_FIT = 16  # candidates for the end of a ring, if --fit does not say
 QUICK = {"solver": "midpoint", "steps": 10}
 PANORAMA = 8  # lengths of a training picture
 EDITING = {"resample", "redraw_later", "pick", "kept_pixels"}
 SCROLLING = {"tile_columns", "resume"}
+CONTINUING = SCROLLING | {"resample", "redraw_later", "lead_in", "batch_size"}
 WITHOUT = {  # options that have no effect
     "sheet": EDITING | SCROLLING,
     "scroll": EDITING | {"count", "columns", "width", "lead_in", "batch_size", "singles", "decoding",
-                         "save_tokens", "show_steps"},
-    "npz": EDITING | SCROLLING | {"out", "singles", "save_tokens", "show_steps"},
-    "edit": SCROLLING | {"columns", "width", "lead_in", "batch_size"},
-    "continue-from": SCROLLING | {"resample", "redraw_later", "lead_in", "batch_size"}}
+                         "save_tokens", "show_steps", "ring", "fit"},
+    "edit": SCROLLING | {"columns", "width", "lead_in", "batch_size", "ring"},
+    "continue-from": CONTINUING,
+    "continue-left-from": CONTINUING | {"ring", "fit", "show_steps"},
+    "npz": EDITING | SCROLLING | {"out", "singles", "save_tokens", "show_steps", "ring", "fit"}}
 
 
 def check_options(cfg: SampleConfig, args: Namespace) -> None:
@@ -118,6 +130,13 @@ def check_options(cfg: SampleConfig, args: Namespace) -> None:
         raise UserError(f"--npz must end in .npz, got {cfg.npz}")
     if cfg.mode == "edit" and not cfg.resample:
         raise UserError("--edit needs --resample: which columns to draw again, such as 5,6")
+    if "fit" in given and not cfg.ring and (cfg.mode != "edit" or args.redraw_later):
+        raise UserError("--fit chooses what fits columns kept on the right; it goes with --edit "
+                        "without --redraw-later, and with --ring")
+    if cfg.show_steps and (cfg.ring or cfg.fit > 1):
+        raise UserError("--show-steps shows columns as they are drawn from their noise; it does "
+                        f"not go with {'--ring' if cfg.ring else '--fit'}, which chooses among "
+                        "several")
     for path in (cfg.out, cfg.save_tokens, cfg.show_steps, cfg.npz):
         if path and cfg.mode != "scroll":
             output_folder(str(Path(path).parent))
@@ -198,7 +217,7 @@ def evaluations(options: SamplingOptions, model: ImageGenerator) -> str:
     return f"{n} evaluations of the head per column"
 
 
-def bar(label: str, total: int, done: int = 0) -> Callable[[Iterable], Iterable]:
+def bar(label: str, total: int | None = None, done: int = 0) -> Callable[[Iterable], Iterable]:
     """A progress bar around a loop over columns."""
     return lambda drawn: tqdm(drawn, desc=label, total=total, initial=done, dynamic_ncols=True)
 
@@ -279,34 +298,33 @@ def draw_scroll(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
 
 def edit_picture(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
                  model: ImageGenerator) -> None:
-    """--edit and --continue-from: versions of one picture, some of its columns kept."""
-    f, path = model.tokenizer.config.f, cfg.edit or cfg.continue_from
+    """--edit and both ways to continue: versions of one picture, some of its columns kept."""
+    f, path = model.tokenizer.config.f, cfg.edit or cfg.continue_from or cfg.continue_left_from
     source, before = open_picture(path, model, None if cfg.pick < 0 else cfg.pick,
-                                  keep="left" if cfg.edit else "right")
+                                  keep="right" if cfg.continue_from else "left")
     known = {k: v for k, v in source.options.items() if k in DRAWING}
     # a token file's own options are the defaults
     options = override(config_from_dict(SamplingOptions, asdict(options) | known), args)
     first = cfg.seed if "seed" in args else next_seed(source)
     seeds = [first + i for i in range(cfg.count or 1)]
     plan = class_schedule(cfg, model) if "classes" in args else None
-    given = source.tokens.shape[1]
-    if cfg.edit:
-        order = parse_columns(cfg.resample, given)
-        order = list(range(order[0], given)) if args.redraw_later else order
-        drawn = resample(model, source, order, seeds, options, plan, bar("columns", len(order)))
-    else:
-        added = length_in_columns(cfg, f, model.tokenizer.config.columns, least=1)
-        order = list(range(given, given + added))
-        drawn = extend(model, source, added, seeds, options, plan, bar("columns", added))
+    given, order, drawn = source.tokens.shape[1], *draw_edit(cfg, options, args, model, source,
+                                                             before, seeds, plan)
     drawn.options = recorded(options)
     columns = drawn.tokens.shape[1]
     print(guidance_text(model.guidance(columns, options), columns))
     after = decoded(cfg, model, drawn.tokens)
+    if cfg.continue_left_from:
+        after, order = after.flip(3), range(columns - given)
     if cfg.kept_pixels == "original":
+        room = before.new_zeros(*before.shape[:3], (columns - given) * f)
+        kept = torch.cat((room, before) if cfg.continue_left_from else (before, room), -1)
         changed = torch.zeros(columns, dtype=torch.bool)
-        changed[order] = True
-        kept = torch.cat((before, before.new_zeros(*before.shape[:3], (columns - given) * f)), -1)
-        after = paste(kept.expand(len(seeds), -1, -1, -1), after, changed, f)
+        changed[list(order)] = True
+        after = paste(kept.expand(len(seeds), -1, -1, -1), after, changed, f, ring=cfg.ring)
+    if cfg.continue_left_from:
+        drawn = mirror(model, drawn, after.flip(3))  # what is drawn, from left to right
+        drawn.tokens[:, -given:] = source.tokens
     out = Path(cfg.out or "samples.png")
     if len(seeds) == 1:
         save_png(to_uint8(after)[0], out)
@@ -320,10 +338,42 @@ def edit_picture(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
                 [f"seed{seed:06d}.png" for seed in seeds])
 
 
+def draw_edit(cfg: SampleConfig, options: SamplingOptions, args: Namespace, model: ImageGenerator,
+              source: Tokens, before: Tensor, seeds: list[int],
+              plan: ClassSchedule | None) -> tuple[Sequence[int], Tokens]:
+    """Which columns are drawn, and the versions; on the left, all of it as seen in a mirror."""
+    given = source.tokens.shape[1]
+    if cfg.edit:
+        order = parse_columns(cfg.resample, given)
+        order = list(range(order[0], given)) if args.redraw_later else order
+        return order, resample(model, source, order, seeds, options, plan, bar("columns"), cfg.fit)
+    shape = model.tokenizer.config
+    added = length_in_columns(cfg, shape.f, shape.columns, least=1)
+    order = range(given, given + added)
+    if cfg.continue_left_from:
+        source = mirror(model, source, before)
+    if cfg.ring:
+        return order, close_ring(model, source, added, seeds, options, plan, bar("columns"),
+                                 cfg.fit)
+    return order, extend(model, source, added, seeds, options, plan, bar("columns"))
+
+
+def join_ends(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerator, tokens: Tensor,
+              labels: Tensor, seeds: Sequence[int]) -> Tensor:
+    """--ring for new pictures (B, N, C): their last columns drawn again to fit the first."""
+    n = tokens.shape[1]
+    end, closed = range(max(1, n - FITTED), n), []
+    for x, label, seed in zip(tokens.cpu(), labels, seeds):
+        one = Tokens(x[None], label[None], torch.full((1, n), seed))
+        closed.append(resample(model, one, end, [seed], options, fit=cfg.fit, ring=True))
+    return torch.cat([one.tokens for one in closed]).to(tokens)
+
+
 def decoded(cfg: SampleConfig, model: ImageGenerator, tokens: Tensor) -> Tensor:
     """Pixels (B, 3, H, N·f) of tokens, on the CPU."""
     decode = model.decode_whole if cfg.decoding == "whole" else model.decode
-    return decode(tokens.to(model.device)).cpu()
+    tokens = tokens.to(model.device)
+    return (decode_ring(model, tokens, decode) if cfg.ring else decode(tokens)).cpu()
 
 
 def save_extras(cfg: SampleConfig, model: ImageGenerator, drawn: Tokens, images: Tensor,

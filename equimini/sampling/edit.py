@@ -1,9 +1,10 @@
 """Token files, and pictures that are changed or continued column by column (Fig. 6).
 
 A column is a place in the picture, so it can be drawn again by itself, or the picture can go on
-at its right end.  What the model keeps is fed to it exactly as if it had been drawn.  A given
-photograph is encoded by the tokenizer; since decoding does not give back the same pixels, the
-columns that stay take theirs from the photograph.
+at its right end, at its left end (in a mirror), or until it meets its own beginning.  What is kept
+is fed to the model exactly as if it had been drawn.  A given photograph is encoded by the
+tokenizer; since decoding does not give back the same pixels, the columns that stay take theirs
+from the photograph.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from equimini.sampling.class_schedule import ClassSchedule, schedule_labels
-from equimini.sampling.fit import FITTED, LOOK_AHEAD, draw_candidates, ranking, reach, widen
+from equimini.sampling.fit import fill_gap, gaps_of, stream_near
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
+from equimini.sampling.tiled_decoder import Windows
 from equimini.utils import checkpoint
 from equimini.utils.checkpoint import latents_hash
 from equimini.utils.errors import UserError
@@ -134,15 +136,17 @@ def parse_columns(text: str, n: int) -> list[int]:
 
 def resample(model: ImageGenerator, source: Tokens, columns: Sequence[int], seeds: Sequence[int],
              options: SamplingOptions, plan: ClassSchedule | None = None,
-             progress: Callable[[Iterable], Iterable] = iter, fit: int = 1) -> Tokens:
+             progress: Callable[[Iterable], Iterable] = iter, fit: int = 1,
+             ring: bool = False) -> Tokens:
     """Draw columns of one picture (B = 1) again, once per seed; the others stay as they are.
 
     plan: classes of the drawn columns (their own, where None).  fit: candidates per version and
-    gap, of which one is chosen that what is kept on the right follows well (fit.py); 1: none.
+    gap, of which one is chosen by how well what is kept on the right follows it (fit.py); 1: the
+    first that is drawn.  ring: the picture's beginning follows its end.
     Raises UserError where a class is needed and not known.
     """
     labels = _planned(source, columns, plan)
-    return _draw(model, source, labels, list(columns), seeds, options, progress, fit)
+    return _draw(model, source, labels, list(columns), seeds, options, progress, fit, ring)
 
 
 def candidates(model: ImageGenerator, source: Tokens, columns: Sequence[int], seed: int,
@@ -155,8 +159,7 @@ def candidates(model: ImageGenerator, source: Tokens, columns: Sequence[int], se
     the right follows.  The order is that of a draw by weight without replacement: version 0 is
     what `resample` chooses, and the first few are a choice for the eye.
     """
-    labels = _planned(source, columns, plan)
-    gaps = _gaps(columns)
+    labels, gaps = _planned(source, columns, plan), gaps_of(columns)
     if len(gaps) != 1:
         raise ValueError(f"columns must be neighbours, got {list(columns)}")
     tokens, found = _blank(source, labels, list(columns), [seed] * fit)
@@ -173,7 +176,7 @@ def _planned(source: Tokens, columns: Sequence[int], plan: ClassSchedule | None)
         planned = schedule_labels(plan, len(labels))
         labels[list(columns)] = planned[list(columns)]
         labels = torch.where(labels == UNKNOWN, planned, labels)
-    return labels
+    return _known(labels)
 
 
 def extend(model: ImageGenerator, source: Tokens, columns: int, seeds: Sequence[int],
@@ -206,7 +209,13 @@ def close_ring(model: ImageGenerator, source: Tokens, columns: int, seeds: Seque
 def _prolonged(source: Tokens, columns: int, plan: ClassSchedule | None) -> Tensor:
     old = source.labels[0]
     new = old[-1:].expand(columns) if plan is None else schedule_labels(plan, columns)
-    return torch.cat((torch.where(old == UNKNOWN, new[0], old), new))
+    return _known(torch.cat((torch.where(old == UNKNOWN, new[0], old), new)))
+
+
+def _known(labels: Tensor) -> Tensor:
+    if (labels == UNKNOWN).any():
+        raise UserError("the picture does not say which class it shows; name it with --classes")
+    return labels
 
 
 @torch.no_grad()
@@ -231,14 +240,14 @@ def _draw(model: ImageGenerator, source: Tokens, labels: Tensor, drawn: list[int
     if fit > 1:
         steps = iter(progress([(seed, i) for seed in seeds for i in drawn]))
         for picture, seed in zip(tokens, seeds):
-            for gap in _gaps(drawn):
-                versions, weights = fill_gap(model, picture, labels, gap, seed, options, fit,
-                                             steps, ring)
+            for gap in gaps_of(drawn):
+                k = fit if gap.stop < len(labels) or ring else 1  # nothing follows
+                versions, _ = fill_gap(model, picture, labels, gap, seed, options, k, steps, ring)
                 picture[gap.start:gap.stop] = versions[0]
         next(steps, None)
         return Tokens(tokens, *found, source.options)
     b = len(seeds)
-    stream = model.stream(labels[:1].expand(b), seeds, len(labels), options)
+    stream = stream_near(model, drawn[0], tokens, labels, seeds, options)
     for i in progress(drawn):
         while stream.column < i:  # kept columns
             stream.set_class(labels[stream.column].expand(b))
@@ -250,55 +259,13 @@ def _draw(model: ImageGenerator, source: Tokens, labels: Tensor, drawn: list[int
 
 def _blank(source: Tokens, labels: Tensor, drawn: list[int],
            seeds: Sequence[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Tokens (B, N, C) of one version per seed, before `drawn` are; all labels and seeds."""
-    if (labels == UNKNOWN).any():
-        raise UserError("the picture does not say which class it shows; name it with --classes")
+    """Tokens (B, N, C) of one version per seed, NaN where `drawn`; all labels and seeds."""
     b, n, given = len(seeds), len(labels), source.tokens.shape[1]
     tokens = torch.zeros(b, n, source.tokens.shape[2])
     all_seeds = source.seeds.new_zeros(b, n)
     tokens[:, :given], all_seeds[:, :given] = source.tokens, source.seeds
-    all_seeds[:, drawn] = torch.tensor(seeds)[:, None]
+    tokens[:, drawn], all_seeds[:, drawn] = torch.nan, torch.tensor(seeds)[:, None]
     return tokens, (labels.expand(b, n).clone(), all_seeds)
-
-
-def _gaps(drawn: Sequence[int]) -> list[range]:
-    """Neighbouring columns together."""
-    gaps: list[range] = []
-    for i in drawn:
-        if gaps and gaps[-1].stop == i:
-            gaps[-1] = range(gaps[-1].start, i + 1)
-        else:
-            gaps.append(range(i, i + 1))
-    return gaps
-
-
-def fill_gap(model: ImageGenerator, tokens: Tensor, labels: Tensor, gap: range, seed: int,
-             options: SamplingOptions, fit: int, steps: Iterator,
-             ring: bool = False) -> tuple[Tensor, Tensor]:
-    """`fit` versions (fit, gap, C) of one gap in tokens (N, C), ranked, and their log weights.
-
-    They differ in the gap's last columns only, where it is longer than FITTED.
-    """
-    n, follow = len(labels), min(LOOK_AHEAD, reach(model.generator.config))
-    right = [i % n if ring else i for i in range(gap.stop, gap.stop + follow)]
-    right = [i for i in right if i < n and i not in gap]
-    stream = model.stream(labels[:1], [seed], n, options)
-    first = max(gap.start, gap.stop - FITTED)
-    while stream.column < first:
-        i = stream.column
-        stream.set_class(labels[i:i + 1])
-        if i in gap:
-            next(steps)
-            tokens[i] = stream.draw()[0].cpu()
-        else:
-            stream.feed(tokens[i:i + 1])
-    wide = model.stream(labels[first].expand(fit), [seed] * fit, n, options)
-    widen(wide, torch.zeros(fit, dtype=torch.long), stream.state())
-    drawn, weights = draw_candidates(wide, labels[[*range(first, gap.stop), *right]],
-                                     gap.stop - first, tokens[right], seed, steps)
-    best = ranking(weights, seed, gap.start)
-    same = tokens[gap.start:first].expand(fit, -1, -1)
-    return torch.cat((same, drawn[best].cpu()), 1), weights[best].cpu()
 
 
 def next_seed(source: Tokens) -> int:
@@ -306,12 +273,37 @@ def next_seed(source: Tokens) -> int:
     return int(source.seeds.max()) + 1
 
 
-def paste(kept: Tensor, drawn: Tensor, changed: Tensor, f: int, fade: int = FADE) -> Tensor:
+@torch.no_grad()
+def decode_ring(model: ImageGenerator, tokens: Tensor,
+                decode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Tokens (B, N, C) to the pixels (B, 3, H, N·f) of a ring, whose ends meet without a seam.
+
+    The picture is decoded with its own continuation on either side.  Over its first columns, what
+    the decoder makes of them behind its end is faded into what it makes of them at the beginning.
+    decode: as `model.decode`, the default.
+    """
+    n, f = tokens.shape[1], model.tokenizer.config.f
+    p = min(n, model.columns)
+    around = (decode or model.decode)(torch.cat((tokens[:, -p:], tokens, tokens[:, :p]), 1))
+    begins, ends = around[..., p * f:(p + n) * f].clone(), around[..., (p + n) * f:]
+    weight = Windows(2 * p, p, p // 4).fade(f).to(begins)  # the discarded ones: at `ends`' border
+    begins[..., :len(weight)] = torch.lerp(ends[..., :len(weight)], begins[..., :len(weight)],
+                                           weight)
+    return begins
+
+
+def paste(kept: Tensor, drawn: Tensor, changed: Tensor, f: int, fade: int = FADE,
+          ring: bool = False) -> Tensor:
     """`kept`, with the columns that are `changed` (N,) replaced by those of `drawn`.
 
     kept, drawn: pixels (B, 3, H, N·f).  In the `fade` columns on either side of changed ones the
-    two are mixed; all pixels further off are those of `kept`, to the last bit.
+    two are mixed; all pixels further off are those of `kept`, to the last bit.  ring: the first
+    column lies next to the last one.
     """
+    if ring:
+        half = len(changed) // 2
+        kept, drawn = (x.roll(half * f, -1) for x in (kept, drawn))
+        return paste(kept, drawn, changed.roll(half), f, fade).roll(-half * f, -1)
     places = torch.arange(len(changed) * f, dtype=torch.float32) + 0.5  # pixel centres
     weight = torch.zeros(len(places))
     for i in changed.nonzero()[:, 0].tolist():

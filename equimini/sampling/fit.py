@@ -18,7 +18,7 @@ precision cancels.  `python -m equimini.experiments fits` compares it with the e
 
 from __future__ import annotations
 
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,10 +26,12 @@ from torch import Tensor
 from equimini.generator import GeneratorConfig
 from equimini.noise import normal, rng, uniform
 from equimini.sampler import Stream, column_noise
+from equimini.sampling.image_generator import ImageGenerator
+from equimini.sampling.options import SamplingOptions
 
-TIMES = 16  # (t, ±ε) that one kept column is measured at
-LOGIT = (-3.0, 2.0)  # of t: where contexts differ in what they predict
-LOOK_AHEAD = 8  # kept columns that are measured, at most
+TIMES = 16  # evaluations of the head per candidate and kept column
+LOGIT = (-3.0, 1.0)  # of t: where contexts differ in what they predict
+LOOK_AHEAD = 4  # kept columns that are measured, at most
 FITTED = 4  # last columns of a gap that candidates differ in, at most
 
 
@@ -61,18 +63,6 @@ def log_likelihoods(head: torch.nn.Module, z: Tensor, x: Tensor, seed: int, colu
     return -(weight[:, None] * errors).sum(0)
 
 
-def widen(stream: Stream, rows: Tensor, state: dict) -> None:
-    """Give `stream` the state of another one: its row b continues that one's row rows[b].
-
-    rows: (B,); of guidance's second branch it takes the same ones.
-    """
-    n = len(state["last"]) if state["last"] is not None else 0
-    cache = [tuple(a[torch.cat([rows + k for k in range(0, len(a), n)])] for a in pair)
-             for pair in state["cache"]]
-    last = None if state["last"] is None else state["last"][rows]
-    stream.load_state({**state, "last": last, "cache": cache})
-
-
 @torch.no_grad()
 def draw_candidates(stream: Stream, labels: Tensor, gap: int, kept: Tensor, seed: int,
                     steps: Iterator) -> tuple[Tensor, Tensor]:
@@ -90,7 +80,8 @@ def draw_candidates(stream: Stream, labels: Tensor, gap: int, kept: Tensor, seed
     for label, x in zip(labels[gap:], kept.to(stream.device)):
         stream.set_class(label.expand(k))
         z = stream.feed(x.expand(k, -1))
-        total += log_likelihoods(stream.generator.head, z[:k], x, seed, stream.column - 1)
+        total += torch.cat([log_likelihoods(stream.generator.head, part, x, seed, stream.column - 1)
+                            for part in z[:k].split(64)])  # bounds the memory
     return torch.stack(drawn, 1), total
 
 
@@ -109,3 +100,67 @@ def ranking(log_weights: Tensor, seed: int, column: int) -> Tensor:
     u = uniform((len(log_weights),), [rng("choose", seed, column)])[0].double()
     gumbel = -torch.log(-torch.log(u.clamp(1e-12, 1 - 1e-12)))
     return (log_weights.cpu().double() + gumbel).argsort(descending=True)
+
+
+def stream_near(model: ImageGenerator, column: int, tokens: Tensor, labels: Tensor,
+                seeds: Sequence[int], options: SamplingOptions) -> Stream:
+    """A stream of tokens (B, N, C) that begins as late as leaves everything `column` sees."""
+    stream = model.stream(labels[:1].expand(len(seeds)), seeds, len(labels), options)
+    first = column - reach(model.generator.config) + 1
+    if first > 0:
+        last = tokens[:, first - 1].to(stream.device)
+        stream.load_state({"column": first, "last": last, "cache": []})
+    return stream
+
+
+def gaps_of(drawn: Sequence[int]) -> list[range]:
+    """Neighbouring columns together."""
+    gaps: list[range] = []
+    for i in drawn:
+        if gaps and gaps[-1].stop == i:
+            gaps[-1] = range(gaps[-1].start, i + 1)
+        else:
+            gaps.append(range(i, i + 1))
+    return gaps
+
+
+def _kept_right(tokens: Tensor, start: int, most: int, ring: bool) -> list[int]:
+    """Up to `most` columns from `start` on, none beyond one that is still to be drawn."""
+    n, right = len(tokens), []
+    for i in range(start, start + most):
+        if i >= n and not ring or tokens[i % n].isnan().any():
+            break
+        right.append(i % n)
+    return right
+
+
+def fill_gap(model: ImageGenerator, tokens: Tensor, labels: Tensor, gap: range, seed: int,
+             options: SamplingOptions, fit: int, steps: Iterator,
+             ring: bool = False) -> tuple[Tensor, Tensor]:
+    """`fit` versions (fit, gap, C) of one gap in tokens (N, C), ranked, and their log weights.
+
+    tokens: NaN where a column is still to be drawn.  Versions differ in the gap's last columns
+    only, where it is longer than FITTED.  Where nothing kept follows, all weigh the same.
+    """
+    n = len(labels)
+    right = _kept_right(tokens, gap.stop, min(LOOK_AHEAD, reach(model.generator.config)), ring)
+    first = max(gap.start, gap.stop - FITTED)
+    stream = stream_near(model, gap.start, tokens[None], labels, [seed], options)
+    while stream.column < first:
+        i = stream.column
+        stream.set_class(labels[i:i + 1])
+        if i in gap:
+            next(steps)
+            tokens[i] = stream.draw()[0].cpu()
+        else:
+            stream.feed(tokens[i:i + 1])
+    wide = model.stream(labels[first].expand(fit), [seed] * fit, n, options)
+    wide.load_state({"column": stream.column,  # the same for all rows
+                     "last": None if stream.last is None else stream.last.expand(fit, -1),
+                     "cache": [tuple(a.repeat_interleave(fit, 0) for a in pair)
+                               for pair in stream.cache]})
+    drawn, weights = draw_candidates(wide, labels[[*range(first, gap.stop), *right]],
+                                     gap.stop - first, tokens[right], seed, steps)
+    best = ranking(weights, seed, gap.start)
+    same = tokens[gap.start:first].expand(fit, -1, -1)
+    return torch.cat((same, drawn[best].cpu()), 1), weights[best].cpu()

@@ -33,7 +33,7 @@ from equimini.autoencoder import Tokenizer
 from equimini.config import flag
 from equimini.noise import rng
 from equimini.training.data import load_data, report_pictures
-from equimini.training.options import DataConfig
+from equimini.training.options import BUILT_IN, DataConfig
 from equimini.utils import checkpoint, distributed
 from equimini.utils.checkpoint import latents_hash, tokenizer_hash
 from equimini.utils.command_line import add_flags, output_folder, override, pick_device, run
@@ -104,6 +104,7 @@ class CachedLatents(Dataset):
                             "again with python -m equimini.training.cache_latents, or give the --tokenizer "
                             "they belong to")
         self.classes, self.split, self.seed = meta["classes"], split, seed
+        self.mirrors = 1 if meta.get("data") in BUILT_IN else 2  # as those of the data set
         self.labels = np.load(Path(folder) / "labels.npz")[split]
         files = sorted(Path(folder).glob(f"{split}-*.npy"))
         self.shards = [np.load(path, mmap_mode="r") for path in files]

@@ -85,6 +85,7 @@ class GeneratorTrainer:
                                opts.fused_optimizer)
         self.stepper, self.prefetch = Stepper(self.optimizer), Prefetcher()
         self.columns = 0  # of the training pictures, once one has been seen
+        self.mirrored = True  # whether these are mirrored at random
         self.all_losses_from = 0  # see loop.Trainer
 
     def step(self, step: int, data: torch.Tensor, labels: torch.Tensor) -> dict:
@@ -202,7 +203,8 @@ class GeneratorTrainer:
         """Everything a resumed run needs, and the tokenizer that sampling needs."""
         return {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "skipped": self.stepper.skipped,
-                "columns": self.columns, "tokenizer": tokenizer_content(self.tokenizer)}
+                "columns": self.columns, "mirrored": self.mirrored,
+                "tokenizer": tokenizer_content(self.tokenizer)}
 
     def load_state(self, state: dict) -> None:
         """The inverse of `state`; raises UserError if the run had another tokenizer."""

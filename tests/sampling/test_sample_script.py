@@ -76,6 +76,26 @@ def test_pictures_are_edited_and_continued(runs):
          "x.png", cwd=runs)
 
 
+def test_a_ring_and_a_picture_continued_to_the_left(runs):
+    how = ["--classes", "sea", "--steps", 1, "--solver", "midpoint", "--fit", 2]
+    said = call("sample.py", *how, "--count", 1, "--columns", 18, "--ring", "--save-tokens",
+                "ring.pt", "--singles", "rings", "--out", "rings.png", cwd=runs)
+    assert "1 pictures of 72x64" in said
+    photo = runs / "rings" / "class0004_seed000000.png"
+    call("sample.py", *how, "--continue-from", photo, "--columns", 6, "--ring", "--out",
+         "closed.png", cwd=runs)
+    call("sample.py", *how[:-2], "--continue-left-from", photo, "--columns", 6, "--out",
+         "left.png", "--save-tokens", "left.pt", cwd=runs)
+    before, closed, left = (np.asarray(Image.open(path)) for path in (
+        photo, runs / "closed.png", runs / "left.png"))
+    assert closed.shape == left.shape == (64, 96, 3)
+    assert np.array_equal(left[:, -64:], before[:, -64:])  # beyond two mixed columns
+    assert np.array_equal(closed[:, 8:64], before[:, 8:64])
+    assert not np.array_equal(closed[:, :8], before[:, :8])  # mixed with what goes before them
+    saved = torch.load(runs / "left.pt", weights_only=True)
+    assert saved["seeds"].tolist() == [[0] * 6 + [-1] * 18]
+
+
 def test_pictures_of_what_a_model_does(runs):
     said = call("equimini.show", "seams", "--columns", 40, "--count", 2, "--steps", 1, cwd=runs)
     assert "(default)" in said
@@ -110,6 +130,18 @@ def test_pictures_of_what_a_model_does(runs):
      "--classes"),
     (["--continue-from", "runs/generator/previews/0000006.png", "--columns", "3",
       "--classes", "sea,forest"], "lengths in columns"),
+    (["--continue-left-from", "runs/generator/previews/0000006.png", "--classes", "sea"],
+     "without mirrored pictures"),  # the built-in data has none
+    (["--continue-left-from", "none.png"], "no file none.png"),
+    (["--continue-left-from", "x.png", "--continue-from", "x.png"], "not both"),
+    (["--continue-left-from", "x.png", "--ring"], "--ring does not go with --continue-left-from"),
+    (["--edit", "x.png", "--resample", "5", "--ring"], "--ring does not go with --edit"),
+    (["--edit", "x.png", "--resample", "5", "--fit", "0"], "fit must be at least 1, got 0"),
+    (["--edit", "x.png", "--resample", "5", "--fit", "4", "--redraw-later"], "--fit chooses"),
+    (["--continue-from", "x.png", "--fit", "4"], "--fit chooses"),
+    (["--fit", "4"], "--fit chooses"),
+    (["--scroll", "9", "--ring"], "--ring does not go with --scroll"),
+    (["--ring", "--show-steps", "x.png"], "--show-steps"),
     (["--save-tokens", "/proc/x/y.pt"], "/proc/x"),
     (["--show-steps", "x.gif"], ".png")))
 def test_mistakes_end_in_one_clear_error(runs, arguments, text):
