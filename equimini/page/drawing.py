@@ -6,6 +6,7 @@ import io
 import time
 import typing
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from threading import Event
 from typing import Any, Iterator
@@ -19,6 +20,7 @@ from equimini.page.history import History
 from equimini.sampler import SOLVERS
 from equimini.sampling.commands import QUICK, SampleConfig, command_line, recorded
 from equimini.sampling.edit import FADE, UNKNOWN, Tokens
+from equimini.sampling.fit import LOOK_AHEAD, reach
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
 from equimini.sampling.strip import (cut, draw_columns, encode, flat, image, painted, preview,
@@ -84,6 +86,7 @@ class Studio:
         claim(folder, {"tokenizer": latents_hash(model.tokenizer)}, "a strip",
               "give the --checkpoint that it was drawn with, or choose another --out")
         self.strip = History(folder, row_type(model))
+        self.reach = reach(model.generator.config)
         self.waiting: dict[str, Any] = {}  # candidates to choose from
         self.used = -1  # the highest seed of a candidate
         self.beat = 0.0  # when the next preview is due
@@ -202,13 +205,14 @@ class Studio:
         """Candidates for columns of the strip, which wait to be chosen."""
         n, start, end = len(self.strip.columns), order.start, self.end(order)
         seeds = range(seed, seed + order.candidates)
-        turn = end if self.ring else 0  # a ring is turned until these columns are its end
+        near = order.start < self.reach or end + LOOK_AHEAD > n
+        turn = end if self.ring and near else 0  # a ring is turned until these columns are its end
         rows = self.prepared(self.strip.columns, start, end, order.classes, seed)
         rows, start, end = np.roll(rows, -turn), (start - turn) % n, end - turn or n
         fresh = np.empty((len(seeds), end - start, rows["token"].shape[1]), np.float32)
         self.used, shown, versions = max(self.used, seeds[-1]), 0, []
         for which, done in draw_columns(self.model, rows, start, fresh, seeds, order.options,
-                                        order.fit, self.ring):
+                                        order.fit, turn > 0):
             if self.stop.is_set():
                 return
             if done < end - start and self.due():
@@ -218,13 +222,13 @@ class Studio:
                 shown = done
             for k in which if done == end - start else ():
                 rows["token"][start:end], rows["seed"][start:end] = fresh[k], seeds[k]
-                places, near = painted(self.model, rows, start, end, self.ring)
+                places, near = painted(self.model, rows, start, end, turn > 0)
                 versions.append(((places + turn) % n, near))
                 yield {"at": int(versions[k][0][0]), "pixels": flat(near), "candidate": k,
                        "done": done}
         self.waiting = {"version": self.strip.version, "at": int(versions[0][0][0]), "order": order,
                         "span": (order.start, self.end(order)), "count": len(seeds), "seed": seed,
-                        "versions": versions}
+                        "versions": versions, "do": "turned" if turn else "redraw"}
 
     def prepared(self, rows: np.ndarray, start: int, end: int, classes: tuple,
                  seed: int) -> np.ndarray:
@@ -250,13 +254,14 @@ class Studio:
         return pixels
 
     def save(self, near: tuple[np.ndarray, np.ndarray], order: Order, seed: int,
-             span: tuple[int, int], joined: bool = False, ring: bool = False) -> list[Piece]:
+             span: tuple[int, int], joined: bool = False, ring: bool = False,
+             do: str = "") -> list[Piece]:
         """Put columns in their places, as one step; returns what is to be shown of it."""
         pieces, cuts = [], np.flatnonzero(np.diff(near[0]) != 1) + 1  # a ring's lie at both ends
         for places, rows in zip(*(np.split(part, cuts) for part in near)):
             at = max(int(places[0]), 0)
             take = max(0, min(len(self.strip.columns), int(places[-1]) + 1) - at)
-            self.strip.edit(at, take, rows, joined or bool(pieces), do=order.do, span=span,
+            self.strip.edit(at, take, rows, joined or bool(pieces), do=do or order.do, span=span,
                             seed=seed, ring=ring, fit=order.fit, options=recorded(order.options))
             pieces.append({"at": int(places[0]), "pixels": flat(rows),
                            "columns": len(self.strip.columns)})
@@ -275,7 +280,7 @@ class Studio:
         self.candidate(candidate)
         w = self.waiting
         self.save(w["versions"][candidate], w["order"], w["seed"] + candidate, w["span"],
-                  ring=self.ring)
+                  ring=self.ring, do=w["do"])
 
     def new(self) -> None:
         """Begin an empty strip; undo brings the old one back."""
@@ -298,24 +303,39 @@ class Studio:
         rows["label"] = rows["seed"] = UNKNOWN
         self.strip.edit(0, len(self.strip.columns), rows)
 
-    def tokens(self) -> Tokens:
-        """The content of the strip's token file; kept columns have the class they were read as."""
-        rows, last = self.strip.columns, self.strip.last()
+    def tokens(self, rows: np.ndarray | None = None) -> Tokens:
+        """A token file's content; columns of no class have the one that they were read with."""
+        rows, last = self.strip.columns if rows is None else rows, self.strip.last()
         labels, seeds = torch.tensor(rows["label"])[None], torch.tensor(rows["seed"])[None]
         if "span" in last:
-            labels[labels == UNKNOWN] = labels[0, last["span"][0]]
+            labels[labels == UNKNOWN] = int(self.strip.columns["label"][last["span"][0]])
         return Tokens(torch.tensor(rows["token"])[None], labels, seeds, last.get("options", {}))
 
     def command(self) -> str:
-        """The command that draws the last columns again, from the strip's token file."""
-        last = self.strip.last()
-        if "span" not in last:
+        """The command that draws the last columns again; it begins with one of the page's files."""
+        last, n = self.strip.last(), len(self.strip.columns)
+        if "span" not in last or last["do"] == "turned":  # which sample.py does not do
             return ""
         first, end = last["span"]
-        cfg = SampleConfig(checkpoint=self.checkpoint, edit="strip.pt", out="again.png",
-                           resample=f"{first}-{end - 1}", save_tokens="again.pt")
-        how = command_line(cfg, SamplingOptions(**last["options"]))
-        return f"{how} --seed {last['seed']}"  # 0, too: without, it would be another one
+        cfg = SampleConfig(checkpoint=self.checkpoint, save_tokens="again.pt", out="again.png")
+        words = [command_line(cfg, SamplingOptions(**last["options"])), f"--seed {last['seed']}"]
+        fit = f" --fit {last['fit']}"
+        if last["do"] == "left":
+            words += [f"--continue-left-from start.png --columns {end}", self.classes(end, 0)]
+        elif last["ring"] and last["do"] == "ring":
+            first = len(self.strip.before(step=True))
+            words += [f"--continue-from start.pt --ring{fit} --columns {n - first}",
+                      self.classes(first, n)]
+        else:
+            fits = last["do"] == "redraw" and end < n and last["fit"] > 1
+            words += [f"--edit strip.pt --resample {first}-{end - 1}" + fit * fits]
+        return " ".join(words)
+
+    def classes(self, first: int, end: int) -> str:
+        """--classes of the columns first to end, or, where end < first, backwards."""
+        labels = self.strip.columns["label"][min(first, end):max(first, end)]
+        runs = groupby(labels[::-1] if end < first else labels)
+        return "--classes " + ",".join(f"{label}:{len([*run])}" for label, run in runs)
 
 
 class Upload(io.BytesIO):

@@ -59,11 +59,15 @@ class History:
         """The edit that the present strip ends with; {} where there is none."""
         return self._line(self.done - 1) if self.done else {}
 
-    def before(self) -> np.ndarray:
-        """The columns that the last edit found."""
-        ids = self.ids.copy()
-        if edit := self.last():
+    def before(self, step: bool) -> np.ndarray:
+        """The columns that the last edit, or the whole step, found."""
+        ids, done = self.ids.copy(), self.done
+        while done:
+            done -= 1
+            edit = self._line(done)
             ids[edit["at"]:edit["at"] + len(edit["put"])] = edit["take"]
+            if not (step and edit["joined"]):
+                break
         return self._rows(ids)
 
     def _write(self, line: dict[str, Any]) -> None:

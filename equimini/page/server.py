@@ -3,8 +3,8 @@
     GET  /                   the page
     GET  /state              the strip and what may be asked for, as JSON (`Studio.state`)
     GET  /pixels?from=&to=   columns of the strip as a PNG;  /candidate?k=  one that waits
-    GET  /strip.png          the whole strip;  /strip.pt  its token file;  /start.png  what it was
-                             before the last drawing
+    GET  /strip.png          the whole strip;  /strip.pt  its token file;  /start.png, /start.pt
+                             the strip before the last drawing (the picture: its beginning)
     POST /draw               an `Order` → lines of JSON while it is drawn: {"waiting": true} in the
                              queue, {"at", "png", …} pixels from column `at` on, at the end
                              {"state"} or {"error"}
@@ -36,8 +36,8 @@ from urllib.parse import parse_qsl, urlsplit
 import numpy as np
 from PIL import Image
 
-from equimini.page.drawing import Studio, read_order
-from equimini.sampling.edit import save_tokens
+from equimini.page.drawing import CHUNK, Studio, read_order
+from equimini.sampling.edit import Tokens, save_tokens
 from equimini.sampling.strip import flat
 from equimini.utils.errors import UserError, in_words
 
@@ -106,8 +106,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.number("from"):self.number("to")])), "image/png"),
             "/candidate": lambda: self.send(png(studio.candidate(self.number("k"))), "image/png"),
             "/strip.png": lambda: self.send(png(flat(studio.strip.columns)), "image/png"),
-            "/start.png": lambda: self.send(png(flat(studio.strip.before())), "image/png"),
-            "/strip.pt": self.send_tokens})
+            "/start.png": lambda: self.send(png(flat(studio.strip.before(step=False)[:CHUNK])), "image/png"),
+            "/strip.pt": lambda: self.send_tokens(studio.tokens()),
+            "/start.pt": lambda: self.send_tokens(studio.tokens(studio.strip.before(step=True)))})
 
     def do_POST(self) -> None:
         studio = self.server.studio
@@ -219,10 +220,9 @@ class Handler(BaseHTTPRequestHandler):
     def send_state(self) -> None:
         self.send(json.dumps(self.server.studio.state()).encode())
 
-    def send_tokens(self) -> None:
-        studio = self.server.studio
+    def send_tokens(self, tokens: Tokens) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            save_tokens(path := Path(folder) / "strip.pt", studio.model, studio.tokens())
+            save_tokens(path := Path(folder) / "strip.pt", self.server.studio.model, tokens)
             self.send(path.read_bytes(), "application/octet-stream")
 
     def send(self, body: bytes, kind: str = "application/json", status: int = 200) -> None:
