@@ -17,7 +17,7 @@ import zlib
 from collections import OrderedDict
 from typing import Any, BinaryIO, Iterator
 
-from equimini.training.parquet import open_parquet, read_group
+from equimini.training.parquet import GROUP_BYTES, open_parquet, read_group
 from equimini.training.search import ENCODING, ENDINGS, FILE, FOLDER, NO_FILE, Damaged, Search
 from equimini.utils.errors import UserError, first_line
 
@@ -26,7 +26,6 @@ LABEL_KEYS = ("cls", "label", "class", "class_id", "target")  # of a sample's .j
 MAX_PICTURE = 2**30  # bytes of one deflated picture
 MAX_TEXT = 2**24  # bytes of a label or a long name
 OPEN_FILES = 64  # archives kept open by a process
-GROUP_BYTES = 2**26  # of row groups of Parquet files kept by a process; of one, whatever it has
 HEADERS = re.compile(rb"PK(\x03\x04|\x01\x02)")  # of members of a zip, and of its list
 BEHIND = "bytes behind the end of a tar, not read (of tars put together by cat, give each alone)"
 

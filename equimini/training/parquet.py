@@ -9,6 +9,9 @@ from typing import Any
 from equimini.training.search import NO_LABEL, Damaged, Search
 from equimini.utils.errors import UserError, first_line
 
+GROUP_BYTES = 2**26  # of row groups kept by a process, which is at least one, whatever it has
+LARGE = (f"row groups of more than {GROUP_BYTES >> 20} MB, of which each is read whole for one "
+         "picture (write the files anew with smaller ones)")
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img", "jpg", "png", "webp"), ("label", "labels", "cls")
 
 
@@ -29,6 +32,8 @@ def scan_parquet(path: str, volume: int, found: Search) -> None:
         except (OSError, ValueError) as error:  # pyarrow's own are of these
             raise Damaged(f"row group {group}: {first_line(error)}") from None
         rows = file.metadata.row_group(group).num_rows
+        if file.metadata.row_group(group).total_byte_size > GROUP_BYTES:
+            found.leave_out(LARGE, f"{path}, {rows} rows")
         numbers = table.column(labels).to_pylist() if labels else [""] * rows
         paths = [None] * rows
         if column in table.column_names and column != labels:

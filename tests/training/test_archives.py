@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from equimini.training import index
+from equimini.training import archives, index
 from equimini.training.data import ImageFolder, load_data
 from equimini.training.index import open_source
 from equimini.training.options import RunConfig
@@ -164,7 +164,7 @@ def test_one_key_in_two_shards_loses_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("struct", (True, False))
-def test_parquet(root, tmp_path, struct):
+def test_parquet(root, tmp_path, struct, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
     folder = open_source(str(root))
@@ -185,6 +185,17 @@ def test_parquet(root, tmp_path, struct):
     assert pairs == {(content[i], folder.classes[folder.labels[i]]) for i in range(13)}
     if struct:
         assert {source.name(i).split("/")[1] for i in range(13)} == set(paths)
+    groups, read = [], archives.read_group  # in the order of the rows each is read once
+    monkeypatch.setattr(archives, "read_group", lambda *g: groups.append(g[1]) or read(*g))
+    monkeypatch.setattr(archives, "GROUP_BYTES", 0)
+    source = open_source(source.path)
+    for i in np.lexsort((source.arrays["offsets"], source.arrays["volumes"])):
+        source.read(int(i))
+    assert groups == [0, 1, 2, 0, 1]
+    monkeypatch.setattr(archives, "GROUP_BYTES", 2**30)  # and if there is room, in any order
+    for i in range(39):
+        source.read(i * 5 % 13)
+    assert len(groups) == 5 + 4
 
 
 @pytest.fixture
