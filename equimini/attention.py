@@ -14,6 +14,7 @@ PyTorch (kernel/operators.py) to which a binary adds C++ for CPUs and CUDA for N
 from __future__ import annotations
 
 import functools
+import numbers
 from typing import Any, Callable, TypeVar
 
 import torch
@@ -64,6 +65,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, *, rope: Rope
 
 def window_mask(n_q: int, n_k: int, window: int, device: torch.device | str = "cpu") -> Tensor:
     """(Nq, Nk) bool, True where query i, at position Nk − Nq + i, sees key j."""
+    _check_window(window)
     behind = (torch.arange(n_q, device=device)[:, None] + (n_k - n_q)
               - torch.arange(n_k, device=device)[None, :])  # how far key j lies behind query i
     return (behind >= 0) & (behind < window)
@@ -215,8 +217,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int, rope: Rope | None,
         raise ValueError(f"q's head size D must be a multiple of 8 up to 128, got {d}")
     if n_k < n_q:
         raise ValueError(f"k must hold at least as many tokens as q ({n_q}), got {n_k}")
-    if window < 1:
-        raise ValueError(f"window must be at least 1 (the token itself), got {window}")
+    _check_window(window)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
@@ -234,6 +235,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int, rope: Rope | None,
             if table.dtype != torch.float32 or table.device != q.device:
                 raise TypeError(f"rope's {name} must be float32 on q's device ({q.device}), "
                                 f"got {table.dtype} on {table.device}")
+
+
+def _check_window(window: int) -> None:
+    if isinstance(window, bool) or not isinstance(window, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"window must be one whole number, got {window!r}")
+    if window < 1:
+        raise ValueError(f"window must be at least 1 (the token itself), got {window}")
 
 
 def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field, fields
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -12,14 +13,22 @@ def flag(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata={"help": help, **limits})
 
 
+NUMBERS = {"int": (Integral, "a whole number"), "float": (Real, "a number"),
+           "tuple[int, ...]": (Integral, "whole numbers")}  # by a field's annotation
+
+
 class Checked:
-    """Base of the configurations: checks every field against its declared limits."""
+    """Base of the configurations: checks every field against its type and declared limits."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value, limits = getattr(self, f.name), f.metadata
-            flat = value if isinstance(value, tuple) else (value,)
+            kind, words = NUMBERS.get(getattr(f.type, "__name__", f.type), (object, ""))
+            several = isinstance(f.default, tuple) and isinstance(value, tuple)
+            flat = value if several else (value,)
             name = f.name.replace("_", "-")
+            if any(not isinstance(v, kind) or words and isinstance(v, bool) for v in flat):
+                raise ValueError(f"{name} must be {words}, got {value!r}")
             if "choices" in limits and value not in limits["choices"]:
                 raise ValueError(f"{name} must be one of {', '.join(limits['choices'])}, "
                                  f"got {value!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import re
 import sys
 import typing
 import warnings
@@ -71,8 +72,10 @@ def override(config: Config, args: argparse.Namespace) -> Config:
     given = {name: value for name, value in vars(args).items() if name in names}
     try:
         return dataclasses.replace(config, **given)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    except ValueError as error:  # it begins with a field's name, and may name others
+        raise UserError(re.sub(r"[\w-]+", lambda word: "--" + word[0] if (
+            word[0].replace("-", "_") in names and (word.start() == 0 or "-" in word[0]))
+            else word[0], str(error))) from None
 
 
 def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:

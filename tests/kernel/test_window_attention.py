@@ -310,7 +310,11 @@ def test_flops(n_q: int, n_k: int, window: int):
     ({"v": (2, 5, 2, 16)}, ValueError, "k and v"),
     ({"q": (2, 4, 2, 12), "k": (2, 4, 2, 12), "v": (2, 4, 2, 12)}, ValueError, "head size D"),
     ({"q": (2, 5, 2, 16)}, ValueError, "k must hold"),
-    ({"window": 0}, ValueError, "window"),
+    ({"window": 0}, ValueError, "window must be at least 1 .*got 0"),
+    ({"window": None}, TypeError, "window must be one whole number, got None"),
+    ({"window": (3, 0)}, TypeError, r"window must be one whole number, got \(3, 0\)"),
+    ({"window": 2.5}, TypeError, "window must be one whole number, got 2.5"),
+    ({"window": True}, TypeError, "window must be one whole number, got True"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p"),
     ({"dtype": torch.int32}, TypeError, "q, k and v"),
     ({"dropout_p": 0.1, "seed": torch.zeros(1)}, ValueError, "seed"),
@@ -325,10 +329,17 @@ def test_errors_name_the_argument(changes: dict, error: type, names: str):
         window_attention(**tensors, window=changes.pop("window", 2), **changes)
 
 
+@pytest.mark.parametrize("window", [0, None, (3, 0), 2.5, True])
+def test_the_reference_takes_the_same_windows(window):
+    q = torch.zeros(1, 2, 1, 8)
+    with pytest.raises((ValueError, TypeError), match="window must be (at least 1|one whole)"):
+        reference_forward(q, q, q, None, None, None, window, 0.0, 1.0)
+
+
 @pytest.mark.skipif(implementation("cpu") == "reference", reason="no compiled kernels")
 def test_the_bare_operator_checks_its_window():
     q = torch.zeros(1, 2, 1, 8)
-    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="window must be at least 1.*got 0"):
         OPERATOR[0](q, q, q, None, None, None, 0, 0.0, 1.0)
 
 

@@ -65,7 +65,7 @@ def test_flags_override_and_are_checked():
     assert config.multipliers == (1, 2) and config.noise == 0.5 and config.f == 2
     for flags in (["--base-channels", "-4"], ["--noise", "nan"], ["--image-size", "100"],
                   ["--norm-groups", "48"]):
-        with pytest.raises(UserError, match=flags[0][2:]):
+        with pytest.raises(UserError, match=flags[0]):
             override(TokenizerConfig(), parser.parse_args(flags))
 
 
@@ -73,6 +73,15 @@ def test_impossible_head_sizes_are_refused():
     for sizes in (dict(embed_dim=40, heads=4), dict(embed_dim=512, heads=2)):
         with pytest.raises(ValueError, match="embed-dim"):
             GeneratorConfig(**sizes)
+
+
+@pytest.mark.parametrize("wrong, what", [
+    (dict(window=None), "whole number, got None"), (dict(window=(3, 0)), r"number, got \(3, 0\)"),
+    (dict(window=2.5), "whole number, got 2.5"), (dict(window=True), "whole number, got True"),
+    (dict(dropout="0.1"), "a number, got '0.1'"), (dict(window=0), "at least 1, got 0")])
+def test_values_of_the_wrong_type_are_refused(wrong, what):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be .*{what}"):
+        GeneratorConfig(**wrong)
 
 
 def test_devices():
