@@ -106,7 +106,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.number("from"):self.number("to")])), "image/png"),
             "/candidate": lambda: self.send(png(studio.candidate(self.number("k"))), "image/png"),
             "/strip.png": lambda: self.send(png(flat(studio.strip.columns)), "image/png"),
-            "/start.png": lambda: self.send(png(flat(studio.strip.before(step=False)[:CHUNK])), "image/png"),
+            "/start.png": lambda: self.send(png(flat(
+                studio.strip.before(step=False)[:CHUNK])), "image/png"),
             "/strip.pt": lambda: self.send_tokens(studio.tokens()),
             "/start.pt": lambda: self.send_tokens(studio.tokens(studio.strip.before(step=True)))})
 

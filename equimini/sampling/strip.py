@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equimini.sampler import Stream
 from equimini.sampling.edit import FADE, UNKNOWN, paste
-from equimini.sampling.fit import FITTED, LOOK_AHEAD, draw_candidates, ranking, reach, widen
+from equimini.sampling.fit import FITTED, LOOK_AHEAD, draw_candidates, ranking, reach, stream_near
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
 from equimini.utils.images import to_float, to_uint8
@@ -69,16 +68,20 @@ def draw_columns(model: ImageGenerator, strip: np.ndarray, start: int, fresh: np
     """Draw the columns from `start` on into fresh (B, n, C), one version a seed.
 
     Yields which versions have how many columns now.  Where columns are kept behind them (in a
-    ring: from the beginning on), the last ones are chosen to fit, as `edit.fill_gap` does it.
+    ring: from the beginning on), the last ones are chosen to fit, as `fit.fill_gap` does it for
+    one version alone.
     """
     total, end, b = len(strip), start + fresh.shape[1], len(seeds)
-    labels = torch.tensor(strip["label"])
+    labels, tokens = torch.tensor(strip["label"]), torch.tensor(strip["token"])
     labels[labels == UNKNOWN] = labels[start]
     kept = range(end, end + min(LOOK_AHEAD, reach(model.generator.config)))
     kept = [i % total if ring else i for i in kept if ring or i < total]
     kept = [i for i in kept if not start <= i < end]
     first = max(start, end - FITTED) if kept and fit > 1 else end
-    stream = stream_at(model, strip, labels, start, seeds, options)
+    stream = stream_near(model, start, tokens.expand(b, -1, -1), labels, seeds, options)
+    while stream.column < start:
+        stream.set_class(labels[stream.column].expand(b))
+        stream.feed(tokens[stream.column].expand(b, -1))
     for i in range(start, first):
         stream.set_class(labels[i].expand(b))
         fresh[:, i - start] = stream.draw().cpu()
@@ -86,27 +89,15 @@ def draw_columns(model: ImageGenerator, strip: np.ndarray, start: int, fresh: np
     if first == end:
         return
     wide = model.stream(labels[first].expand(fit), [0] * fit, total, options)
-    after = torch.tensor(strip["token"][kept])
     for k, seed in enumerate(seeds):
-        widen(wide, torch.full((fit,), k), stream.state())
+        last = stream.last
+        wide.load_state({"column": first, "last": last if last is None else last[k].expand(fit, -1),
+                         "cache": [tuple(a[k::b].repeat_interleave(fit, 0) for a in pair)
+                                   for pair in stream.cache]})  # rows: branch by branch
         drawn, weights = draw_candidates(wide, labels[[*range(first, end), *kept]], end - first,
-                                         after, seed, repeat(None))
+                                         tokens[kept], seed, repeat(None))
         fresh[k, first - start:] = drawn[ranking(weights, seed, start)[0]].cpu()
         yield [k], end - start
-
-
-def stream_at(model: ImageGenerator, strip: np.ndarray, labels: Tensor, start: int,
-              seeds: Sequence[int], options: SamplingOptions) -> Stream:
-    """A stream that draws column `start` next; it is fed only the columns that reach there."""
-    b, first = len(seeds), max(0, start - reach(model.generator.config))
-    stream = model.stream(labels[first].expand(b), seeds, len(strip), options)
-    tokens = torch.tensor(strip["token"][:start], device=model.device)
-    if first:
-        stream.load_state({"column": first, "last": tokens[first - 1].expand(b, -1), "cache": []})
-    for i in range(first, start):
-        stream.set_class(labels[i].expand(b))
-        stream.feed(tokens[i].expand(b, -1))
-    return stream
 
 
 def preview(model: ImageGenerator, before: np.ndarray, fresh: np.ndarray, shown: int) -> np.ndarray:

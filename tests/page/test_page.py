@@ -324,24 +324,34 @@ def test_a_folder_of_another_tokenizer_is_refused(client, model, tmp_path):
 def test_the_command_draws_the_same_tokens(tmp_path):
     model = load_generator("scenes")
     client = Client(Studio(model, tmp_path))
+    order = {"solver": "midpoint", "steps": 1}
     try:
-        order = {"solver": "midpoint", "steps": 2, "fit": 1}
-        client.draw(columns=6, classes=[4] * 3 + [1] * 3, **order)
-        same(client, model, tmp_path)
-        client.draw(columns=3, **order)
-        same(client, model, tmp_path)
-        client.draw(do="redraw", start=2, end=4, classes=[0, 0], candidates=2, **order)
-        client.post("/choose", candidate=1)
-        same(client, model, tmp_path)
+        for act in ({"columns": 6, "classes": [4] * 3 + [1] * 3}, {"columns": 3},
+                    {"do": "redraw", "start": 2, "end": 4, "classes": [0, 0], "candidates": 2},
+                    {"do": "redraw", "start": 7, "end": 9, "candidates": 1},
+                    {"do": "redraw", "start": 5, "end": 6, "later": "draw", "candidates": 2},
+                    {"do": "ring", "columns": 5, "fit": 3, "classes": [2] * 4 + [3]}):
+            client.draw(**order | act)
+            if act.get("do") == "redraw":
+                client.post("/choose", candidate=act["candidates"] - 1)
+            again, mine = drawn_again(client, model, tmp_path)
+            torch.testing.assert_close(again.tokens, mine.tokens, rtol=1e-3, atol=1e-3)
+            assert torch.equal(again.labels, mine.labels) and torch.equal(again.seeds, mine.seeds)
+        client.draw(do="redraw", start=0, end=1, candidates=1)
+        state = client.post("/choose", candidate=0)[1]
+        assert state["ring"] and state["command"] == ""  # sample.py has no such edit
+        client.draw(do="left", columns=4, classes=[5, 5, 4, 4], **order)
+        again, mine = drawn_again(client, model, tmp_path)
+        assert again.labels[0].tolist()[:4] == [5, 5, 4, 4]  # from pixels: near, not equal
+        assert (again.tokens - mine.tokens)[:, :4].square().mean().sqrt() < 0.1
     finally:
         client.close()
 
 
-def same(client, model, folder):
-    """What the page's command draws from the page's token file is what the page shows."""
-    (folder / "strip.pt").write_bytes(client.ask("GET", "/strip.pt")[1])
+def drawn_again(client, model, folder):
+    """What the page's command draws from the page's files, and what the page shows."""
     _, script, *words = client.ask("GET", "/state")[1]["command"].split()
+    for name in {"strip.pt", "start.pt", "start.png"} & {"strip.pt", *words}:
+        (folder / name).write_bytes(client.ask("GET", f"/{name}")[1])
     call(script, *words, cwd=folder)
-    mine, its = (load_tokens(folder / name, model) for name in ("strip.pt", "again.pt"))
-    torch.testing.assert_close(its.tokens, mine.tokens, rtol=1e-3, atol=1e-3)
-    assert torch.equal(its.labels, mine.labels) and torch.equal(its.seeds, mine.seeds)
+    return [load_tokens(folder / name, model) for name in ("again.pt", "strip.pt")]
