@@ -155,7 +155,8 @@ def extension(choice: str) -> dict:
 
     march = os.environ.get("EQUIMINI_MARCH", "native")
     flags = ["-O3", f"-march={march}", "-fno-math-errno", "-fvisibility=hidden", "-fopenmp"]
-    sources, kind = ["csrc/binding.cpp", "csrc/cpu/attention.cpp"], cpp_extension.CppExtension
+    sources = ["csrc/binding.cpp", "csrc/cpu/attention.cpp", "csrc/few_rows.cpp"]
+    kind = cpp_extension.CppExtension
     macros, gpus = [("COMPILED_FOR", march)], []
     if choice == "cuda":
         gpus = architectures(known_architectures(cpp_extension.CUDA_HOME))

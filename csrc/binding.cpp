@@ -17,6 +17,9 @@
 #endif
 
 namespace equimini {
+
+void register_few_rows();  // few_rows.cpp
+
 namespace {
 
 using at::Tensor;
@@ -168,7 +171,7 @@ PyMODINIT_FUNC FOR_ANY_PROCESSOR PyInit__kernels() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, nullptr};
   PyObject* module = PyModule_Create(&definition);
   const char* missing = equimini::missing_instructions();
-  if (!missing) equimini::register_kernels();
+  if (!missing) equimini::register_kernels(), equimini::register_few_rows();
   PyModule_AddStringConstant(module, "missing", missing ? missing : "");
   PyModule_AddStringConstant(module, "march", TEXT_OF(COMPILED_FOR));
   PyModule_AddStringConstant(module, "gpus", TEXT_OF(COMPILED_FOR_GPUS));

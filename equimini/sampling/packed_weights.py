@@ -1,7 +1,8 @@
 """A generator packed for sampling: the same function, its weights laid out for speed.
 
 A column costs hundreds of passes through the head with a handful of rows each, so that reading
-the weights is what takes the time.  `packed` therefore
+the weights is what takes the time.  On a CPU few_rows.py has all of it in C++, where that was
+compiled; else `packed`
 - hands the weights to oneDNN once, in the blocked layout that it computes from (CPU);
 - keeps them in bfloat16 for precision bf16: half the bytes.  Matrix products then read
   bfloat16 and sum in float32; everything between them (the residual stream, norms, softmax,
@@ -18,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equimini.flow_head import HeadBlock
+from equimini.flow_head import FlowHead, HeadBlock
 from equimini.generator import Generator
+from equimini.mean_flow import MeanFlowHead
+from equimini.sampling import few_rows
 
 ONEDNN_NAMES = {type(None): ("none", ""), nn.SiLU: ("swish", ""), nn.GELU: ("gelu", "none")}
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -126,9 +129,15 @@ def packed(generator: Generator, precision: str = "float32") -> Generator:
     tensors = (*generator.parameters(), *generator.buffers())
     copied = copy.deepcopy(generator, {id(t): t for t in tensors})  # shared
     packer, in_head = Packer(precision), set(copied.head.modules())
-    copied.head.pack(packer)
-    for module in [m for m in copied.modules() if m not in in_head]:
-        packer.linears(module)
+    if few_rows.fits(copied.head, FlowHead, MeanFlowHead):
+        few_rows.replace_head(copied.head, packer.dtype)
+    else:
+        copied.head.pack(packer)
+    if few_rows.fits(copied, Generator):
+        few_rows.replace_transformer(copied, packer.dtype)
+    else:
+        for module in [m for m in copied.modules() if m not in in_head]:
+            packer.linears(module)
     return copied.eval()
 
 

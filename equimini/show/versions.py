@@ -15,6 +15,7 @@ import torch
 
 from equimini import __version__
 from equimini.attention import implementation, why_reference
+from equimini.sampling import few_rows
 from equimini.utils.machine import processor
 
 
@@ -35,6 +36,7 @@ def lines() -> Iterator[str]:
     for device in ("cpu", "cuda"):
         why = why_reference(device)
         yield f"attention on {device}: {implementation(device)}{f' ({why})' if why else ''}"
+    yield f"sampling on cpu: {'C++' if few_rows.compiled() else 'oneDNN, or plain PyTorch'}"
     if kernels := sys.modules.get("equimini._kernels"):
         yield (f"compiled kernels: {kernels.__file__}, for -march={kernels.march}"
                + (f" and GPUs of compute capability {kernels.gpus.replace('/', ', ')}" if kernels.gpus else ""))
