@@ -27,12 +27,11 @@ using Vec = Simd<float>::Vec;
 
 inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
 
-inline Vec load(const float* x) { return *reinterpret_cast<const Vec*>(x); }
-inline Vec load(const BFloat16* x) {
-  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2), may_alias, aligned(2)));
-  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
-  return reinterpret_cast<Vec>(__builtin_convertvector(*reinterpret_cast<const Half*>(x), Bits)
-                               << 16);
+template <class T>
+Vec load(const T* from) {
+  Vec x;
+  read(x, from);
+  return x;
 }
 
 // y[r, n] = bias[n] + Σ_k x[r, k] · w[n / 16, k, n % 16] for R rows and the outputs of N panels.
@@ -184,9 +183,7 @@ void over_rows(int64_t rows, int64_t weights, const Parallel& parallel, F body) 
   threads > 1 ? parallel.run(chunks, 1, part) : part(0, chunks);
 }
 
-// y (rows, out, padded) of x (rows, in).
-// A layer by itself --------------------------------------------------------------------------
-
+// A layer by itself: y (rows, padded(out)) of x (rows, in).
 template <class T>
 void linear(float* y, const float* x, int64_t rows, int64_t in, int64_t out, const T* matrix,
             const float* vector, const Parallel& parallel) {
@@ -260,6 +257,15 @@ struct Token {
   int64_t kept() const { return std::min(known + 1, window - 1); }
 };
 
+// One head of D channels, its pairs turned by angles (D/2,): RoPE.
+inline void turn_pairs(float* __restrict to, const float* __restrict from, int64_t d,
+                       const float* cos, const float* sin) {
+  for (int64_t c = 0; c < d; c += 2) {
+    to[c] = from[c] * cos[c / 2] - from[c + 1] * sin[c / 2];
+    to[c + 1] = from[c + 1] * cos[c / 2] + from[c] * sin[c / 2];
+  }
+}
+
 // out = Σ_j softmax_j(q · k_j / √D) v_j over n keys of one head.
 inline void attend(float* out, const float* q, const float* k, int64_t k_step, const float* v,
                    int64_t v_step, int64_t n, int64_t d, float* weights) {
@@ -292,7 +298,7 @@ inline void self_attention(const Token& p, int64_t layer, int64_t row, float* ou
   }
   for (int64_t h = 0; h < w; h += d) {
     const auto turn = [&](float* to, const float* from, int64_t j) {
-      load_row(to, from + h, d, d, p.cos + j * d / 2, p.sin + j * d / 2);
+      turn_pairs(to, from + h, d, p.cos + j * d / 2, p.sin + j * d / 2);
     };
     for (int64_t j = 0; j < n; j++) turn(turned + j * d, k + j * w, j);
     turn(q, qkv, p.known);
@@ -304,7 +310,7 @@ inline void cross_attention(const Token& p, int64_t layer, int64_t row, float* o
                             float* scratch) {
   const int64_t d = p.head_dim(), w = p.width, at = row * p.class_tokens * w;
   for (int64_t h = 0; h < w; h += d) {
-    load_row(scratch, q + h, d, d, p.cross_cos, p.cross_sin);
+    turn_pairs(scratch, q + h, d, p.cross_cos, p.cross_sin);
     attend(out + h, scratch, p.classes[2 * layer] + at + h, w, p.classes[2 * layer + 1] + at + h, w,
            p.class_tokens, d, scratch + d);
   }

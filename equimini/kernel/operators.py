@@ -141,10 +141,14 @@ torch.library.impl(FORWARD, "Autograd")(_differentiable(_Attention))
 torch.library.impl(BACKWARD, "Autograd")(_differentiable(_AttentionBackward))
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks while it traces
 def _transforms() -> str:
     """The transforms of torch.func that are under way, outermost first: "Grad Jvp Vmap", say."""
     return " ".join(x.key().name for x in torch._C._functorch.get_interpreter_stack() or ())
+
+
+# torch.compile asks while it traces.  This is all that torch.compiler.assume_constant_result does,
+# after importing all of the compiler, which takes a second or two.
+_transforms._dynamo_marked_constant = True
 
 
 def forward_mode() -> bool:

@@ -18,8 +18,12 @@ T* numbers(int64_t n, float scale = 1) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 64, n * sizeof(T))) abort();
   held.push_back(memory);
-  for (int64_t i = 0; i < n; i++)
-    static_cast<T*>(memory)[i] = T(scale * (int(draw() % 2001) - 1000) / 1000);
+  for (int64_t i = 0; i < n; i++) {
+    const float x = scale * (int(draw() % 2001) - 1000) / 1000;
+    // a bfloat16 is the upper half of a float
+    std::memcpy(static_cast<T*>(memory) + i, reinterpret_cast<const char*>(&x) + 4 - sizeof(T),
+                sizeof(T));
+  }
   return static_cast<T*>(memory);
 }
 static int64_t between(int64_t low, int64_t high) { return low + draw() % (high - low + 1); }
