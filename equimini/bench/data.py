@@ -26,8 +26,6 @@ from equimini.utils.errors import UserError
 
 @dataclass(frozen=True)
 class DataBench(Checked):
-    """What to read."""
-
     data: str = flag("", "folder of pictures, as for training")
     image_size: int = flag(PRESETS["tiny"].tokenizer.image_size, "height and width of the crops, "
                            "in pixels, a multiple of 16", min=32)

@@ -48,8 +48,6 @@ TRUTH = {"solver": "midpoint", "steps": 500}
 
 @dataclass(frozen=True)
 class SolverBench(Checked):
-    """What is drawn, and what with."""
-
     checkpoint: str = flag("runs/generator/last.pt", "checkpoint of a trained generator")
     evaluations: tuple[int, ...] = flag((4, 6, 10, 20, 30, 50, 100), "numbers of head evaluations "
                                         "per column; second-order solvers take two a step", min=1)

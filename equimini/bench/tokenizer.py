@@ -28,8 +28,6 @@ from equimini.utils.machine import machine
 
 @dataclass(frozen=True)
 class TokenizerBench(Checked):
-    """What is measured."""
-
     preset: str = flag("tiny", "tokenizer to train", choices=tuple(PRESETS))
     batch_size: int = flag(16, "images per step", min=1)
     perceptual_net: str = flag("", "TorchScript network, as for train_tokenizer.py")
@@ -58,7 +56,6 @@ class Steps:
         self.encode, self.decode = wrap(self.model.encode), wrap(self.model.decode)
 
     def backward(self) -> None:
-        """Gradients of the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, self.bf16):
             x_hat = self.decode(self.encode(self.images).float())
@@ -66,12 +63,10 @@ class Steps:
         reconstruction_loss(self.images, x_hat, distance).backward()
 
     def gradient(self) -> Tensor:
-        """All of it as one vector."""
         self.backward()
         return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
 
     def step(self) -> None:
-        """One training step."""
         self.backward()
         self.optimizer.step()
 

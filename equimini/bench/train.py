@@ -65,8 +65,6 @@ PEAKS = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainBench(Checked):
-    """What is measured."""
-
     preset: str = flag("base", "generator to train", choices=tuple(PRESETS))
     batch_size: int = flag(0, "images per step; 0: 256 on a GPU, 16 on a CPU", min=0)
     settings: str = flag("", f"any of {', '.join(SETTINGS)}, with commas; empty: plain,fast on a "
@@ -130,7 +128,6 @@ def peak_memory(device: torch.device) -> int:
 
 
 def trainer_of(cfg: TrainBench, setting: str, out: str) -> GeneratorTrainer:
-    """A trainer with the flags of a setting."""
     shape = PRESETS[cfg.preset].tokenizer
     setup = set_up("generator", "", GeneratorRun(out=out), [
         "--preset", cfg.preset, "--batch-size", str(cfg.batch_size), "--device", cfg.device,
@@ -195,7 +192,6 @@ def profile(step: Any, device: torch.device, steps: int = 3, rows: int = 12) -> 
 
 
 def lines(row: dict[str, Any], cfg: TrainBench) -> list[str]:
-    """A setting's line of the table, and its profile."""
     s, flops = row["s_per_step"], row["flop_per_step"]
     text = (f"{row['setting']:>15} {cfg.batch_size / s:9.2f} {s * 1e3:9.1f} "
             f"{row['fastest_s'] * 1e3:9.1f} {row['faster']:6.2f} {row['first_s']:8.1f} "

@@ -79,7 +79,6 @@ def pack(source: Path, out: Path, file_mb: float = 15, total_mb: float = 30,
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m equimini.convert.pack", allow_abbrev=False,
                                      description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="checkpoint of a trained generator")

@@ -17,9 +17,10 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -123,8 +124,8 @@ def tokenizer_config(sizes: Sizes) -> TokenizerConfig:
     channels = [sizes.at(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(stages)]
     height = (sizes.at("encoder.encoder1d.weight", 0) // z) << max(0, stages - 1)
     semantic = "semantic_decoder.conv_out.weight"
-    return make_config(
-        TokenizerConfig, image_size=height, base_channels=base,
+    return TokenizerConfig(
+        image_size=height, base_channels=base,
         multipliers=tuple(c // base for c in channels),
         blocks=sizes.count("encoder.down.0.block.{}.conv1.weight"),
         attention_rows=tuple(height >> i for i in range(stages)
@@ -138,8 +139,8 @@ def generator_config(sizes: Sizes, heads: int | None, window: int | None) -> Gen
     width = sizes.at("class_emb.weight", 1)
     if heads is None and width % 64:
         raise UserError(f"--heads is needed: the width, {width}, is no multiple of 64")
-    return make_config(
-        GeneratorConfig, layers=sizes.count("encoder_blocks.{}.norm1.weight"), embed_dim=width,
+    return GeneratorConfig(
+        layers=sizes.count("encoder_blocks.{}.norm1.weight"), embed_dim=width,
         heads=(16 if width == 1280 else width // 64) if heads is None else heads,
         window=4 if window is None else window,
         class_tokens=sizes.at("encoder_pos_embed_learned", 1),
@@ -147,12 +148,13 @@ def generator_config(sizes: Sizes, heads: int | None, window: int | None) -> Gen
         head_depth=sizes.count("diffloss.net.res_blocks.{}.in_ln.weight"))
 
 
-def make_config(cls: type, **values: Any) -> Any:
-    """A configuration; raises UserError for sizes that it does not take."""
+@contextmanager
+def readable_sizes() -> Iterator[None]:
+    """Sizes that no model can have become a UserError."""
     try:
-        return cls(**values)
-    except ValueError as error:
-        raise UserError(f"its sizes are not those of a model: {error}") from None
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"its sizes are not those of a model: {first_line(error)}") from None
 
 
 def plan_tokenizer(shapes: Shapes, raw: bool = False) -> tuple[TokenizerConfig, dict[str, str]]:
@@ -162,14 +164,14 @@ def plan_tokenizer(shapes: Shapes, raw: bool = False) -> tuple[TokenizerConfig, 
     Raises UserError listing keys that are unknown, missing or misshapen.
     """
     key = str if raw else ema_key
-    config = tokenizer_config(Sizes(shapes, key))
-    expected = weight_shapes(lambda: Tokenizer(config))
+    with readable_sizes(), torch.device("meta"):
+        config = tokenizer_config(Sizes(shapes, key))
+        model = Tokenizer(config)
     rules = tokenizer_rules(len(config.multipliers))
-    keys = {ours: key(rename(ours, rules)) for ours in expected}
     other = ("ema_" if raw else "") + TOKENIZER_PARTS
     ignored = re.compile(f"{BOOKKEEPING}|{UNUSED_BLOCK}|{other}")
-    compare(expected, keys, {k: v for k, v in shapes.items() if not ignored.match(k)})
-    return config, keys
+    kept = {k: v for k, v in shapes.items() if not ignored.match(k)}
+    return config, match(model, lambda ours: key(rename(ours, rules)), kept)
 
 
 def plan_generator(shapes: Shapes, heads: int | None = None, window: int | None = None,
@@ -180,26 +182,16 @@ def plan_generator(shapes: Shapes, heads: int | None = None, window: int | None 
     Raises UserError listing keys that are unknown, missing or misshapen.
     """
     sizes = Sizes(shapes)
-    config = generator_config(sizes, heads, window)
-    classes, channels = sizes.at("class_emb.weight", 0), sizes.at("z_proj.weight", 1)
-    expected = weight_shapes(lambda: Generator(config, classes, channels))
-    keys = {ours: rename(ours, GENERATOR_RULES) for ours in expected}
-    compare(expected, keys, shapes)
-    return config, keys
+    with readable_sizes(), torch.device("meta"):
+        config = generator_config(sizes, heads, window)
+        model = Generator(config, sizes.at("class_emb.weight", 0), sizes.at("z_proj.weight", 1))
+    return config, match(model, lambda ours: rename(ours, GENERATOR_RULES), shapes)
 
 
-def weight_shapes(make: Callable[[], nn.Module]) -> Shapes:
-    """Names and shapes of a module's weights; raises UserError if it cannot be so large."""
-    try:
-        with torch.device("meta"):
-            return {name: tuple(p.shape) for name, p in make().named_parameters()}
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"its sizes are not those of a model: {first_line(error)}") from None
-
-
-def compare(expected: Shapes, keys: dict[str, str], shapes: Shapes) -> None:
-    """Raise UserError unless `shapes` holds exactly `keys`, in the expected shapes."""
-    wanted = {key: expected[ours] for ours, key in keys.items()}
+def match(model: nn.Module, key: Callable[[str], str], shapes: Shapes) -> dict[str, str]:
+    """The key of each of the model's weights; raises UserError unless `shapes` holds just these."""
+    keys = {ours: key(ours) for ours, _ in model.named_parameters()}
+    wanted = {keys[ours]: tuple(p.shape) for ours, p in model.named_parameters()}
     wrong = [f"{key} is {shapes[key] or 'no plain tensor'}, not {shape}"
              for key, shape in wanted.items() if key in shapes and shapes[key] != shape]
     problems = {"unknown": sorted(shapes.keys() - wanted), "misshapen": wrong,
@@ -209,6 +201,7 @@ def compare(expected: Shapes, keys: dict[str, str], shapes: Shapes) -> None:
              for kind, those in problems.items() if those]
     if found:
         raise UserError("; ".join(found))
+    return keys
 
 
 def read_weights(file: ForeignFile, tensors: dict[str, Stored | None],
@@ -266,7 +259,6 @@ def tensors_under(file: ForeignFile, name: str) -> dict[str, Stored | None]:
 
 
 def shapes_of(tensors: dict[str, Stored | None]) -> Shapes:
-    """The shapes of tensors in a file."""
     return {key: tensor and tensor.shape for key, tensor in tensors.items()}
 
 
@@ -285,7 +277,6 @@ def class_names(path: str | None, count: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; raises UserError for files or options that cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m equimini.convert", description=__doc__.split("\n\nThe method")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)

@@ -187,17 +187,14 @@ class ForeignFile:
         if not _Unpickler(self._file).load().get("little_endian", True):
             raise ValueError("its numbers are big-endian")
         unpickler = _Unpickler(self._file)
-        content = unpickler.load()
-        places, keys = {}, _Unpickler(self._file).load()
-        position = self._file.tell()
-        for key in map(str, keys):
-            self._file.seek(position)
-            count = struct.unpack("<q", self._file.read(8))[0]
+        content, places = unpickler.load(), {}
+        for key in map(str, _Unpickler(self._file).load()):
+            count, = struct.unpack("<q", self._file.read(8))
             dtype = unpickler.storages[key]
             if count < 0 or dtype is None:
                 raise ValueError(f"storage {key} is of an unknown kind")
-            places[key] = position + 8, count * dtype.itemsize
-            position = sum(places[key])
+            places[key] = self._file.tell(), count * dtype.itemsize
+            self._file.seek(sum(places[key]))
 
         def fetch(key: str) -> bytes:
             start, size = places[key]

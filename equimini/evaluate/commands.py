@@ -106,7 +106,6 @@ class ModelBench(Bench):
                 raise UserError(f"{name} has {len(data)} pictures; it takes at least 4")
 
     def reconstructed(self, pictures: RealPictures, tokenizer: Tokenizer) -> Reconstructions:
-        """What the tokenizer makes of them."""
         return Reconstructions(pictures, self.net.sha256, tokenizer, self.distances)
 
     def reference(self, n: int) -> Reference:
@@ -249,7 +248,6 @@ def evaluate_tokenizer(cfg: EvaluateConfig, device: torch.device) -> None:
 
 def finish(bench: ModelBench, kind: str, rows: list[dict], reference: Reference,
            floor: RealPictures, settings: dict[str, Any], remarks: list[str]) -> None:
-    """Write and print the report of a model."""
     cfg = bench.cfg
     write_report({
         "what": kind, "distance": distance_name(bench.net, rows[0]["n"], kind),
@@ -318,7 +316,6 @@ def evaluate_images(cfg: ImagesEvaluation, device: torch.device, samples: str) -
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m equimini.evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="generator|tokenizer|images")

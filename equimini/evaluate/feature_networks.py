@@ -95,7 +95,6 @@ class FeatureNetwork:
         return out
 
     def describe(self) -> dict[str, Any]:
-        """For the report."""
         return {"name": self.name, "sha256": self.sha256, "hash_verified": self.verified,
                 "published_inception": self.is_inception}
 

@@ -134,7 +134,6 @@ class Samples:
         self.options, self.folder, self.batch_size, self.keep = options, folder, batch_size, keep
 
     def job(self, k: int) -> tuple[int, int]:
-        """Class and seed of picture k."""
         return k % len(self.model.classes), self.seed + k
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
@@ -159,7 +158,6 @@ class Samples:
             not self.png(k).exists() for k in range(first, last)))
 
     def png(self, k: int) -> Path:
-        """Where picture k is kept."""
         label, seed = self.job(k)
         return self.keep / f"class{label:04d}_seed{seed:06d}.png"
 
@@ -180,7 +178,6 @@ def content_hash(data: ImageFolder | Synthetic, index: int) -> str:
 
 
 def shards(n: int) -> list[tuple[int, int]]:
-    """First and last + 1 of every shard of n pictures."""
     return [(i, min(i + SHARD, n)) for i in range(0, n, SHARD)]
 
 
@@ -230,7 +227,6 @@ def read(pictures: PictureSet) -> Iterator[dict[str, Tensor]]:
 
 
 def read_all(pictures: PictureSet) -> dict[str, Tensor]:
-    """All rows of a set, joined."""
     parts = list(read(pictures))
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]
               if name != "shown"}

@@ -12,8 +12,6 @@ from equimini.training.options import DataConfig
 
 @dataclass(frozen=True)
 class NetworkConfig(Checked):
-    """Which network gives the features, and where they are kept."""
-
     network: str = flag("", "TorchScript network that gives the features, called as the Inception "
                         "of StyleGAN2-ADA is; 'download': that one")
     network_sha256: str = flag("", "hash that the network's file must have")
@@ -24,8 +22,6 @@ class NetworkConfig(Checked):
 
 @dataclass(frozen=True)
 class EvaluateConfig(NetworkConfig, DataConfig):
-    """What is measured, against what, with which network."""
-
     checkpoint: str = flag("", "checkpoint to measure")
     weights: str = flag("ema", "moving average of the weights, or the raw ones",
                         choices=("ema", "raw"))
@@ -44,8 +40,6 @@ class EvaluateConfig(NetworkConfig, DataConfig):
 
 @dataclass(frozen=True)
 class GeneratorEvaluation(EvaluateConfig, SamplingOptions):
-    """How a generator draws its samples."""
-
     cfg: str = flag("2", "guidance scale; several with commas: all of them, and a curve")
     cfg_schedule: str = flag("linear", "guidance from 1 up to --cfg over the columns, or --cfg "
                              "throughout", choices=SCHEDULES)
@@ -61,8 +55,6 @@ class GeneratorEvaluation(EvaluateConfig, SamplingOptions):
 
 @dataclass(frozen=True)
 class ImagesEvaluation(NetworkConfig):
-    """Any pictures against any others."""
-
     reference: str = flag("", "what SAMPLES are compared with: a folder of images, an .npz of "
                           "pictures (arr_0) or of statistics (mu, sigma)")
     n: int = flag(0, "pictures of SAMPLES, at most; 0: all", min=0)

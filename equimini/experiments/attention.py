@@ -29,8 +29,6 @@ WINDOW = 4
 
 @dataclass(frozen=True)
 class AttentionConfig(SampledConfig):
-    """What is compared besides the three."""
-
     windows: tuple[int, ...] = flag((), "lengths of more windows to compare, such as 1,2,8",
                                     min=1)
 

@@ -52,8 +52,6 @@ SCALES = {
 
 @dataclass(frozen=True)
 class ExperimentConfig(Checked):
-    """The options of every experiment."""
-
     data: str = flag("synthetic", "folder of class sub-folders of images, or 'synthetic' / "
                      "'synthetic-object' (drawn by code)")
     val_data: str = flag("", "folder of held-out images; empty: a share of --data")
@@ -95,7 +93,6 @@ class Lab:
 
     @property
     def budget(self) -> str:
-        """What the trainings took, in words."""
         if not self.used:
             return "no training"
         return (f"{len(self.used)} trainings (shared ones included), generators of {self.steps} "
@@ -122,7 +119,6 @@ class Lab:
         return run
 
     def tokenizer(self, layout: str = "columns", data: str = "") -> TrainingRun:
-        """A tokenizer of this layout."""
         steps = self.cfg.tokenizer_steps or self.scale.tokenizer_steps
         name = layout if not data or data == self.cfg.data else f"{layout}-{Path(data).name}"
         return self.train("tokenizer", name, steps, [

@@ -35,8 +35,6 @@ RULES = [
 
 @dataclass(frozen=True)
 class ComputeConfig(Checked):
-    """Where the report goes."""
-
     out: str = flag("runs/experiments", "folder to write to")
 
 

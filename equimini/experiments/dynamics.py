@@ -29,8 +29,6 @@ PAPER = ("trained on all subtasks both models gain about 10 % from epoch 10 to 1
 
 @dataclass(frozen=True)
 class DynamicsConfig(ExperimentConfig):
-    """Which subtasks are trained alone."""
-
     single: tuple[int, ...] = flag((3, 10), "subtasks that are trained alone, counted from 0",
                                    min=0)
 

@@ -36,8 +36,6 @@ PAPER = ("without the augmentation pictures show artefacts and breaks beyond the
 
 @dataclass(frozen=True)
 class ExtrapolationConfig(ExperimentConfig):
-    """How far beyond, and what is drawn."""
-
     times: int = flag(8, "length of the long pictures, in training pictures", min=2)
     measured: int = flag(64, "held-out pictures that the loss is measured on", min=1)
     shown: int = flag(2, "pictures drawn per model", min=1)
@@ -46,8 +44,6 @@ class ExtrapolationConfig(ExperimentConfig):
 
 
 class Mirrored(Dataset):
-    """Pictures of a folder, continued `times` times by their own mirror image."""
-
     def __init__(self, data: ImageFolder, times: int) -> None:
         self.data, self.times = data, times
 

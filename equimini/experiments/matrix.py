@@ -37,8 +37,6 @@ END = 3  # columns at either end that are not like the others: W − 1
 
 @dataclass(frozen=True)
 class MatrixConfig(ExperimentConfig):
-    """What is measured, and how short the trainings are."""
-
     checkpoint: str = flag("", "checkpoint of a generator; empty: the columns and the grid of the "
                            "other experiments, trained now if need be")
     tune_steps: int = flag(8, "steps on one subtask", min=1)

@@ -33,8 +33,6 @@ EULER_STEPS, BATCH = 25, 64
 
 @dataclass(frozen=True)
 class SampledConfig(ExperimentConfig):
-    """How drawn pictures are judged."""
-
     network: str = flag("", "TorchScript network of the Fréchet distances (the call of the "
                         "published Inception), or 'download'")
     samples: int = flag(0, "pictures drawn of every model; 0: the scale's", min=0)

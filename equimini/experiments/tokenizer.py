@@ -48,8 +48,6 @@ SCORES = ("psnr", "ssim", "perceptual_distance", "frechet_distance")
 
 @dataclass(frozen=True)
 class AblationConfig(DataConfig):
-    """What is compared, on which pictures."""
-
     preset: str = flag("tiny", "preset of every training")
     steps: int = flag(600, "training steps of every variant", min=3)
     adv_start: int = flag(0, "step from which the critics are on; 0: after a third", min=0)
@@ -154,7 +152,6 @@ class Comparison:
 
 
 def table(scores: dict[str, dict[str, float]], cfg: AblationConfig, count: int) -> str:
-    """The results as a Markdown table with its legend."""
     rows = [("variant", "PSNR (dB) ↑", "SSIM ↑", "perceptual distance ↓", "Fréchet distance ↓")]
     rows += [(label, *(f"{s[name]:.{digits}f}" for name, digits in zip(SCORES, (2, 4, 4, 3))))
              for label, s in scores.items()]

@@ -41,11 +41,9 @@ class TrainingRun:
 
     @property
     def last(self) -> Path:
-        """Its checkpoint."""
         return self.folder / "last.pt"
 
     def logged(self, name: str) -> Any:
-        """The last value of this name in its log."""
         lines = (self.folder / "log.jsonl").read_text().splitlines()
         return [record[name] for record in map(json.loads, lines) if name in record][-1]
 

@@ -25,8 +25,6 @@ PAPER = ("gFID of columns 5.57 trained on 16 subtasks, 8.99 on 8; of the 2-D gri
 
 @dataclass(frozen=True)
 class TransferConfig(ExperimentConfig):
-    """Which subtasks are trained."""
-
     subtasks: tuple[int, ...] = flag((0, 2, 4, 6, 8, 10, 12, 14), "subtasks that the second pair "
                                      "of models is trained on, counted from 0", min=0)
 

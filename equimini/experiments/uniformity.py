@@ -25,8 +25,6 @@ PAPER = ("on ImageNet, whose objects are in the middle, the loss is higher for t
 
 @dataclass(frozen=True)
 class UniformityConfig(ExperimentConfig):
-    """What is compared with --data."""
-
     centred_data: str = flag("synthetic-object", "object-centred pictures, as --data, which is "
                              "the uniform set here")
 

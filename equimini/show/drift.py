@@ -55,8 +55,6 @@ Statistics = dict[str, Tensor]  # name: value of every column, (N,)
 
 @dataclass(frozen=True)
 class DriftConfig(Checked):
-    """What to draw and measure."""
-
     checkpoint: str = flag("runs/generator/last.pt", "checkpoint of a trained generator")
     tokens: str = flag("", "token file to measure instead of drawing")
     positions: str = flag("hold", "positions that cross-attention sees: hold, grow (see sample.py), "

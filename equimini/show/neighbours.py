@@ -36,8 +36,6 @@ Features = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) to (B, F) vectors
 
 @dataclass(frozen=True)
 class NeighboursConfig(DataConfig):
-    """What to draw, and what to compare it with."""
-
     checkpoint: str = flag("runs/generator/last.pt", "checkpoint of a trained generator")
     network: str = flag("", "TorchScript network whose features are compared (the call of the "
                         "published Inception: net(uint8 pictures, return_features=True)); empty: "
@@ -118,5 +116,4 @@ def main(argv: list[str]) -> None:
 
 
 def summary(values: list[float]) -> str:
-    """Median and smallest value."""
     return f"median {statistics.median(values):.3f} (smallest {min(values):.3f})"

@@ -39,8 +39,6 @@ Curve = tuple[list[float], list[float]]  # x and y
 
 @dataclass(frozen=True)
 class RunPlot(Checked):
-    """How to draw."""
-
     out: str = flag("run.png", "picture to write, a .png")
     smooth: int = flag(0, "lines of the log that the smoothed loss looks back over; 0: a fiftieth "
                        "of them, at least 5", min=0)
@@ -135,7 +133,6 @@ def draw_loss(axes: Any, run: RunLog, smooth: int, style: dict[str, Any]) -> Non
 
 
 def scalar(key: str, least: float = -math.inf, noisy: bool = False) -> Callable[..., None]:
-    """Draws one scalar of the log over the steps."""
     def draw(axes: Any, run: RunLog, smooth: int, style: dict[str, Any]) -> None:
         steps, values = run.curve(key, least)
         if noisy:
@@ -231,7 +228,6 @@ def finish(axes: Any, title: str, xlabel: str, log: bool, alone: bool) -> None:
 
 
 def summary(run: RunLog) -> str:
-    """One line of numbers about a run."""
     steps, loss = run.curve("loss")
     val_steps, val = run.curve("val_loss")
     parts = [f"{run.label}: {run.records[-1]['step']} steps"]

@@ -39,8 +39,6 @@ from equimini.utils.errors import UserError
 
 @dataclass(frozen=True)
 class SeamsConfig(Checked):
-    """What to decode, and how."""
-
     checkpoint: str = flag("runs/generator/last.pt", "checkpoint of a trained generator")
     tokens: str = flag("", "token file with long pictures; empty: draw some")
     windows: str = flag("", "choices to compare, each 'length overlap discard' in columns, with "

@@ -31,8 +31,6 @@ from equimini.utils.images import grid, load_columns, save_png, to_uint8
 
 @dataclass(frozen=True)
 class TokensConfig(Checked):
-    """What to show, and where to."""
-
     checkpoint: str = flag("runs/tokenizer/last.pt", "checkpoint of a trained tokenizer, or of a "
                            "generator, which holds its tokenizer")
     image: str = flag("", "picture to encode, any size and format")

@@ -20,7 +20,6 @@ from equimini.utils.machine import processor
 
 
 def lines() -> Iterator[str]:
-    """"name: what there is", one by one."""
     yield f"equimini: {__version__}"
     yield f"Python: {platform.python_version()}, {platform.platform()}"
     cuda = torch.version.cuda and f"built with CUDA {torch.version.cuda}"
@@ -50,7 +49,6 @@ def installed(name: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
     argparse.ArgumentParser(prog="python -m equimini.show versions",
                             description=__doc__.split("\n")[0]).parse_args(argv)
     print("\n".join(lines()))

@@ -13,9 +13,9 @@ from equimini.mean_flow import INTERVALS
 from equimini.noise import normal, rng, seed_torch, uniform
 from equimini.presets import GeneratorTraining
 from equimini.training.options import RunConfig
-from equimini.training.precision import PRECISIONS, adamw, compiled, load_optimizer, set_float32
+from equimini.training.precision import PRECISIONS, adamw, compiled, set_float32
 from equimini.training.prefetch import Prefetcher
-from equimini.training.step import (Ema, MicroBatch, Stepper, add, cooldown, micro_batches,
+from equimini.training.step import (MicroBatch, Trainer, add, cooldown, micro_batches,
                                     warmup_decay_lr, weight_decay_groups)
 from equimini.utils import checkpoint, distributed
 from equimini.utils.checkpoint import tokenizer_content
@@ -60,7 +60,7 @@ class Draws(NamedTuple):
     shift: int | torch.Tensor = 0  # of positions: of all images, or of each (B,)
 
 
-class GeneratorTrainer:
+class GeneratorTrainer(Trainer):
     """The generator, its frozen tokenizer and the optimizer; `step` is one training step."""
 
     def __init__(self, model: Generator, tokenizer: Tokenizer, classes: list[str],
@@ -71,22 +71,19 @@ class GeneratorTrainer:
         if cfg.subtasks and model.config.real_equivariant:
             raise UserError("--subtasks are places in the picture, which --real-equivariant does "
                             "not train on; give one of the two")
-        self.model, self.tokenizer, self.classes, self.sample = model, tokenizer, classes, sample
-        self.cfg, self.opts, self.seed = cfg, opts, opts.seed
-        self.device = model.no_class.device
-        set_float32(opts.precision, self.device)
+        self.tokenizer, self.classes, self.sample = tokenizer, classes, sample
+        set_float32(opts.precision, model.no_class.device)
         if opts.trained == "head":
             model.requires_grad_(False).head.requires_grad_(True)
-        self.ema = Ema(model, cfg.ema_decay, warmup=False)
+        super().__init__(model, cfg, opts, model.no_class.device, adamw(
+            weight_decay_groups(model, cfg.weight_decay), cfg.lr, opts.fused_optimizer),
+            ema_warmup=False)
         if opts.checkpoint_activations:
             model.checkpoint_activations()
         self.flow_errors = compiled(flow_matching_errors) if opts.compile else flow_matching_errors
-        self.optimizer = adamw(weight_decay_groups(model, cfg.weight_decay), cfg.lr,
-                               opts.fused_optimizer)
-        self.stepper, self.prefetch = Stepper(self.optimizer), Prefetcher()
+        self.prefetch = Prefetcher()
         self.columns = 0  # of the training pictures, once one has been seen
         self.mirrored = True  # whether these are mirrored at random
-        self.all_losses_from = 0  # see loop.Trainer
 
     def step(self, step: int, data: torch.Tensor, labels: torch.Tensor) -> dict:
         """One step of the generator (Eq. 8).
@@ -95,20 +92,19 @@ class GeneratorTrainer:
         log, and the loss of every column and of T_BINS equal parts of t from 0 to 1.
         """
         cfg, sums = self.cfg, {}
-        lr = (warmup_decay_lr(step, cfg.lr, cfg.warmup_steps)
-              * cooldown(step, cfg.steps, cfg.lr_cooldown))
-        drawn = self.prefetch(self.step_draws, step, len(data), *self.shape(data))
-        for part, draws in zip(micro_batches(len(data), self.opts.accumulate), drawn):
+        for part, draws in self.prefetch(self.step_draws, step, len(data), *self.shape(data)):
             seed_torch(self.seed, 1, step, part.places[0])  # dropout
             draws = Draws(*self.on_device(*draws))
             x = self.tokens(data[part.rows], draws)  # encode: (B, N, C)
             errors, u = self.errors(x, labels[part.rows], draws)  # (M, B, N)
             chosen = errors[:, :, list(cfg.subtasks)] if cfg.subtasks else errors
             loss = part.weight * chosen.mean()
-            self.stepper.backward(loss)
+            loss.backward()
             add(sums, {"loss": loss, "loss_per_column": part.weight * errors.mean((0, 1)),
                        **sums_by_time(errors, u)})
         found = distributed.total(sums)
+        lr = (warmup_decay_lr(step, cfg.lr, cfg.warmup_steps)
+              * cooldown(step, cfg.steps, cfg.lr_cooldown))
         norm = self.stepper(lr, cfg.grad_clip)  # AdamW
         self.ema.update(self.model)
         return {"loss": found["loss"], "lr": lr, "grad_norm": norm,
@@ -154,10 +150,6 @@ class GeneratorTrainer:
         return (random_crops(x, w, (draws.starts * (n - w + 1)).long()), each(labels),
                 draws._replace(u=u, eps=eps, more=more, drop=each(draws.drop), shift=each(draws.shift)))
 
-    def autocast(self) -> torch.autocast:
-        """With --precision bf16, matrix products in bfloat16; weights and loss stay in float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, self.opts.precision == "bf16")
-
     def shape(self, data: torch.Tensor) -> tuple[int, int]:
         """(N, C) of the tokens of uint8 images (B, 3, H, W), or of cached means (B, N, C)."""
         if data.dtype != torch.uint8:
@@ -175,14 +167,18 @@ class GeneratorTrainer:
                      drop=uniform((), rngs), starts=uniform((crops,), rngs),
                      more=uniform((more, n), rngs).transpose(0, 1))
 
-    def step_draws(self, step: int, images: int, n: int, c: int) -> list[Draws]:
-        """Those of a step, for each micro-batch of the local batch of `images` images."""
-        draws = [self.draws(part.rngs("flow", self.seed, step), n, c)._replace(
-            shift=self.shift(step, part)) for part in micro_batches(images, self.opts.accumulate)]
-        if self.device.type == "cuda":  # as the loader's batches are
-            return [Draws(*(x.pin_memory() if isinstance(x, torch.Tensor) else x for x in of_part))
-                    for of_part in draws]
-        return draws
+    def step_draws(self, step: int, images: int, n: int,
+                   c: int) -> list[tuple[MicroBatch, Draws]]:
+        """The micro-batches of the local batch of `images` images, each with its draws."""
+        found = []
+        for part in micro_batches(images, self.opts.accumulate):
+            rngs = [rng("flow", self.seed, step, place) for place in part.places]
+            draws = self.draws(rngs, n, c)._replace(shift=self.shift(step, part))
+            if self.device.type == "cuda":  # as the loader's batches are
+                draws = Draws(*(x.pin_memory() if isinstance(x, torch.Tensor) else x
+                                for x in draws))
+            found.append((part, draws))
+        return found
 
     def shift(self, step: int, part: MicroBatch) -> int | torch.Tensor:
         """The position augmentation: one number for each group of images of the global batch."""
@@ -200,11 +196,8 @@ class GeneratorTrainer:
                 for x in values]
 
     def state(self) -> dict:
-        """Everything a resumed run needs, and the tokenizer that sampling needs."""
-        return {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "skipped": self.stepper.skipped,
-                "columns": self.columns, "mirrored": self.mirrored,
-                "tokenizer": tokenizer_content(self.tokenizer)}
+        return {**super().state(), "columns": self.columns, "mirrored": self.mirrored,
+                "tokenizer": tokenizer_content(self.tokenizer)}  # sampling needs these
 
     def load_state(self, state: dict) -> None:
         """The inverse of `state`; raises UserError if the run had another tokenizer."""
@@ -213,10 +206,7 @@ class GeneratorTrainer:
         if mine.keys() != theirs.keys() or any(
                 not torch.equal(mine[k].cpu(), theirs[k]) for k in mine):
             raise UserError("the run to resume was trained with another tokenizer than --tokenizer")
-        checkpoint.load_weights(self.model, state["model"], "last.pt")
-        checkpoint.load_weights(self.ema.model, state["ema"], "last.pt")
-        load_optimizer(self.optimizer, state["optimizer"])
-        self.stepper.skipped = state["skipped"]
+        super().load_state(state)
         self.columns = state.get("columns", 0)
 
     def start_from(self, state: dict) -> None:

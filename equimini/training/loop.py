@@ -7,16 +7,15 @@ import math
 import time
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, Protocol
+from typing import Callable, Iterator
 
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from equimini.training.data import ImageFolder, report_pictures
 from equimini.training.loaders import fixed_loader, training_loader
 from equimini.training.setup import Setup, own_files
-from equimini.training.step import Ema, Stepper
+from equimini.training.step import Trainer
 from equimini.utils import checkpoint, distributed
 from equimini.utils.errors import UserError
 from equimini.utils.files import replacing
@@ -80,38 +79,7 @@ class Progress:
             self.bar.write(text)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
         self.bar.close()
-
-
-class Trainer(Protocol):
-    """What `fit` needs: the method itself, without the machinery."""
-
-    model: nn.Module
-    ema: Ema
-    stepper: Stepper
-    all_losses_from: int  # step from which all losses are on, and best.pt is chosen afresh
-
-    def step(self, step: int, data: Tensor, labels: Tensor) -> dict[str, float | list[float]]:
-        """One training step on this process's local batch.
-
-        Returns `loss`, `lr` and more, of the whole batch: the same on every process.
-        """
-
-    def validate(self, loader: DataLoader) -> dict[str, Any]:
-        """Scores on held-out images, `val_loss` among them; `loader` has this process's part."""
-
-    def preview(self, path: Path) -> None:
-        """Draw a picture of how far the training is."""
-
-    def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs."""
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
-
-    def start_from(self, state: dict[str, Any]) -> None:
-        """Take the weights (EMA) of another run's checkpoint as the initial ones."""
 
 
 def fit(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,

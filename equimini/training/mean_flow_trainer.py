@@ -59,11 +59,9 @@ class MeanFlowTrainer(GeneratorTrainer):
         return self.errors_of(self.ema.model, x, labels, draws)[0]
 
     def state(self) -> dict:
-        """The same, and the teacher."""
         return {**super().state(), "teacher": self.teacher.state_dict()}
 
     def load_state(self, state: dict) -> None:
-        """The inverse of `state`."""
         super().load_state(state)
         checkpoint.load_weights(self.teacher, state["teacher"], "last.pt")
 

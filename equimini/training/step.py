@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Iterator
+from typing import Any, Iterator, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from equimini.config import Checked
 from equimini.generator import Generator
-from equimini.noise import rng
-from equimini.utils import distributed
+from equimini.training.options import RunConfig
+from equimini.training.precision import load_optimizer
+from equimini.utils import checkpoint, distributed
 from equimini.utils.errors import UserError
 
 
@@ -26,27 +27,19 @@ def weight_decay_groups(generator: Generator, weight_decay: float) -> list[dict]
             {"params": free, "weight_decay": 0.0}]
 
 
-class MicroBatch:
-    """A part of this process's local batch that goes through the model at once.
+class MicroBatch(NamedTuple):
+    """A part of this process's local batch that goes through the model at once."""
 
-    rows: where it lies in the local batch; first: its first image's place in the global batch,
-    which keys its random draws; weight: its part of the global batch.
-    """
-
-    def __init__(self, rows: slice, first: int, weight: float) -> None:
-        self.rows, self.weight = rows, weight
-        self.places = range(first, first + rows.stop - rows.start)  # in the global batch
-
-    def rngs(self, purpose: str, *key: int) -> list[np.random.Generator]:
-        """A generator of random draws for each image, keyed by its place in the global batch."""
-        return [rng(purpose, *key, place) for place in self.places]
+    rows: slice  # of the local batch
+    places: range  # of its images in the global batch, which key their random draws
+    weight: float  # its part of the global batch
 
 
 def micro_batches(images: int, accumulate: int) -> Iterator[MicroBatch]:
     """The local batch of `images` images, in `accumulate` parts."""
     size, offset = images // accumulate, distributed.rank() * images
     for first in range(0, images, size):
-        yield MicroBatch(slice(first, first + size), offset + first,
+        yield MicroBatch(slice(first, first + size), range(offset + first, offset + first + size),
                          size / (images * distributed.world_size()))
 
 
@@ -113,10 +106,6 @@ class Stepper:
     def __init__(self, optimizer: torch.optim.Optimizer, patience: int = 10) -> None:
         self.optimizer, self.patience, self.in_a_row, self.skipped = optimizer, patience, 0, 0
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's part of the loss."""
-        loss.backward()
-
     def __call__(self, lr: float, clip: float) -> float:
         """Sum the processes' gradients, clip, step, clear them.
 
@@ -139,3 +128,40 @@ class Stepper:
                             "row; resume from the last checkpoint with a lower --lr or a lower "
                             "--grad-clip, and look for odd pictures in the data")
         return math.nan
+
+
+class Trainer:
+    """What `loop.fit` needs of either model: the method itself, without the machinery.
+
+    A subclass adds:
+    step(step, data, labels): one training step on this process's local batch; returns `loss`, `lr`
+        and more, of the whole batch: the same on every process.
+    validate(loader): scores on held-out images, `val_loss` among them; `loader` has this
+        process's part.
+    preview(path): draws a picture of how far the training is.
+    start_from(state): takes the weights (EMA) of another run's checkpoint as the initial ones.
+    """
+
+    all_losses_from = 0  # step from which all losses are on, and best.pt is chosen afresh
+
+    def __init__(self, model: nn.Module, cfg: Checked, opts: RunConfig, device: torch.device,
+                 optimizer: torch.optim.Optimizer, ema_warmup: bool) -> None:
+        self.model, self.cfg, self.opts, self.seed, self.device = model, cfg, opts, opts.seed, device
+        self.ema = Ema(model, cfg.ema_decay, ema_warmup)
+        self.optimizer, self.stepper = optimizer, Stepper(optimizer)
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products and convolutions in bfloat16 with --precision bf16."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.opts.precision == "bf16")
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+        return {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "skipped": self.stepper.skipped}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        checkpoint.load_weights(self.model, state["model"], "last.pt")
+        checkpoint.load_weights(self.ema.model, state["ema"], "last.pt")
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.stepper.skipped = state["skipped"]

@@ -82,7 +82,7 @@ class Adversary:
     def __init__(self, critic: PatchGAN | FeatureCritic, cfg: TokenizerTraining,
                  seed: int) -> None:
         self.critic, self.seed = critic, seed
-        self.lr, self.clip = cfg.disc_lr or cfg.lr, cfg.grad_clip
+        self.lr = cfg.disc_lr or cfg.lr  # constant, as in the release
         self.optimizer = torch.optim.Adam(critic.parameters(), lr=self.lr, betas=(0.5, 0.9))
         self.stepper = Stepper(self.optimizer)
 
@@ -107,16 +107,9 @@ class Adversary:
         real_logits, fake_logits = (self.critic.logits([x.detach() for x in features])
                                     for features in (real, fake))
         loss = weight * hinge_loss(real_logits, fake_logits)
-        self.stepper.backward(loss)
+        loss.backward()
         return {"disc_loss": loss.detach(), "logit_real": weight * real_logits.detach().mean(),
                 "logit_fake": weight * fake_logits.detach().mean()}
-
-    def step(self) -> float:
-        """The critic's step; its learning rate is constant, as in the release.
-
-        Returns the gradient's norm.
-        """
-        return self.stepper(self.lr, self.clip)
 
     def state(self) -> dict:
         """For the checkpoint: the critic's weights and its optimizer's state."""

@@ -13,11 +13,11 @@ from equimini.autoencoder import Tokenizer, add_noise, noise_variance
 from equimini.config import flag
 from equimini.losses import (ImageGradients, adaptive_weight, adversarial_ramp, alignment_loss,
                              image_gradients, kl_loss, psnr, reconstruction_loss)
-from equimini.noise import normal, seed_torch
+from equimini.noise import normal, rng, seed_torch
 from equimini.presets import TokenizerTraining
 from equimini.training.options import RunConfig
 from equimini.training.precision import PRECISIONS, set_float32
-from equimini.training.step import Ema, MicroBatch, Stepper, add, micro_batches, warmup_decay_lr
+from equimini.training.step import MicroBatch, Trainer, add, micro_batches, warmup_decay_lr
 from equimini.training.tokenizer_losses import Adversary
 from equimini.utils import checkpoint, distributed
 from equimini.utils.images import grid, save_png, to_float
@@ -47,7 +47,7 @@ class Decoded(NamedTuple):
     semantics: torch.Tensor | None
 
 
-class TokenizerTrainer:
+class TokenizerTrainer(Trainer):
     """The tokenizer, its critic and their optimizers; one call of `step` is one training step."""
 
     def __init__(self, model: Tokenizer, distance: nn.Module | None, teacher: nn.Module | None,
@@ -55,25 +55,19 @@ class TokenizerTrainer:
                  shown: torch.Tensor) -> None:
         """All parts on one device, frozen what is to stay; shown: held-out images (n, 3, H, W) in
         [−1, 1], for the previews."""
-        self.model, self.distance, self.teacher, self.adversary = model, distance, teacher, adversary
-        self.cfg, self.opts, self.seed, self.shown = cfg, opts, opts.seed, shown
-        self.device, self.finetuning = shown.device, bool(opts.finetune_decoder)
-        set_float32(opts.precision, self.device)
+        set_float32(opts.precision, shown.device)
         if opts.channels_last:
             model.to(memory_format=torch.channels_last)
-        self.ema = Ema(model, cfg.ema_decay, warmup=True)
-        self.optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad],
-                                          lr=cfg.lr, betas=(0.5, 0.9))
-        self.stepper = Stepper(self.optimizer)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad],
+                                     lr=cfg.lr, betas=(0.5, 0.9))
+        super().__init__(model, cfg, opts, shown.device, optimizer, ema_warmup=True)
+        self.distance, self.teacher, self.adversary, self.shown = distance, teacher, adversary, shown
+        self.finetuning = bool(opts.finetune_decoder)
         self.all_losses_from = max(cfg.adv_start + cfg.adv_ramp if adversary else 0,
                                    cfg.align_start if teacher else 0)
         compiled = torch.compile if opts.compile else lambda function: function
         self.encode, self.decode = compiled(model.encode), compiled(model.decode)
         self.decode_with_semantics = compiled(model.decode_with_semantics)
-
-    def autocast(self) -> torch.autocast:
-        """Convolutions and matrix products in bfloat16 with --precision bf16."""
-        return torch.autocast(self.device.type, torch.bfloat16, self.opts.precision == "bf16")
 
     def reconstruction(self, x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
         """L1 plus perceptual distance, summed over pixels, averaged over the batch."""
@@ -87,7 +81,6 @@ class TokenizerTrainer:
         scalars to log.
         """
         cfg, sums, found = self.cfg, {}, {}
-        lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps, cfg.lr_decay, cfg.lr_decay_every)
         ramp = adversarial_ramp(step, cfg.adv_start, cfg.adv_ramp) if self.adversary else 0.0
         parts = list(micro_batches(len(images), self.opts.accumulate))
         # a single part is decoded once; of several, each again, instead of keeping all graphs
@@ -100,12 +93,13 @@ class TokenizerTrainer:
         factor = ramp * cfg.adv_weight * found.get("adaptive_weight", 0.0)
         for part, at_image in zip(parts, gradients):
             out = kept or self.decoded(step, images, part)
-            self.stepper.backward(self.loss(out, part.weight, at_image, factor, sums))
+            self.loss(out, part.weight, at_image, factor, sums).backward()
+        lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps, cfg.lr_decay, cfg.lr_decay_every)
         scalars = {"lr": lr, **distributed.total(sums), **found}
         scalars["grad_norm"] = self.stepper(lr, cfg.grad_clip)  # Adam
         self.ema.update(self.model)
         if ramp:
-            scalars["disc_grad_norm"] = self.adversary.step()
+            scalars["disc_grad_norm"] = self.adversary.stepper(self.adversary.lr, cfg.grad_clip)
         loss = (scalars["rec"] + cfg.kl_weight * scalars["kl"] + factor * scalars.get("adv", 0.0)
                 + cfg.align_weight * scalars.get("align", 0.0))
         return {"loss": loss, **scalars}
@@ -114,7 +108,7 @@ class TokenizerTrainer:
         """A micro-batch through the autoencoder, with noise on its tokens."""
         seed_torch(self.seed, 1, step, part.places[0])  # dropout
         x = to_float(images[part.rows].to(self.device))
-        rngs = part.rngs("posterior", self.seed, step)
+        rngs = [rng("posterior", self.seed, step, place) for place in part.places]
         with self.autocast():
             with torch.set_grad_enabled(not self.finetuning):
                 mean = self.encode(x).float()  # (B, N, D)
@@ -171,18 +165,12 @@ class TokenizerTrainer:
         return loss
 
     def state(self) -> dict:
-        """Everything a resumed run needs, as a dict of plain values and tensors."""
-        return {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(),
-                "ema_updates": self.ema.updates, "optimizer": self.optimizer.state_dict(),
-                "skipped": self.stepper.skipped,
+        return {**super().state(), "ema_updates": self.ema.updates,
                 **(self.adversary.state() if self.adversary else {})}
 
     def load_state(self, state: dict) -> None:
-        """The inverse of `state`."""
-        checkpoint.load_weights(self.model, state["model"], "last.pt")
-        checkpoint.load_weights(self.ema.model, state["ema"], "last.pt")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.updates, self.stepper.skipped = state["ema_updates"], state["skipped"]
+        super().load_state(state)
+        self.ema.updates = state["ema_updates"]
         if self.adversary:
             self.adversary.load_state(state)
 

@@ -194,7 +194,6 @@ def latents_hash(tokenizer: Tokenizer) -> str:
 
 
 def weights_hash(weights: dict[str, Tensor]) -> str:
-    """SHA-256 of tensors and their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

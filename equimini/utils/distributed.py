@@ -30,7 +30,6 @@ MEETING = timedelta(minutes=5)  # within which all processes have to be there
 
 
 def rank() -> int:
-    """This process's number, from 0."""
     return _number("RANK", 0) if world_size() > 1 else 0
 
 
@@ -96,7 +95,6 @@ def _meeting_place() -> dist.Store:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
     if world_size() > 1:
         dist.barrier()
 
@@ -160,7 +158,6 @@ def total(sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
 
 
 def copy_from_main(*modules: nn.Module) -> None:
-    """Give every process the main one's weights and buffers."""
     if world_size() > 1:
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):

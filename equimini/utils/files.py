@@ -100,7 +100,6 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write a text file in UTF-8; see `replacing`."""
     with replacing(path) as file:
         file.write(text.encode())
 
@@ -120,7 +119,6 @@ def claim(folder: Path, plan: dict[str, Any], holds: str, instead: str) -> None:
 
 
 def file_hash(path: Path | str) -> str:
-    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

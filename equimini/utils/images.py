@@ -131,7 +131,6 @@ def scale_to_fit(image: Image.Image, height: int, width: int | None = None) -> I
 
 
 def load_image(path: Path | str, height: int, width: int | None = None) -> Image.Image:
-    """`read_rgb` and `scale_to_fit` in one."""
     return scale_to_fit(read_rgb(path, 4 * max(height, width or 0)), height, width)
 
 

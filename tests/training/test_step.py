@@ -30,7 +30,7 @@ def test_gradients_are_clipped_and_steps_that_are_not_finite_left_out():
     stepper = Stepper(torch.optim.SGD([weight], lr=9.0), patience=2)
 
     def step(gradient):
-        stepper.backward((weight * torch.tensor(gradient)).sum())
+        (weight * torch.tensor(gradient)).sum().backward()
         return stepper(lr=0.5, clip=1.0)
 
     assert step([3.0, 4.0]) == pytest.approx(5)  # the norm before clipping
