@@ -20,7 +20,7 @@ from dataclasses import fields, replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 import torch
@@ -108,6 +108,10 @@ class ModelBench(Bench):
     def reconstructed(self, pictures: RealPictures, tokenizer: Tokenizer) -> Reconstructions:
         return Reconstructions(pictures, self.net.sha256, tokenizer, self.distances)
 
+    def checkpoint(self) -> dict[str, str]:
+        return {"file": Path(self.cfg.checkpoint).name,
+                "sha256": file_hash(find(self.cfg.checkpoint)), "weights": self.cfg.weights}
+
     def reference(self, n: int) -> Reference:
         """The published statistics, or those of n reference pictures."""
         return self.published or score_reference(
@@ -181,8 +185,8 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
         left_out = draw_sweep(bench.out, sets, rows, bench.net, cfg.n)
         if model.classes != bench.classes:
             left_out.append("the generator's classes are not those of --data")
-        finish(bench, "generator", rows, reference, floor, {**settings, "sample k":
-               f"class k mod {classes}, seed {cfg.sample_seed} + k"}, left_out)
+        finish(bench, "generator", rows, reference, bench.checkpoint(), {**settings, "sample k":
+               f"class k mod {classes}, seed {cfg.sample_seed} + k"}, floor, left_out)
 
 
 def drop_samples(out: Path) -> None:
@@ -238,25 +242,25 @@ def evaluate_tokenizer(cfg: EvaluateConfig, device: torch.device) -> None:
         rows = [{"set": "reconstructions",
                  **compare(read_all(decoded), reference, paired=not bench.published)},
                 {"set": "floor (real pictures)", **compare(read_all(floor), reference)}]
-        finish(bench, "tokenizer", rows, reference, floor,
-               {"decoded": "from the mode of the posterior"}, [])
+        finish(bench, "tokenizer", rows, reference, bench.checkpoint(),
+               {"decoded": "from the mode of the posterior"}, floor)
         before = torch.cat([x for x, _ in originals.batches(0, min(SHOWN, originals.n))])
         after = read_all(decoded)["shown"]
         save_png(grid([to_float(before), to_float(after)], ["original", "decoded"]),
                  bench.out / "reconstructions.png")
 
 
-def finish(bench: ModelBench, kind: str, rows: list[dict], reference: Reference,
-           floor: RealPictures, settings: dict[str, Any], remarks: list[str]) -> None:
-    cfg = bench.cfg
+def finish(bench: Bench, kind: str, rows: list[dict], reference: Reference,
+           measured: dict[str, str], settings: dict[str, Any], floor: RealPictures | None = None,
+           remarks: Sequence[str] = ()) -> None:
+    """Write and print the report; measured: the file, its SHA-256, and which of its weights."""
     write_report({
         "what": kind, "distance": distance_name(bench.net, rows[0]["n"], kind),
-        "checkpoint": {"file": Path(cfg.checkpoint).name, "sha256": file_hash(find(cfg.checkpoint)),
-                       "weights": cfg.weights},
-        "network": bench.net.describe(), "reference": reference.about, "settings": settings,
+        "checkpoint": measured, "network": bench.net.describe(), "reference": reference.about,
+        "settings": settings,
         "distances": {name: sha256 for name, (sha256, _) in bench.distances.items()},
         "pixels": bench.pixels, "results": rows,
-        "notes": notes(rows, reference, bench.net, bench.pixels, floor) + remarks}, bench.out)
+        "notes": [*notes(rows, reference, bench.net, bench.pixels, floor), *remarks]}, bench.out)
 
 
 def picture_size(path: str, run: DataConfig) -> tuple[int, int] | None:
@@ -305,14 +309,9 @@ def evaluate_images(cfg: ImagesEvaluation, device: torch.device, samples: str) -
         row = {"n": None, "frechet_distance": frechet_distance(given.gaussian, reference.gaussian)}
     else:
         about, row = score_reference(pictures, samples).about, compare(read_all(pictures), reference)
-    pixels = about.get("pixels", "no")
-    rows = [{"set": "samples", **row}]
-    write_report({
-        "what": "images", "distance": distance_name(bench.net, row["n"]),
-        "checkpoint": {"file": samples, "sha256": about["sha256"]},
-        "network": bench.net.describe(), "reference": reference.about, "settings": {},
-        "pixels": pixels, "results": rows,
-        "notes": notes(rows, reference, bench.net, pixels)}, bench.out)
+    bench.pixels = about.get("pixels", "no")
+    finish(bench, "images", [{"set": "samples", **row}], reference,
+           {"file": samples, "sha256": about["sha256"]}, {})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from pathlib import Path
-from typing import Callable, Iterator, Protocol
+from typing import Callable, Iterator
 
 import numpy as np
 import torch
@@ -44,23 +44,12 @@ SHOWN = 12   # first pictures of a set that are kept, for the sheets
 Batch = tuple[Tensor, dict[str, Tensor]]  # pictures uint8 (B, 3, H, W), scores (B,) by name
 
 
-class PictureSet(Protocol):
-    """Pictures 0 … n−1, which can be had in any order, and where their shards are kept."""
-
-    n: int
-
-    def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """Pictures first … last−1, in batches, with their scores."""
-
-    def path(self, first: int, last: int) -> Path:
-        """Where the shard of pictures first … last−1 is kept."""
-
-    def complete(self, first: int, last: int) -> bool:
-        """Whether that shard needs no computing any more."""
-
-
 class RealPictures:
-    """The first n pictures of a data set in a fixed random order, cropped at the centre."""
+    """The first n pictures of a data set in a fixed random order, cropped at the centre.
+
+    `batches` gives pictures first … last−1 with their scores, `path` is where their shard is kept,
+    and `complete` tells whether it is there.
+    """
 
     def __init__(self, data: ImageFolder | Synthetic, n: int, network: str, cache: Path,
                  batch_size: int, workers: int) -> None:
@@ -124,7 +113,7 @@ class Reconstructions(RealPictures):
 
 
 class Samples:
-    """Picture k of a generator: of class k mod classes, with the seed `seed` + k."""
+    """Picture k of a generator: of class k mod classes, with the seed `seed` + k; read alike."""
 
     def __init__(self, model: ImageGenerator, n: int, columns: int, seed: int,
                  options: SamplingOptions, folder: Path, batch_size: int,
@@ -160,6 +149,9 @@ class Samples:
     def png(self, k: int) -> Path:
         label, seed = self.job(k)
         return self.keep / f"class{label:04d}_seed{seed:06d}.png"
+
+
+PictureSet = RealPictures | Samples
 
 
 def content_hash(data: ImageFolder | Synthetic, index: int) -> str:

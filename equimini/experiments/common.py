@@ -89,7 +89,6 @@ class Lab:
         self.steps = cfg.steps or self.scale.steps
         self.runs, self.folder = (output_folder(f"{cfg.out}/{part}") for part in ("runs", name))
         self.used: dict[Path, float] = {}  # CPU seconds of the runs that were used
-        self.ready: dict[tuple[str, str], tuple[TrainingRun, Path]] = {}  # tokenizers and latents
 
     @property
     def budget(self) -> str:
@@ -126,8 +125,6 @@ class Lab:
 
     def latents(self, layout: str = "columns", data: str = "") -> tuple[TrainingRun, Path]:
         """A tokenizer, and the folder of its latents of the pictures."""
-        if (layout, data) in self.ready:
-            return self.ready[layout, data]
         tokenizer = self.tokenizer(layout, data)
         folder = self.runs / tokenizer.folder.name.replace("tokenizer-", "latents-")
         if not (folder / "meta.json").exists():
@@ -135,7 +132,6 @@ class Lab:
             cache_latents.encode(cache_latents.CacheConfig(
                 **pictures, tokenizer=str(tokenizer.last), out=str(output_folder(str(folder))),
                 images=self.scale.images, workers=self.cfg.workers, device=self.cfg.device))
-        self.ready[layout, data] = tokenizer, folder
         return tokenizer, folder
 
     def tokens(self, layout: str = "columns") -> int:
@@ -143,11 +139,13 @@ class Lab:
         views = np.load(self.latents(layout)[1] / "val-00000.npy", mmap_mode="r")
         return views.shape[2]  # (images, views, tokens, channels)
 
-    def generators(self, name: str, flags: str = "", *, layout: str = "columns", data: str = "",
-                   steps: int = 0, initial: list[TrainingRun] | None = None) -> list[TrainingRun]:
+    def columns(self, flags: str = "", name: str = "columns", *, layout: str = "columns",
+                data: str = "", steps: int = 0,
+                initial: list[TrainingRun] | None = None) -> list[TrainingRun]:
         """A generator over cached latents for every seed.
 
-        flags: of the variant; steps: 0 is the experiment's; initial: the runs, by seed, that they
+        flags: of the variant; without, the paper's model: columns, a window of 4, position
+        augmentation.  steps: 0 is the experiment's; initial: the runs, by seed, that they
         start from (their EMA weights), with a shorter warm-up.
         """
         tokenizer, latents = self.latents(layout, data)
@@ -161,15 +159,10 @@ class Lab:
                 *flags.split()]))
         return runs
 
-    def columns(self, flags: str = "", name: str = "columns",
-                **options: Any) -> list[TrainingRun]:
-        """The paper's model: columns, a window of 4, position augmentation."""
-        return self.generators(name, flags, **options)
-
     def grid(self, flags: str = "", name: str = "grid", **options: Any) -> list[TrainingRun]:
         """The 2-D baseline: patches in raster order, full causal attention."""
         flags = f"--window {self.tokens('grid')} --position-shift {self.cfg.grid_shift} {flags}"
-        return self.generators(name, flags, layout="grid", **options)
+        return self.columns(flags, name, layout="grid", **options)
 
 
 def key(flags: list[str]) -> str:

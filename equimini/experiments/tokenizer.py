@@ -168,10 +168,9 @@ def complete(cfg: AblationConfig) -> AblationConfig:
     cfg = replace(cfg, adv_start=cfg.adv_start or cfg.steps // 3,
                   align_start=cfg.align_start or max(1, cfg.steps // 6),
                   finetune_steps=cfg.finetune_steps or cfg.steps // 3)
-    for name, option in (("maps_network", "--maps-network"),
-                         ("metrics_network", "--metrics-network")):
-        path = getattr(cfg, name)
-        if not (path == "download" and name == "metrics_network") and not Path(path).is_file():
+    for option, path, more in (("--maps-network", cfg.maps_network, ()),
+                               ("--metrics-network", cfg.metrics_network, ("download",))):
+        if path not in more and not Path(path).is_file():
             raise UserError(f"{option} takes a TorchScript file, got {path or 'nothing'}")
     late = max(cfg.adv_start, cfg.align_start)
     if late >= cfg.steps - cfg.finetune_steps:
