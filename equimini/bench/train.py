@@ -79,9 +79,6 @@ class TrainBench(Checked):
     json: bool = flag(False, "print JSON: what is measured, then a line per setting as it comes")
 
 
-# Model FLOPs and peaks ---------------------------------------------------------------------
-
-
 def model_flops(preset: str, batch_size: int, multiplier: int) -> tuple[int, int]:
     """FLOPs of one training step, forward and backward, and those of them in the flow head."""
     shape = PRESETS[preset].tokenizer
@@ -122,9 +119,6 @@ def peak_memory(device: torch.device) -> int:
         return next(int(x.split()[1]) for x in lines if x.startswith("VmHWM")) * 1024
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-# Steps -------------------------------------------------------------------------------------
 
 
 def trainer_of(cfg: TrainBench, setting: str, out: str) -> GeneratorTrainer:
@@ -186,9 +180,6 @@ def profile(step: Any, device: torch.device, steps: int = 3, rows: int = 12) -> 
     total = sum(getattr(e, name) for e in events)
     return [{"operator": e.key, "calls": e.count / steps, "ms": getattr(e, name) / steps / 1e3,
              "share": getattr(e, name) / total} for e in events[:rows]]
-
-
-# Output ------------------------------------------------------------------------------------
 
 
 def lines(row: dict[str, Any], cfg: TrainBench) -> list[str]:

@@ -59,9 +59,6 @@ def pack(source: Path, out: Path, file_mb: float = 15, total_mb: float = 30,
     """Write the packed generator to `out` and its tokenizer beside it; returns both paths.
 
     tokenizer: checkpoint of one with a fine-tuned decoder, in place of the generator's own.
-    Raises UserError, and writes nothing, if a file would be larger than file_mb (10^6 bytes), both
-    together larger than total_mb, float16 does not hold the weights, or `tokenizer` makes other
-    tokens.
     """
     content = checkpoint.load(source, "generator")
     inside = tokenizer_content(load_generator(source, tokenizer_path=tokenizer).tokenizer)

@@ -161,7 +161,6 @@ def plan_tokenizer(shapes: Shapes, raw: bool = False) -> tuple[TokenizerConfig, 
     """The configuration of a release tokenizer, and its key for each of our weights.
 
     shapes: of everything under its `state_dict`.  raw: take the weights that are not the EMA's.
-    Raises UserError listing keys that are unknown, missing or misshapen.
     """
     key = str if raw else ema_key
     with readable_sizes(), torch.device("meta"):
@@ -179,7 +178,6 @@ def plan_generator(shapes: Shapes, heads: int | None = None, window: int | None 
     """The configuration of a release generator, and its key for each of our weights.
 
     shapes: of everything under its `model_ema` or `model`.  heads, window: None for the default.
-    Raises UserError listing keys that are unknown, missing or misshapen.
     """
     sizes = Sizes(shapes)
     with readable_sizes(), torch.device("meta"):

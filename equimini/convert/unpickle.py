@@ -138,9 +138,8 @@ def _sound(tensor: Stored) -> bool:
 class ForeignFile:
     """A checkpoint written by torch.save (either format), opened for reading its tensors.
 
-    `content` is what was saved: dicts, lists, numbers and strings, and Nodes in place of all
-    else; `stored` tells which of the Nodes are tensors, `read` fetches one.  Raises UserError
-    for a file that is missing, damaged, or not of torch.save.
+    `content` is what was saved: dicts, lists, numbers and strings, and Nodes in place of all else;
+    `stored` tells which of the Nodes are tensors, `read` fetches one.
     """
 
     def __init__(self, path: Path | str) -> None:

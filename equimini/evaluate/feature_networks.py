@@ -38,10 +38,7 @@ class FeatureNetwork:
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 3, H, W) to features (B, d) and probabilities (B, classes), float32, CPU.
-
-        Raises UserError if the network does not take the call.
-        """
+        """uint8 (B, 3, H, W) to features (B, d) and probabilities (B, classes), float32, CPU."""
         parts = []
         for x in self.parts(pictures):
             self.both = self.both or self.fastest(x)
@@ -142,9 +139,8 @@ def load_network(source: str, sha256: str = "",
                  device: str | torch.device = "cpu") -> FeatureNetwork:
     """A network from a TorchScript file, or, for 'download', the published Inception.
 
-    sha256: the hash that the file must have; empty: that of the published Inception for a
-    download, none for a file.  Raises UserError for a file that is missing, of another hash, or
-    no TorchScript.
+    sha256: the hash that the file must have; empty: that of the published Inception for a download,
+    none for a file.
     """
     if not source:
         raise UserError("--network is needed: the path of a TorchScript feature network, or "

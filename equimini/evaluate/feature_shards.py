@@ -155,10 +155,7 @@ PictureSet = RealPictures | Samples
 
 
 def content_hash(data: ImageFolder | Synthetic, index: int) -> str:
-    """SHA-256 of a picture file, or of the code and the numbers that draw a built-in picture.
-
-    Raises UserError for a file that cannot be read.
-    """
+    """SHA-256 of a picture file, or of the code and the numbers that draw a built-in picture."""
     if isinstance(data, Synthetic):
         what = f"{data.draw.__name__} {data.indices[index]} {data.seed}".encode()
         return hashlib.sha256(Path(synthetic.__file__).read_bytes() + what).hexdigest()

@@ -80,8 +80,7 @@ class ExperimentConfig(Checked):
 class Lab:
     """An experiment at work: trains what it asks for, or finds it done.
 
-    name: of the experiment, which writes to OUT/NAME.  Raises UserError for an output folder that
-    cannot be written.
+    name: of the experiment, which writes to OUT/NAME.
     """
 
     def __init__(self, name: str, cfg: ExperimentConfig) -> None:

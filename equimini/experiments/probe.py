@@ -26,10 +26,7 @@ Batch = tuple[Tensor, Tensor, Tensor]  # means or images, labels, indices
 
 
 class Probe:
-    """A generator's checkpoint, from whose EMA weights trainers are made.
-
-    Raises UserError for a file that is no generator.
-    """
+    """A generator's checkpoint, from whose EMA weights trainers are made."""
 
     def __init__(self, path: Path, device: torch.device, precision: str = "float32") -> None:
         self.path, self.device, self.precision = path, device, precision

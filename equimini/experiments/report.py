@@ -14,7 +14,7 @@ import numpy as np
 
 from equimini.config import Checked
 from equimini.experiments.common import Lab
-from equimini.utils.command_line import pick_device
+from equimini.utils.command_line import pick_device, spelled
 from equimini.utils.files import write_text
 from equimini.utils.machine import machine
 
@@ -68,11 +68,6 @@ def flags_given(cfg: Checked) -> str:
     return " ".join(f"--{name.replace('_', '-')} {spelled(value)}"
                     for name, value in asdict(cfg).items()
                     if value != defaults[name] and name not in ("out", "workers", "device"))
-
-
-def spelled(value: Any) -> str:
-    """A list with commas, as on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def plain(value: Any) -> Any:

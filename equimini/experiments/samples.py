@@ -49,9 +49,8 @@ def thumbnails(pictures: Tensor) -> Tensor:
 class Judge:
     """Fréchet distances between a model's samples and the held-out pictures.
 
-    decoded: real pictures are encoded and decoded first, which leaves out what the tokenizer
-    loses, for models that share one.  floor: the distance of as many training pictures as a model
-    draws.  Raises UserError for a network that cannot be used.
+    decoded: real pictures are encoded and decoded first, which leaves out what the tokenizer loses,
+    for models that share one.  floor: the distance of as many training pictures as a model draws.
     """
 
     def __init__(self, cfg: SampledConfig, lab: Lab, decoded: bool = False) -> None:

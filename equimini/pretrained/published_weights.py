@@ -50,10 +50,7 @@ INCEPTION = Published(  # the digest: k_diffusion/evaluation.py of the package k
 
 
 def fetch(published: Published, option: str) -> Path:
-    """The file in torch.hub's folder, downloaded there first if it is not.
-
-    Raises UserError if it cannot be downloaded or is damaged; option: the flag to name then.
-    """
+    """The file in torch.hub's folder, downloaded first if it is not; option: the flag of its place."""
     if not published.path.exists():
         download(published.url, published.path, published.sha256, option)
     return published.path
@@ -126,8 +123,7 @@ def chosen(wanted: str, switch: str, published: str, published_flag: str, net: s
            net_flag: str) -> str:
     """Which network a setting asks for: 'published', 'net' (a TorchScript file), or '' for none.
 
-    wanted: 'required', 'if-given' or 'none', the value of the flag `switch`.  Raises UserError
-    for a required network without a file, for two, and for one that is then not used.
+    wanted: 'required', 'if-given' or 'none', the value of the flag `switch`.
     """
     if published and net:
         raise UserError(f"give --{published_flag} or --{net_flag}, not both")
@@ -151,10 +147,7 @@ def unused(because: str, settings: object, *names: str) -> None:
 
 
 def load_lpips(spec: str) -> Lpips:
-    """LPIPS from --lpips-weights: 'download', a folder with both files, or 'VGG16,LINEAR'.
-
-    Raises UserError for files that are missing, damaged, or of another layout.
-    """
+    """LPIPS from --lpips-weights: 'download', a folder with both files, or 'VGG16,LINEAR'."""
     option = "--lpips-weights VGG16.pth,LPIPS.pth"
     if Path(spec).is_dir():
         names = (VGG16.name,), (LPIPS.url.rsplit("/", 1)[-1], LPIPS.name)

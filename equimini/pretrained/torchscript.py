@@ -41,7 +41,6 @@ class ScriptMaps(nn.Module):
     """A TorchScript network from images (B, 3, H, W) in [−1, 1] to a list of (B, C, h, w) maps."""
 
     def __init__(self, path: str) -> None:
-        """Raises UserError for a file that cannot be read."""
         super().__init__()
         self.path, self.last = path, (None, None)
         try:

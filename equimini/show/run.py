@@ -44,14 +44,10 @@ class RunPlot(Checked):
                        "of them, at least 5", min=0)
 
 
-# Reading -----------------------------------------------------------------------------------
-
-
 class RunLog:
     """The records of a run's log.jsonl, in order."""
 
     def __init__(self, folder: str, label: str) -> None:
-        """Raises UserError if there is no log, or nothing in it."""
         path, self.label = Path(folder) / "log.jsonl", label
         try:
             lines = path.read_text(errors="replace").splitlines()
@@ -115,9 +111,6 @@ def labels(folders: Sequence[str]) -> list[str]:
     return [os.path.basename(p) if p == start else os.path.relpath(p, start) for p in paths]
 
 
-# Drawing -----------------------------------------------------------------------------------
-
-
 def draw_noisy(axes: Any, curve: Curve, smooth: int, style: dict[str, Any]) -> None:
     """A smoothed line, and faint behind it what it was made of."""
     steps, values = curve
@@ -169,10 +162,7 @@ PANELS = (
 
 
 def figure(runs: list[RunLog], smooth: int = 0) -> Any:
-    """A matplotlib figure with the panels that any of the runs has something for.
-
-    Raises UserError where matplotlib is missing.
-    """
+    """A matplotlib figure with the panels that any of the runs has something for."""
     styles = [{"color": COLOURS[i % len(COLOURS)], "linewidth": 1.4} for i in range(len(runs))]
     if len(runs) > 1:
         styles[0]["linewidth"] = 3.0  # seen also where another run covers it

@@ -17,6 +17,7 @@ from equimini.presets import parameters
 from equimini.training.setup import Setup
 from equimini.training.step import Trainer
 from equimini.utils import distributed
+from equimini.utils.command_line import spelled
 from equimini.utils.errors import UserError
 from equimini.utils.machine import seconds
 
@@ -53,8 +54,7 @@ def print_settings(title: str, part: Checked) -> None:
     """One line for each setting."""
     print(f"\n{title}")
     for name, value in dataclasses.asdict(part).items():
-        shown = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else value
-        print(f"  {name.replace('_', '-'):20} {'none' if shown in ('', None) else shown}")
+        print(f"  {name.replace('_', '-'):20} {spelled(value) or 'none'}")
 
 
 def print_costs(setup: Setup, trainer: Trainer, example: Tensor, images: int, wanted: int,
@@ -106,10 +106,7 @@ def print_costs(setup: Setup, trainer: Trainer, example: Tensor, images: int, wa
 
 def time_step(train: Callable[[int], None], count: int,
               device: torch.device) -> tuple[int, float]:
-    """Images of a step, `count` or as many halves of it as fit into memory, and its seconds.
-
-    Raises UserError if not even one image fits.
-    """
+    """Images of a step, `count` or as many halves of it as fit into memory, and its seconds."""
     while count:
         try:
             return count, min(seconds(lambda: train(count), device.type)

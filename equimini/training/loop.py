@@ -36,10 +36,7 @@ class Log:
         self.path = path
 
     def write(self, step: int, **scalars: float) -> None:
-        """Append one record; `step` counts the optimizer steps done.
-
-        Raises UserError if it cannot be written.
-        """
+        """Append one record; `step` counts the optimizer steps done."""
         try:
             with open(self.path, "a") as file:  # not kept open: a training may end anywhere
                 file.write(json.dumps({"step": step, **scalars}) + "\n")

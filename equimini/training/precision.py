@@ -29,14 +29,10 @@ def set_float32(precision: str, device: torch.device) -> None:
                         "give float32 or bf16")
 
 
-# Compilation -------------------------------------------------------------------------------
-
-
 def compiled(loss: Callable[..., Tensor], backend: str = "inductor") -> Callable[..., Tensor]:
     """`flow_matching_errors`, compiled at its first call, which takes minutes.
 
-    Whole numbers (the position shift) go in as tensors, so that another one is not another
-    program.  Raises UserError where it does not compile.
+    Whole numbers (the position shift) go in as tensors, so that another one is not another program.
     """
     fast = torch.compile(loss, backend=backend, fullgraph=True)
 
@@ -51,14 +47,8 @@ def compiled(loss: Callable[..., Tensor], backend: str = "inductor") -> Callable
     return call
 
 
-# Optimizer ---------------------------------------------------------------------------------
-
-
 def adamw(groups: list[dict], lr: float, fused: bool) -> torch.optim.AdamW:
-    """The generator's optimizer; fused: each weight read and written once per step.
-
-    Raises UserError where this torch has no fused AdamW for the weights' device.
-    """
+    """The generator's optimizer; fused: each weight read and written once per step."""
     try:
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused or None)
     except RuntimeError as error:

@@ -60,8 +60,7 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
 
     The preset gives the defaults, --recipe paper those of the training; with --resume, the
     checkpoint gives all; with --init-from, those of the model.  count: from a run's options to the
-    number of its training pictures.  Raises UserError for an impossible setting, for an output
-    folder that holds another run, and for a checkpoint whose model is not the one of the flags.
+    number of its training pictures.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
@@ -151,11 +150,7 @@ def make_parser(description: str, run: RunConfig, model: Checked,
 
 
 def open_folder(out: Path, args: argparse.Namespace) -> None:
-    """Create the output folder and clear what a killed run left half written, but for a dry run.
-
-    Raises UserError if it cannot be written, if it holds a run that is neither to be resumed nor
-    overwritten, and for options that exclude each other.
-    """
+    """Create the output folder and clear what a killed run left half written, but for a dry run."""
     for name in ("overwrite", "recipe", "dry_run"):
         if args.resume and getattr(args, name):
             raise UserError(f"give --resume or --{name.replace('_', '-')}, not both")

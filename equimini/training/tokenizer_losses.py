@@ -21,8 +21,7 @@ from equimini.utils.errors import UserError, first_line
 def make_distance(cfg: TokenizerTraining, images: Tensor) -> nn.Module | None:
     """The perceptual distance that the settings ask for, on the device of `images`, or None.
 
-    images: an example batch.  Raises UserError for weights that are missing, damaged or of
-    another layout, and for pictures that are too small.
+    images: an example batch.
     """
     source = chosen(cfg.perceptual, "perceptual", cfg.lpips_weights, "lpips-weights",
                     cfg.perceptual_net, "perceptual-net")
@@ -53,8 +52,7 @@ def make_teacher(cfg: TokenizerTraining, images: Tensor) -> nn.Module | None:
 def make_critic(cfg: TokenizerTraining, images: Tensor) -> PatchGAN | FeatureCritic | None:
     """The discriminator that the settings ask for, on the device of `images`; None for none.
 
-    images: an example batch.  Raises UserError if the pictures are too small for its layers, for
-    weights that are missing, and for networks that cannot be used.
+    images: an example batch.
     """
     if cfg.discriminator == "none" or not cfg.adv_weight:
         unused(f"--discriminator {cfg.discriminator}", cfg, "dino_weights", "disc_net")
@@ -122,10 +120,7 @@ class Adversary:
             self.optimizer.load_state_dict(state["disc_optimizer"])
 
     def carry_over(self, state: dict, path: str) -> None:
-        """Begin with the critic of stage 1's checkpoint; its optimizer starts afresh.
-
-        Raises UserError for a critic of another layout.
-        """
+        """Begin with the critic of stage 1's checkpoint; its optimizer starts afresh."""
         if "disc" not in state:
             print(f"{path} holds no discriminator; stage 2 begins with a new one")
             return

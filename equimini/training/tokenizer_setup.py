@@ -29,10 +29,7 @@ def check_starts(setup: Setup) -> None:
 
 
 def stage_one(setup: Setup) -> dict:
-    """The checkpoint of --finetune-decoder, whose sizes the model takes.
-
-    Raises UserError if it has no latent statistics, or other sizes than the model's flags say.
-    """
+    """The checkpoint of --finetune-decoder, whose sizes the model takes."""
     path = setup.run.finetune_decoder
     if setup.run.init_from:
         raise UserError("give --finetune-decoder or --init-from, not both")

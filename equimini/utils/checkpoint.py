@@ -28,10 +28,8 @@ IN_THE_BOX = ("scenes", "scenes-tokenizer")
 def save(path: Path | str, kind: str, content: dict[str, Any], keep: int = 1) -> None:
     """Write a checkpoint under a temporary name, flush it to disk, then rename it to `path`.
 
-    kind: 'tokenizer', 'generator', 'tokens' or 'scroll'.  content: tensors, numbers, strings,
-    lists and dicts only.
-    keep: how many to keep; older ones are path-1, path-2, … (before the suffix).
-    Raises UserError if the disk is full or cannot be written; older files then stay.
+    kind: 'tokenizer', 'generator', 'tokens' or 'scroll'.  content: tensors, numbers, strings, lists
+    and dicts only.  keep: how many to keep; older ones are path-1, path-2, … (before the suffix).
     """
     path = Path(path)
     with replacing(path) as file:
@@ -61,10 +59,7 @@ def _rotate(path: Path, keep: int) -> None:
 
 
 def load_newest(path: Path, kind: str) -> dict[str, Any]:
-    """The checkpoint at `path`, or, with a message, the newest older one that can be read.
-
-    Raises the first one's UserError if there is none.
-    """
+    """The checkpoint at `path`, or, with a message, the newest older one that can be read."""
     try:
         return load(path, kind)
     except UserError as first:
@@ -92,8 +87,7 @@ def find(path: Path | str) -> Path:
 def load(path: Path | str, kind: str) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; nothing in the file is executed (weights_only).
 
-    path: of a file, or the name of a model in the box (see `find`).  Raises UserError if the file
-    is missing, damaged, or not an equimini checkpoint of this kind.
+    path: of a file, or the name of a model in the box (see `find`).
     """
     name, path = path, find(path)
     if not path.is_file():
@@ -176,10 +170,7 @@ def check_same_latents(mine: Tokenizer, theirs: Tokenizer, path: Any) -> None:
 
 def load_tokenizer(path: Path | str, device: str | torch.device = "cpu",
                    ema: bool = True) -> Tokenizer:
-    """A trained tokenizer from its checkpoint file, ready to encode and decode.
-
-    Raises UserError if the file is missing, damaged or of another kind.
-    """
+    """A trained tokenizer from its checkpoint file, ready to encode and decode."""
     return tokenizer_from_dict(load(path, "tokenizer"), path, ema).to(device)
 
 
@@ -219,10 +210,7 @@ def tokenizer_inside(content: dict[str, Any], path: Any) -> Tokenizer:
 
 def load_any_tokenizer(path: Path | str, device: str | torch.device = "cpu",
                        ema: bool = True) -> Tokenizer:
-    """The tokenizer of a checkpoint of either kind (a generator's holds its tokenizer, EMA only).
-
-    Raises UserError if the file holds neither.
-    """
+    """The tokenizer of a checkpoint of either kind (a generator's holds its tokenizer, EMA only)."""
     try:
         return load_tokenizer(path, device, ema)
     except UserError as first:

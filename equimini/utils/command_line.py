@@ -32,14 +32,18 @@ def add_flags(parser: argparse.ArgumentParser, defaults: Checked, title: str) ->
                                action=argparse.BooleanOptionalAction,
                                help=f"{f.metadata['help']} [{'yes' if value else 'no'}]")
             continue
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         text = f.metadata["help"].replace("%", "%%")
         group.add_argument(
             "--" + f.name.replace("_", "-"), dest=f.name, default=argparse.SUPPRESS,
             type=_int_tuple if isinstance(value, tuple) else types[f.name],
             choices=f.metadata.get("choices"), metavar=None if "choices" in f.metadata else
             {int: "N", float: "X", str: "TEXT"}.get(types[f.name], "N,N"),
-            help=f"{text} [{'none' if shown == '' else shown}]")
+            help=f"{text} [{spelled(value) or 'none'}]")
+
+
+def spelled(value: Any) -> str:
+    """A value as on the command line: lists with commas."""
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def command(program: str, doc: str, defaults: Checked, **more: Any) -> argparse.ArgumentParser:
@@ -64,10 +68,7 @@ _int_tuple.__name__ = "list of whole numbers such as 1,2,4"  # argparse names it
 
 
 def override(config: Config, args: argparse.Namespace) -> Config:
-    """`config` with every field replaced that was given on the command line.
-
-    Raises UserError for a value outside its declared range.
-    """
+    """`config` with every field replaced that was given on the command line."""
     names = {f.name for f in dataclasses.fields(config)}
     given = {name: value for name, value in vars(args).items() if name in names}
     try:
@@ -82,8 +83,7 @@ def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
     """A configuration from a checkpoint's plain dict.
 
     A field that the dict lacks is younger than the checkpoint and gets what was done before there
-    was a choice: its flag's `before`, or its default.  Raises UserError if a field is unknown or
-    out of range.
+    was a choice: its flag's `before`, or its default.
     """
     before = {f.name: f.metadata["before"] for f in dataclasses.fields(cls)
               if "before" in f.metadata}
@@ -104,7 +104,6 @@ def pick_device(name: str) -> torch.device:
 
     A GPU becomes CUDA's current one; its float32 keeps all its digits, also in convolutions (until
     `set_float32` says otherwise), and products of bfloat16 are summed in float32.
-    Raises UserError for a device that this machine or this torch does not have.
     """
     if name == "auto":
         mps = torch.backends.mps.is_available()

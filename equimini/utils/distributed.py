@@ -34,10 +34,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes there are.
-
-    Raises UserError for variables of a launcher that some launch left behind.
-    """
+    """How many processes there are."""
     size = _number("WORLD_SIZE", 1)
     if size > 1:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")

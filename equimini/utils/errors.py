@@ -18,7 +18,7 @@ TOO_MANY_FILES = ("too many files are open, as loader processes need them; give 
                   "allow more (ulimit -n)")
 
 class UserError(Exception):
-    """Something the user can mend; the message says what is wrong and what to do."""
+    """Something the user can mend, raised wherever it is found; the message says what to do."""
 
 
 def first_line(error: BaseException) -> str:

@@ -79,8 +79,7 @@ def leave_locks() -> None:
 def replacing(path: Path | str) -> Iterator[BinaryIO]:
     """A temporary file to write to, flushed to disk and renamed to `path` at the end.
 
-    If anything goes wrong before, an older file at `path` stays as it is.  Raises UserError if
-    the disk is full or cannot be written.
+    If anything goes wrong before, an older file at `path` stays as it is.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -107,8 +106,7 @@ def write_text(path: Path | str, text: str) -> None:
 def claim(folder: Path, plan: dict[str, Any], holds: str, instead: str) -> None:
     """Note in plan.json what the files in `folder` are made with.
 
-    Raises UserError if it holds those of another plan.  holds, instead: words for that message,
-    such as 'latents' and 'choose another --out'.
+    holds, instead: words for that message, such as 'latents' and 'choose another --out'.
     """
     path, plan = folder / "plan.json", json.loads(json.dumps(plan))  # tuples become lists
     before = json.loads(path.read_text()) if path.exists() else plan
