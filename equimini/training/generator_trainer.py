@@ -1,8 +1,9 @@
 """One step of the generator's training (Eq. 8), and what surrounds it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import torch
 
@@ -14,7 +15,6 @@ from equimini.noise import normal, rng, seed_torch, uniform
 from equimini.presets import GeneratorTraining
 from equimini.training.options import RunConfig
 from equimini.training.precision import PRECISIONS, adamw, compiled, set_float32
-from equimini.training.prefetch import Prefetcher
 from equimini.training.step import (MicroBatch, Trainer, add, cooldown, micro_batches,
                                     warmup_decay_lr, weight_decay_groups)
 from equimini.utils import checkpoint, distributed
@@ -58,6 +58,25 @@ class Draws(NamedTuple):
     starts: torch.Tensor  # (B, k) uniform: places of crops, k = 0 without --real-equivariant
     more: torch.Tensor  # (n, B, N) uniform: for mean_flow_errors, n = 0 without it
     shift: int | torch.Tensor = 0  # of positions: of all images, or of each (B,)
+
+
+class Prefetcher:
+    """Calls a pure function(step, …), always the same one, and for step + 1 in another thread.
+
+    If the next call is for that step, with the same rest, its result is ready.  An error is
+    raised by the call for its step.  Results of two steps are in memory, and the last one was
+    made for nothing.
+    """
+
+    def __init__(self) -> None:
+        self.pool, self.expected, self.coming = ThreadPoolExecutor(1), None, None
+
+    def __call__(self, function: Callable[..., Any], step: int, *more: Any) -> Any:
+        there = self.expected == (step, *more)
+        result = self.coming.result() if there else function(step, *more)
+        self.expected = step + 1, *more
+        self.coming = self.pool.submit(function, *self.expected)
+        return result
 
 
 class GeneratorTrainer(Trainer):

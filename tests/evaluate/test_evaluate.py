@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from equimini import load_generator, load_tokenizer
+from equimini.autoencoder import Tokenizer
 from equimini.evaluate import commands as evaluate
 from equimini.evaluate import feature_networks, feature_shards, sources
 from equimini.evaluate.feature_networks import FeatureNetwork, both_in_one, load_network
@@ -337,27 +338,18 @@ def test_solvers_are_passed_on_and_reported(folder):
     assert near < 2 and far > 2 * near  # bf16 depends on the batch a little
 
 
-def test_a_perfect_tokenizer_is_at_distance_zero(folder, monkeypatch):
-    from equimini.autoencoder import Tokenizer
+@pytest.mark.parametrize("kept", (8, 50_000))  # of the reference's features: pairs stay pairs
+def test_a_perfect_tokenizer_is_at_distance_zero(folder, monkeypatch, kept):
+    monkeypatch.setattr(sources, "FEATURES_KEPT", kept)
     monkeypatch.setattr(Tokenizer, "encode", lambda self, x: x)
     monkeypatch.setattr(Tokenizer, "decode", lambda self, x: x)
     call("tokenizer", "--checkpoint", "tokenizer.pt", *DATA, "--maps-network", "maps.pt",
          "--out", "a")
     perfect = row(report("a"), "reconstructions")
-    assert perfect["frechet_distance"] < 1e-9 and abs(perfect["frechet_extrapolated"]) < 1e-9
+    assert perfect["n"] == 30 and perfect["frechet_distance"] < 1e-9
+    assert abs(perfect["frechet_extrapolated"]) < 1e-9
     assert perfect["ssim"] == pytest.approx(1) and abs(perfect["kid"]) < 1e-12
     assert perfect["feature_distance"] < 1e-6 and perfect["psnr"] > 90
-
-
-def test_pairs_stay_pairs_where_only_some_reference_features_are_kept(folder, monkeypatch):
-    from equimini.autoencoder import Tokenizer
-    monkeypatch.setattr(sources, "FEATURES_KEPT", 8)
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, x: x)
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, x: x)
-    call("tokenizer", "--checkpoint", "tokenizer.pt", *DATA, "--out", "a")
-    perfect = row(report("a"), "reconstructions")
-    assert perfect["n"] == 30 and perfect["frechet_distance"] < 1e-9
-    assert abs(perfect["frechet_extrapolated"]) < 1e-9 and abs(perfect["kid"]) < 1e-12
 
 
 class Logits(TinyNet):

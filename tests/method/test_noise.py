@@ -11,7 +11,7 @@ import torch
 
 from equimini import noise
 from equimini.noise import _rows, cores, normal, rng, uniform
-from equimini.training.prefetch import Prefetcher
+from equimini.training.generator_trainer import Prefetcher
 
 
 def rngs(places):
