@@ -86,11 +86,10 @@ class Case:
 
     def images(self, count: int, label: str, **how: Any) -> Tensor:
         """Whole images by one solver, as tokens (count, columns, C)."""
-        options, drawn = SamplingOptions(cfg=self.cfg.cfg, cfg_schedule=self.cfg.cfg_schedule,
-                                         **how), []
-        for labels, seeds in tqdm(list(self.batches(count)), desc=label, leave=False):
-            drawn.append(self.model.sample_tokens(labels, self.columns, seeds, options))
-        return torch.cat(drawn)
+        options = SamplingOptions(cfg=self.cfg.cfg, cfg_schedule=self.cfg.cfg_schedule, **how)
+        batches = tqdm(list(self.batches(count)), desc=label, leave=False)
+        return torch.cat([self.model.sample_tokens(labels, self.columns, seeds, options)
+                          for labels, seeds in batches])
 
     @torch.no_grad()
     def single_columns(self, truth: Tensor, **how: Any) -> Tensor:
@@ -153,9 +152,7 @@ def distance_from(net: FeatureNetwork, cfg: SolverBench,
     reference = Gaussian.fit(real)
 
     def distance(tokens: Tensor) -> float:
-        rows = []
-        for part in tokens.split(cfg.batch_size):
-            rows.append(net.features(to_pixels(model.decode(part))))
+        rows = [net.features(to_pixels(model.decode(x))) for x in tokens.split(cfg.batch_size)]
         return frechet_distance(Gaussian.fit(torch.cat(rows)), reference)
 
     return distance

@@ -75,7 +75,7 @@ def make_critic(cfg: TokenizerTraining, images: Tensor) -> PatchGAN | FeatureCri
 
 
 class Adversary:
-    """A critic with its optimizer, and the two sides of the game."""
+    """A critic with its optimizer."""
 
     def __init__(self, critic: PatchGAN | FeatureCritic, cfg: TokenizerTraining,
                  seed: int) -> None:
@@ -91,10 +91,6 @@ class Adversary:
         """
         return self.critic.features(images, [rng("critic", self.seed, step, int(real), first + i)
                                              for i in range(len(images))])
-
-    def generator_loss(self, fake: list[Tensor]) -> Tensor:
-        """The autoencoder's term, −mean D(x̂), from the features of x̂."""
-        return -self.critic.logits(fake).mean()
 
     def backward(self, real: list[Tensor], fake: list[Tensor],
                  weight: float = 1.0) -> dict[str, Tensor]:

@@ -126,7 +126,7 @@ class TokenizerTrainer(Trainer):
             rec = part.weight * self.reconstruction(out.x, image)
             fake, real = (self.adversary.features(pixels, step, pixels is out.x, part.places[0])
                           for pixels in (image, out.x))
-        adv = part.weight * self.adversary.generator_loss(fake)
+        adv = part.weight * -self.adversary.critic.logits(fake).mean()
         add(sums, {"rec": rec, "adv": adv})
         found = image_gradients(rec, adv, image, out.x_hat, self.model.decoder.conv_out.weight)
         add(sums, self.adversary.backward(real, fake, part.weight))
@@ -148,20 +148,18 @@ class TokenizerTrainer(Trainer):
         critic's), without, by the reconstruction loss itself.
         """
         with self.autocast():
-            kl = weight * kl_loss(out.mean)
-            add(sums, {"kl": kl})
+            terms = {"kl": weight * kl_loss(out.mean)}
             if gradients is None:
-                first = weight * self.reconstruction(out.x, out.x_hat)
-                add(sums, {"rec": first})
+                first = terms["rec"] = weight * self.reconstruction(out.x, out.x_hat)
             else:
                 grad_rec, grad_adv = gradients.image
                 first = (out.x_hat * (grad_rec + factor * grad_adv)).sum()
-            loss = first + self.cfg.kl_weight * kl
+            loss = first + self.cfg.kl_weight * terms["kl"]
             if out.semantics is not None:
                 target = self.teacher(out.x, *out.semantics.shape[2:])
-                align = weight * alignment_loss(out.semantics, target)
-                add(sums, {"align": align})
-                loss = loss + self.cfg.align_weight * align
+                terms["align"] = weight * alignment_loss(out.semantics, target)
+                loss = loss + self.cfg.align_weight * terms["align"]
+        add(sums, terms)
         return loss
 
     def state(self) -> dict:
