@@ -105,8 +105,8 @@ SCROLLING = {"tile_columns", "resume"}
 CONTINUING = SCROLLING | {"resample", "redraw_later", "lead_in", "batch_size"}
 WITHOUT = {  # options that have no effect
     "sheet": EDITING | SCROLLING,
-    "scroll": EDITING | {"count", "columns", "width", "lead_in", "batch_size", "singles", "decoding",
-                         "save_tokens", "show_steps", "ring", "fit"},
+    "scroll": EDITING | {"count", "columns", "width", "lead_in", "batch_size", "singles",
+                         "decoding", "save_tokens", "show_steps", "ring", "fit"},
     "edit": SCROLLING | {"columns", "width", "lead_in", "batch_size", "ring"},
     "continue-from": CONTINUING,
     "continue-left-from": CONTINUING | {"ring", "fit", "show_steps"},

@@ -153,7 +153,7 @@ def candidates(model: ImageGenerator, source: Tokens, columns: Sequence[int], se
                options: SamplingOptions, plan: ClassSchedule | None = None,
                progress: Callable[[Iterable], Iterable] = iter,
                fit: int = 16) -> tuple[Tokens, Tensor]:
-    """`fit` versions of one picture (B = 1) with neighbouring `columns` drawn again, the best first.
+    """`fit` versions of one picture (B = 1), neighbouring `columns` drawn again, the best first.
 
     Returns the versions, and their log weights (fit,), up to a constant: how well what is kept on
     the right follows.  The order is that of a draw by weight without replacement: version 0 is
@@ -235,7 +235,7 @@ def mirror(model: ImageGenerator, picture: Tokens, pixels: Tensor) -> Tokens:
 def _draw(model: ImageGenerator, source: Tokens, labels: Tensor, drawn: list[int],
           seeds: Sequence[int], options: SamplingOptions,
           progress: Callable[[Iterable], Iterable], fit: int = 1, ring: bool = False) -> Tokens:
-    """One version of the picture per seed, with the columns `drawn` new, of the classes `labels`."""
+    """One version of the picture per seed, the columns `drawn` new, of the classes `labels`."""
     tokens, found = _blank(source, labels, drawn, seeds)
     if fit > 1:
         steps = iter(progress([(seed, i) for seed in seeds for i in drawn]))

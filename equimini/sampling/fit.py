@@ -5,15 +5,16 @@ A column i between kept ones should come from
     p(x_i | left, right) ∝ p(x_i | left) · Π_j p(x_j | x_<j),   j > i: the kept columns that see x_i
 
 The model draws from the first factor.  So K candidates are drawn from it, and one of them is
-chosen with probabilities ∝ the second (sampling importance resampling); for K → ∞ that is a draw
-from the left side.  log p(x_j | x_<j) need only be known up to what all candidates share.  For
+chosen with probabilities ∝ the second (sampling importance resampling), which for K → ∞ is a draw
+from the product.  Candidates are drawn with guidance, and weighed without.  log p(x_j | x_<j) need only be known up to what all candidates share.  For
 the best denoiser it is, on the straight path x_t = t·ε + (1−t)·x_j (Eq. 8),
 
     log p(x_j | z_j) = const − ∫ (1−t)/t · E_ε |v(x_t, t, z_j) − (ε − x_j)|² dt
 
 (the derivative of the signal-to-noise ratio, times the squared error of x_j; Kong et al. 2023,
 "Information-theoretic diffusion").  All candidates share t and ε, so that what these cost in
-precision cancels.  `python -m equimini.experiments fits` compares it with the exact likelihood.
+precision cancels.  A gap of several columns is drawn K times as a whole: only its end can be
+judged.  `python -m equimini.experiments fits` compares the estimate with the exact likelihood.
 """
 
 from __future__ import annotations

@@ -15,6 +15,9 @@ equimini/sampling/tiled_decoder.py):
              (mean absolute difference, 0 to 255), and the same per column of the fade: the slope
              that fading makes of it; the first line says how much neighbouring columns differ
              anyway
+
+With --ring, for the pictures of `sample.py --ring --save-tokens`, also the seam where their ends
+meet: decoded around the ring, and as a strip.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from tqdm import tqdm
 from equimini import load_generator
 from equimini.config import Checked, flag
 from equimini.losses import psnr
-from equimini.sampling.edit import load_tokens
+from equimini.sampling.edit import decode_ring, load_tokens
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
 from equimini.sampling.tiled_decoder import Windows
@@ -43,6 +46,7 @@ class SeamsConfig(Checked):
     tokens: str = flag("", "token file with long pictures; empty: draw some")
     windows: str = flag("", "choices to compare, each 'length overlap discard' in columns, with "
                         "commas; empty: several around the default")
+    ring: bool = flag(False, "the pictures in --tokens are rings: measure where their ends meet")
     columns: int = flag(128, "length of the pictures that are drawn, in columns", min=16)
     count: int = flag(8, "pictures that are drawn, of the classes in turn", min=1)
     cfg: float = flag(3.0, "guidance scale for drawing", min=0)
@@ -77,6 +81,12 @@ def seam_ratio(images: Tensor, borders: list[int], f: int) -> float:
         if len(seam) and len(other):
             total, matched = total + seam.sum(), matched + len(seam) * other.mean()
     return float(total / matched) if matched else math.nan
+
+
+def closing_seam(images: Tensor, f: int) -> float:
+    """`seam_ratio` where the right end of rings (B, 3, H, W) meets the left one."""
+    middle = images.shape[3] // f // 2 * f
+    return seam_ratio(images.roll(middle, 3), [middle - 1], f)
 
 
 def column_colours(images: Tensor, f: int) -> Tensor:
@@ -115,6 +125,8 @@ def choices(text: str, columns: int) -> list[Windows]:
 
 def main(argv: list[str]) -> None:
     cfg = parse("equimini.show seams", __doc__, SeamsConfig(), argv)
+    if cfg.ring and not cfg.tokens:
+        raise UserError("--ring needs --tokens: pictures that sample.py --ring --save-tokens wrote")
     model = load_generator(cfg.checkpoint, pick_device(cfg.device))
     windows = choices(cfg.windows, model.columns)
     if cfg.tokens:
@@ -126,6 +138,9 @@ def main(argv: list[str]) -> None:
             SamplingOptions(cfg=cfg.cfg, solver="midpoint", steps=cfg.steps), lambda drawn: tqdm(drawn, "columns", cfg.columns))
     f, n = model.tokenizer.config.f, tokens.shape[1]
     whole = model.decode_whole(tokens)
+    if cfg.ring:
+        print(f"seam where the ends meet: {closing_seam(decode_ring(model, tokens), f):.3f} around "
+              f"the ring, {closing_seam(whole, f):.3f} as a strip")
     usual = column_colours(whole, f).diff(dim=2).abs().mean()
     print(f"{len(tokens)} pictures of {n} columns; colours of neighbouring columns differ by "
           f"{usual:.2f}\nlength overlap discard   seam control    whole   tint  per column")

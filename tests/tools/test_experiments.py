@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from equimini.experiments import compute, training_runs
+from equimini.experiments import compute
 from equimini.experiments import tokenizer as ablation
+from equimini.experiments import training_runs
 from equimini.experiments.attention import order, pairs
 from equimini.experiments.common import ExperimentConfig, Lab, key
 from equimini.experiments.extrapolation import Mirrored
@@ -86,6 +88,18 @@ def test_every_experiment_runs_and_shares_its_trainings(pictures, in_this_proces
         *(f"{layout}{variant}" for layout in ("columns", "grid") for variant in (
             "", "-half", "-early", "-then-all", "-then-4-alone", "-then-11-alone")),
         "full", "real", "window-2", "unshifted", "columns-centred"}
+
+
+@pytest.mark.slow
+def test_gaps_are_filled_and_measured(pictures, tmp_path):
+    for name, own in (("cat", "forest"), ("dog", "sea")):
+        shutil.copytree(pictures / "data" / name, tmp_path / "data" / own)
+    invoke("equimini.experiments", "fits", "--data", "data", "--out", "out", "--pictures", 1,
+           "--gaps", 2, "--fits", "1,3", "--seeds", 2, "--steps", 1, "--exact-steps", 1,
+           cwd=tmp_path)
+    result = json.loads((tmp_path / "out/fits/results.json").read_text())
+    assert {run for run in result["values"]["runs"]} == {"2,1", "2,3"}
+    assert len(result["table"]) == 4 and (tmp_path / "out/fits/gaps.png").is_file()
 
 
 def test_interrupted_and_given_again_equals_uninterrupted(pictures, in_this_process, monkeypatch):
