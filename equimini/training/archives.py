@@ -266,8 +266,10 @@ class Reader:
     def _row(self, volume: int, group: int, row: int) -> bytes:
         if (volume, group) not in self.groups:
             self.groups[volume, group] = read_group(self._file(volume), group)
-            while len(self.groups) > 1 and sum(g.nbytes for g in self.groups.values()) > GROUP_BYTES:
+            sizes = [rows.nbytes for rows in self.groups.values()]
+            while len(sizes) > 1 and sum(sizes) > GROUP_BYTES:
                 self.groups.popitem(last=False)
+                del sizes[0]
         self.groups.move_to_end((volume, group))
         content = self.groups[volume, group][row].as_py()
         if content is None:

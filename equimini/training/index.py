@@ -54,11 +54,7 @@ class Source:
         self.left_out: dict[str, list] = about["left_out"]  # reason: [how many, an example]
         self.path: str = about["path"]  # as it was given
         self.reader = Reader(about["kind"], about["volumes"])
-        self._take(arrays)
-
-    def _take(self, arrays: dict[str, np.ndarray]) -> None:
-        self.arrays = arrays
-        self.labels, self.hashes = arrays["labels"], arrays["hashes"]  # (n,)
+        self.__setstate__({"arrays": arrays})
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,14 +83,14 @@ class Source:
         return self.reader.read(name, *(int(self.arrays[key][i]) for key in PLACES))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Arrays that lie in files are mapped anew by another process, not sent to it."""
-        dropped = ("arrays", "labels", "hashes") if self.kept else ()
-        return {k: v for k, v in self.__dict__.items() if k not in dropped}
+        """Arrays that lie in a file are mapped anew by another process, not sent to it."""
+        arrays = None if self.kept else self.arrays
+        return {**self.__dict__, "arrays": arrays, "labels": None, "hashes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.kept:
-            self._take(load(self.kept)[1])
+        self.arrays = self.arrays or load(self.kept)[1]
+        self.labels, self.hashes = self.arrays["labels"], self.arrays["hashes"]  # (n,)
 
 
 def open_source(path: str, folder: str | Path | None = None, truncated: bool = False,
@@ -230,10 +226,12 @@ def scan(kind: str, volumes: list[str], place: tuple[int, int],
 
 def put_down(part: Path, stamps: list, found: Search, place: tuple[int, int]) -> None:
     """Keep what was found, and where the search is."""
-    save(part, {"format": FORMAT, "stamps": stamps, "place": place, "folders": sorted(found.folders),
-                "left_out": found.left_out, "class_names": found.class_names},
-         {"names": joined(found.names), "labels": joined(found.labels),
-          **{k: np.array(getattr(found, k)) for k in PLACES}})
+    names, labels, *places = found.columns()
+    texts = {k: np.frombuffer("".join(f"{text}\0" for text in values).encode(*ENCODING), np.uint8)
+             for k, values in (("names", names), ("labels", labels))}
+    state = {"format": FORMAT, "stamps": stamps, "place": place, "folders": sorted(found.folders),
+             "left_out": found.left_out, "class_names": found.class_names}
+    save(part, state, texts | dict(zip(PLACES, map(np.array, places))))
 
 
 def take_up(part: Path | None, stamps: list, found: Search) -> tuple[int, int]:
@@ -241,18 +239,12 @@ def take_up(part: Path | None, stamps: list, found: Search) -> tuple[int, int]:
     state, arrays = load(part, ("names", "labels", *PLACES)) if part else ({}, {})
     if not state or state["stamps"] != stamps:
         return 0, 0
-    for key in ("names", "labels"):
-        setattr(found, key, arrays[key].tobytes().decode(*ENCODING).split("\0")[:-1])
-    for key in PLACES:
-        getattr(found, key).extend(arrays[key].tolist())
+    for values, kept in zip(found.columns(), arrays.values()):
+        values.extend(kept.tolist() if kept.dtype != np.uint8 else
+                      kept.tobytes().decode(*ENCODING).split("\0")[:-1])
     found.folders, found.left_out = set(state["folders"]), state["left_out"]
     found.class_names = state["class_names"]
     return tuple(state["place"])
-
-
-def joined(names: list[str]) -> np.ndarray:
-    """Names as bytes, each ended by a 0."""
-    return np.frombuffer("".join(f"{name}\0" for name in names).encode(*ENCODING), np.uint8)
 
 
 def signature(paths: list[str]) -> list[list]:

@@ -44,8 +44,8 @@ def training_loader(data: Dataset, batch_size: int, run: RunConfig, start: int,
                     stop: int, pinned: bool = False) -> DataLoader:
     """Batches (images uint8 (B, 3, H, W), labels (B,), indices (B,)) of steps start … stop−1.
 
-    Of several processes each gets a local batch: B is batch_size / processes.  pinned: in memory from
-    which a GPU copies while it computes.
+    Of several processes each gets a local batch: B is batch_size / processes.  pinned: in memory
+    from which a GPU copies while it computes.
     """
     sampler = Batches(len(data), batch_size, run.seed, start, stop)
     return DataLoader(data, batch_sampler=sampler, num_workers=run.workers,
