@@ -160,10 +160,8 @@ def load_generator(path: Path | str, device: str | torch.device = "cpu", ema: bo
         finetuned = checkpoint.load_tokenizer(tokenizer_path)
         checkpoint.check_same_latents(tokenizer, finetuned, tokenizer_path)
         tokenizer = finetuned
-    with torch.device("meta"):  # nothing is drawn: all of it is read next
-        generator = make_generator(config_from_dict(GeneratorConfig, content["config"]["model"]),
-                                   len(content["classes"]), tokenizer.config.token_channels)
-    generator.to_empty(device="cpu")
+    generator = make_generator(config_from_dict(GeneratorConfig, content["config"]["model"]),
+                               len(content["classes"]), tokenizer.config.token_channels)
     checkpoint.load_weights(generator, checkpoint.weights_of(content, ema, path), path)
     generator.eval().requires_grad_(False)
     run = content["config"].get("run", {})  # says both in files that do not themselves
