@@ -2,5 +2,5 @@
 
 from equimini.utils.command_line import run, subcommand
 
-run(lambda: subcommand("equimini.bench", ["archives", "attention", "data", "sample", "single",
-                                          "solvers", "tokenizer", "train"]))
+run(lambda: subcommand("equimini.bench", ["archives", "attention", "data", "page", "sample",
+                                          "single", "solvers", "tokenizer", "train"]))

@@ -3,6 +3,7 @@
 SHOTS=folder python -m pytest -m slow tests/page/test_browser.py keeps screenshots to look at.
 """
 
+import base64
 import io
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -93,8 +95,9 @@ class Page:
 
     def new(self):
         """An empty strip and few steps."""
-        self.js("if (N) return change('new')")
-        self.until("N === 0")
+        while self.js("return N || running"):  # a drawing of a closed page may still end
+            self.js("return change('new')")
+        self.js("tell('')")
         self.js("$('steps').value = 2; $('cfg').value = 2.5; turn('right'); for (const f of FIELDS) "
                 "localStorage.setItem(`${S.checkpoint} ${f}`, $(f).value)")
 
@@ -139,11 +142,9 @@ class Page:
             const all = document.createElement("canvas"); all.width = N * S.f; all.height = S.height;
             for (const [k, canvas] of tiles) all.getContext("2d").drawImage(canvas, (k * TILE + shift) * S.f, 0);
             return all.toDataURL().split(",")[1];""")
-        import base64
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB"))
 
     def fetched(self, path):
-        import urllib.request
         with urllib.request.urlopen(self.address + path) as answer:
             return answer.read()
 

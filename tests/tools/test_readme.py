@@ -29,6 +29,7 @@ SMALL = {
     "equimini.bench attention": "--shape 1 8 2 16 4",
 }
 ELSEWHERE = ("tests/soak/kill_and_resume.py",  # test_scripts.py calls it
+             "equimini.page",  # serves until it is stopped; tests/page
              "pytest")  # this run
 
 
