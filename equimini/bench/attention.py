@@ -1,9 +1,10 @@
-"""The attention operator against the stock ones: SDPA, FlexAttention, FlashAttention-2.
+"""The attention operator against the stock ones: SDPA, FlexAttention, FlashAttention-2, …
 
-    python -m equimini.bench attention [--device cuda] [--dtype bfloat16] [--json]
+    python -m equimini.bench attention [--device cuda] [--dtype bfloat16] [--peers sdpa flex]
 
-Everything that is compared runs in this one process on the same random numbers, after a
-warm-up; figures are medians over repeats.
+Everything that is compared runs in this one process (cuDNN, through JAX, in its own) on the same
+random numbers, after a warm-up, and must give the same result first.  Figures are medians over
+repeats; on CUDA calls are recorded in a graph that is replayed, so that no launch is measured.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from equimini.attention import implementation, window_attention, window_mask
-from equimini.bench.timing import copy_bandwidth, median_seconds
+from equimini.attention import implementation, window_attention
+from equimini.bench.attention_peers import PEERS, Attend, in_jax
+from equimini.bench.timing import copy_bandwidth, median_seconds, replayed_seconds
 from equimini.rope import rope_tables, rotate
-from equimini.utils.errors import first_line
+from equimini.utils.errors import UserError, first_line
 from equimini.utils.machine import machine
 
 # (B, N, H, D, W); a CPU gets fewer sequences of the same kind
@@ -32,69 +33,7 @@ SHAPES = {
             (1, 4096, 16, 64, 4), (1, 4096, 16, 64, 32), (1, 4096, 16, 64, 128),
             (1, 4096, 16, 64, 256)],
 }
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of (B, N, H, D) each
-
-
-def sdpa(n: int, window: int, device: str) -> Attend:
-    """Torch's scaled_dot_product_attention with the window as a mask."""
-    mask = window_mask(n, n, window, device)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = (x.transpose(1, 2) for x in (q, k, v))
-        return scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
-
-    return attend
-
-
-def flex(n: int, window: int, device: str) -> Attend:
-    """Compiled FlexAttention; its mask keeps the same W keys (many examples keep W + 1)."""
-    import torch._dynamo
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < window), None, None, n, n,
-                             device=device)
-    torch._dynamo.reset()  # after 8 shapes it would run uncompiled
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(*heads, block_mask=mask).transpose(1, 2)
-
-    return attend
-
-
-class Flash2(torch.autograd.Function):
-    """FlashAttention-2 as torch ships it, with its own local window."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        n = q.shape[1]
-        out, lse, *random, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, None, None, n, n, 0.0, False, False,
-            window_size_left=window - 1, window_size_right=0)
-        ctx.save_for_backward(q, k, v, out, lse, *random)
-        ctx.window = window
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        q, k, v, out, lse, *random = ctx.saved_tensors
-        n = q.shape[1]
-        return *torch.ops.aten._flash_attention_backward(
-            grad, q, k, v, out, lse, None, None, n, n, 0.0, False, *random,
-            window_size_left=ctx.window - 1, window_size_right=0), None
-
-
-def flash2(n: int, window: int, device: str) -> Attend:
-    return lambda q, k, v: Flash2.apply(q, k, v, window)
-
-
-def contestants(n: int, window: int, device: str, dtype: torch.dtype) -> dict[str, Attend]:
-    peers = {"sdpa": sdpa, "flex": flex}
-    if device == "cuda" and dtype != torch.float32:
-        peers["flash2"] = flash2
-    return {"equimini": lambda q, k, v: window_attention(q, k, v, window),
-            **{name: make(n, window, device) for name, make in peers.items()}}
+ERRORS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # that peers may have
 
 
 def with_rope(attend: dict[str, Attend], n: int, d: int, window: int,
@@ -109,72 +48,141 @@ def with_rope(attend: dict[str, Attend], n: int, d: int, window: int,
             "equimini": lambda q, k, v: window_attention(q, k, v, window, rope=tables)}
 
 
-def attention_case(shape: tuple[int, ...], device: str, dtype: torch.dtype, bandwidth: float):
+def moved_bytes(shape: tuple[int, ...], dtype: torch.dtype, backward: bool, device: str) -> int:
+    """What a pass has to read and write: q, k, v, out and the log-sum-exp; backward, the output's
+    gradient and three more, and out and the log-sum-exp only where the kernel reads them."""
+    b, n, h, d, window = shape
+    narrow = min(window, n) <= {"C++": 12, "CUDA": 4}.get(implementation(device), 0)
+    tensors, statistics = (7, 0) if backward and narrow else (8 if backward else 4, 4)
+    return b * n * h * (tensors * d * dtype.itemsize + statistics)
+
+
+def attention_case(shape: tuple[int, ...], device: str, dtype: torch.dtype, bandwidth: float,
+                   peers: list[str], rotations: tuple[bool, ...] = (False, True)):
     """Rows (dicts) for one shape: forward and backward, without and with rotation."""
     b, n, h, d, window = shape
-    plain = contestants(n, window, device, dtype)
-    for rope, attend in ((False, plain), (True, with_rope(plain, n, d, window, device))):
+    plain: dict[str, Attend] = {"equimini": lambda q, k, v: window_attention(q, k, v, window)}
+    for name in peers:
+        try:
+            if name != "cudnn":
+                plain[name] = PEERS[name](b, n, window, device)
+        except Exception as error:
+            left_out(name, error)
+    for rope in rotations:
+        attend = with_rope(plain, n, d, window, device) if rope else plain
+        qkv = torch.randn(b, n, 3, h, d, device=device, dtype=dtype)
+        known = jax_seconds(qkv, window) if "cudnn" in peers and not rope else {}
         for backward in (False, True):
-            qkv = torch.randn(b, n, 3, h, d, device=device, dtype=dtype)
             seconds = contests(attend, qkv, backward, device)
-            size = b * n * h * ((8 if backward else 4) * d * qkv.element_size() + 4)
-            ours = seconds.pop("equimini")
-            yield {"shape": shape, "pass": "backward" if backward else "forward", "rope": rope,
+            seconds |= {name: times[backward] for name, times in known.items()}
+            size, ours = moved_bytes(shape, dtype, backward, device), seconds.pop("equimini")
+            yield {"shape": shape, "dtype": str(dtype)[6:],
+                   "pass": "backward" if backward else "forward", "rope": rope,
                    "ms": ours * 1e3, "gb_per_s": size / ours / 1e9,
                    "share_of_copy": size / ours / bandwidth,
                    "peers_ms": {name: s * 1e3 for name, s in seconds.items()},
                    "times_faster": {name: s / ours for name, s in seconds.items()}}
 
 
+def left_out(name: str, error: Exception) -> None:
+    print(f"# {name} does not run here: {first_line(error)}", file=sys.stderr)
+
+
 def contests(attend: dict[str, Attend], qkv: Tensor, backward: bool,
              device: str) -> dict[str, float]:
     """Seconds of each contestant; a peer that cannot do it is left out, with a printed reason."""
-    seconds = {}
+    seconds, right = {}, results(attend["equimini"], qkv, backward)
     for name, function in attend.items():
-        if backward and name == "flex" and device == "cpu":
-            continue  # it has no backward pass there
         try:
+            same(results(function, qkv, backward), right)
             seconds[name] = contest(function, qkv, backward, device)
         except Exception as error:
             if name == "equimini":
                 raise
-            print(f"# {name} does not run here: {first_line(error)}", file=sys.stderr)
+            left_out(name, error)
     return seconds
 
 
-def contest(attend: Attend, qkv: Tensor, backward: bool, device: str) -> float:
-    """Seconds for one pass over slices of a packed projection."""
+def results(attend: Attend, qkv: Tensor, backward: bool) -> list[Tensor]:
+    """The output, or the gradients of q, k and v under the same random one."""
     if not backward:
         with torch.no_grad():
-            return median_seconds(lambda: attend(*qkv.unbind(2)), device, kernels=True)
+            return [attend(*qkv.unbind(2))]
+    inputs = [x.detach().requires_grad_() for x in qkv.unbind(2)]
+    return list(torch.autograd.grad(attend(*inputs), inputs, like_output(qkv)))
+
+
+def like_output(qkv: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(qkv[:, :, 0].shape, generator=generator).to(qkv)
+
+
+def same(found: list[Tensor], right: list[Tensor]) -> None:
+    """Raises UserError where results differ by more than their type's roundings; NaN differs."""
+    for x, y in zip(found, right, strict=True):
+        error = float((x.double() - y.double()).norm() / y.double().norm())
+        if not error <= ERRORS[y.dtype]:
+            raise UserError(f"it gives another result, {error:.2g} off")
+
+
+def jax_seconds(qkv: Tensor, window: int) -> dict[str, list[float]]:
+    """{"cudnn": [seconds forward, backward]}, or nothing and a printed reason."""
+    try:
+        found, seconds = in_jax(qkv, like_output(qkv), window)
+        ours = lambda q, k, v: window_attention(q, k, v, window)  # noqa: E731
+        same(found, [x for backward in (False, True) for x in results(ours, qkv, backward)])
+        return {"cudnn": seconds}
+    except Exception as error:
+        left_out("cudnn", error)
+        return {}
+
+
+def contest(attend: Attend, qkv: Tensor, backward: bool, device: str) -> float:
+    """Seconds for one pass over slices of a packed projection.
+
+    On a GPU several of them take turns, more than its cache holds.
+    """
+    count = min(32, max(4, 2**28 // qkv.nbytes)) if device == "cuda" else 1
+    side = torch.cuda.Stream() if device == "cuda" else None
+    with torch.cuda.stream(side):  # autograd's backward runs where forward ran
+        calls = [one_pass(attend, qkv if n == 0 else torch.randn_like(qkv), backward)
+                 for n in range(count)]
+    if device == "cuda":
+        try:
+            return replayed_seconds(calls, side=side)
+        except RuntimeError as error:
+            print(f"# not recorded, single launches are measured: {first_line(error)}",
+                  file=sys.stderr)
+    return median_seconds(calls[0], device, kernels=True)
+
+
+def one_pass(attend: Attend, qkv: Tensor, backward: bool) -> Callable[[], object]:
+    if not backward:
+        return lambda: torch.no_grad()(attend)(*qkv.unbind(2))
     inputs = [x.detach().requires_grad_() for x in qkv.unbind(2)]
     out = attend(*inputs)
-    grad = torch.randn_like(out)
-    return median_seconds(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True),
-                          device, kernels=True)
+    grad = like_output(qkv)
+    return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Print the table, or JSON."""
+    """Print the table, or a line of JSON for each of its rows, as they come."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    names = options.dtype or ["bfloat16" if device == "cuda" else "float32"]
     torch.manual_seed(0)
     bandwidth = copy_bandwidth(device)
-    shapes = [tuple(options.shape)] if options.shape else SHAPES[device]
-    rows = []
-    if not options.json:
-        print(f"# {machine(device)}\n# {str(dtype)[6:]}; a copy moves "
-              f"{bandwidth / 1e9:.1f} GB/s\n{'B, N, H, D, W':>20} {'pass':>8} rope "
-              f"{'ms':>8} {'GB/s':>7} {'of copy':>7}  peers: ms (times slower)")
-    for shape in shapes:
-        for row in attention_case(shape, device, dtype, bandwidth):
-            rows.append(row)
-            if not options.json:
-                print(attention_line(row), flush=True)
     if options.json:
         print(json.dumps({"machine": machine(device), "implementation": implementation(device),
-                          "dtype": str(dtype)[6:], "copy_gb_per_s": bandwidth / 1e9,
-                          "rows": rows}, indent=1))
+                          "dtype": names, "copy_gb_per_s": bandwidth / 1e9}), flush=True)
+    else:
+        print(f"# {machine(device)}\n# {', '.join(names)}; a copy moves "
+              f"{bandwidth / 1e9:.1f} GB/s\n{'B, N, H, D, W':>20} {'pass':>8} rope "
+              f"{'ms':>8} {'GB/s':>7} {'of copy':>7}  peers: ms (times slower)")
+    for shape in [tuple(options.shape)] if options.shape else SHAPES[device]:
+        for name in names:
+            for row in attention_case(shape, device, getattr(torch, name), bandwidth,
+                                      options.peers, (False, True) if options.rope else (False,)):
+                print(json.dumps(row) if options.json else attention_line(row), flush=True)
 
 
 def attention_line(row: dict) -> str:
@@ -190,9 +198,14 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m equimini.bench attention",
                                      description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="cuda where there is a GPU")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                        help="bfloat16 on cuda, float32 on a CPU")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"],
+                        help="one or more; bfloat16 on cuda, float32 on a CPU")
     parser.add_argument("--shape", type=int, nargs=5, metavar=("B", "N", "H", "D", "W"),
                         help="one shape in place of the usual ones")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    peers = [*PEERS, "cudnn"]
+    parser.add_argument("--peers", nargs="*", choices=peers, default=peers, metavar="PEER",
+                        help=f"what to compare with, of {', '.join(peers)}; none: nothing [all]")
+    parser.add_argument("--no-rope", dest="rope", action="store_false",
+                        help="leave out the rows with rotation")
+    parser.add_argument("--json", action="store_true", help="print lines of JSON")
     compare(parser.parse_args(argv))

@@ -27,6 +27,29 @@ def median_seconds(run: Callable[[], object], device: str, budget: float = 1.0,
     return statistics.median(once() for _ in range(repeats))
 
 
+def replayed_seconds(calls: list[Callable[[], object]], repeats: int = 20,
+                     side: torch.cuda.Stream | None = None) -> float:
+    """Median time of one of `calls` on a GPU, all recorded in one CUDA graph and replayed.
+
+    Without the launches that single calls of a few microseconds would measure.  Each call has
+    inputs of its own, so that a cache holds none of them where together they are large.  side: the
+    stream to record on, that of their forward passes where the calls are backward.
+    """
+    side = side or torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is compiled or allocated at first calls
+        for _ in range(2):
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        for call in calls:
+            call()
+    graph.replay()
+    return statistics.median(seconds(graph.replay, "cuda") for _ in range(repeats)) / len(calls)
+
+
 def _quiet_gpu() -> Callable[[], None]:
     """What empties the GPU's cache, and holds it for a millisecond in which calls are made."""
     memory = torch.empty(2**28, dtype=torch.uint8, device="cuda")

@@ -95,9 +95,9 @@ correctness() {
     real || [ $w = 4 ] || continue
     EQUIMINI_ATTENTION=reference warm "flex_$w" 110 "$PYTHON" -c "
 import sys, torch
-from equimini.bench.attention import flex
+from equimini.bench.attention_peers import flex
 device, (b, n, h, d, w) = sys.argv[1], map(int, sys.argv[2:])
-attend = flex(n, w, device)
+attend = flex(b, n, w, device)
 with torch.no_grad():
     attend(*torch.randn(b, n, 3, h, d, device=device, dtype=torch.bfloat16).unbind(2))
 if device == 'cuda':
@@ -164,7 +164,7 @@ timings() {
   cp "$LOGS/ncu.log" "$OUT/ncu.csv"
 }
 attention() {
-  bench "attention_${1// /_}" 40 attention --device "$DEVICE" --dtype bfloat16 --json --shape $1
+  bench "attention_${1// /_}" 50 attention --device "$DEVICE" --dtype bfloat16 --no-rope --json --shape $1
 }
 
 judge_variants() {

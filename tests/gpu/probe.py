@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernel"))
 from attention_cases import NAMES, Case, draw_inputs  # noqa: E402
 
 from equimini.attention import implementation, reference_backward, reference_forward  # noqa: E402
-from equimini.bench.timing import copy_bandwidth, median_seconds  # noqa: E402
+from equimini.bench.attention import moved_bytes  # noqa: E402
+from equimini.bench.timing import copy_bandwidth, median_seconds, replayed_seconds  # noqa: E402
 from equimini.rope import rope_tables  # noqa: E402
-from equimini.utils.machine import machine, seconds  # noqa: E402
+from equimini.utils.machine import machine  # noqa: E402
 
 FORWARD = torch.ops.equimini.window_attention.default
 BACKWARD = torch.ops.equimini.window_attention_backward.default
@@ -83,35 +83,12 @@ def time_kernels(device: str, short: bool) -> bool:
             grad = torch.randn(b, n, h, d, device=device, dtype=torch.bfloat16)
             backward = [partial(BACKWARD, grad, *x.unbind(2), *attend(), *rest)
                         for x, attend in zip(sets, forward)]
-            narrow = window <= 4  # backward then reads neither out nor the log-sum-exp
-            for name, calls, tensors, kept in (
-                    ("forward", forward, 4, 4), ("backward", backward, 8 - narrow, 4 - 4 * narrow)):
+            for name, calls in (("forward", forward), ("backward", backward)):
                 s = seconds_each(calls, device)
-                size = b * n * h * (tensors * d * 2 + kept)
+                size = moved_bytes(shape, torch.bfloat16, name == "backward", device)
                 say(kernel=name, shape=shape, rope=rope, us=s * 1e6, gb_per_s=size / s / 1e9,
                     share_of_copy=size / s / copy)
     return True
-
-
-def replayed_seconds(calls: list[Callable], repeats: int = 20) -> float:
-    """Median time of one of `calls` on a GPU, all recorded in one CUDA graph and replayed.
-
-    Without the launches that single calls of a few microseconds would measure.  Each call has
-    inputs of its own, so that a cache holds none of them where together they are large.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what is compiled or allocated at first calls
-        for _ in range(2):
-            for call in calls:
-                call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    return statistics.median(seconds(graph.replay, "cuda") for _ in range(repeats)) / len(calls)
 
 
 def seconds_each(calls: list[Callable], device: str) -> float:

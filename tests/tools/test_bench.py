@@ -1,5 +1,6 @@
 """The benchmarks, small: what they compute, and what they print."""
 
+import importlib.util
 import json
 import re
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from equimini.attention import implementation
 from equimini.bench import attention, sample, solvers, train
 from equimini.kernel.operators import visible_pairs
 from equimini.presets import PRESETS
@@ -151,8 +153,60 @@ def test_a_peer_that_cannot_is_left_out(monkeypatch, capsys):
         raise RuntimeError("no such kernel\nand more")
 
     qkv, good = torch.randn(1, 5, 3, 1, 8), lambda q, k, v: q + v
-    seconds = attention.contests({"equimini": good, "sdpa": cannot}, qkv, False, "cpu")
+    seconds = attention.contests({"equimini": good, "sdpa": cannot, "flex": lambda q, k, v: q},
+                                 qkv, False, "cpu")
     assert list(seconds) == ["equimini"]
-    assert capsys.readouterr().err == "# sdpa does not run here: no such kernel\n"
+    assert re.fullmatch("# sdpa does not run here: no such kernel\n# flex does not run here: it "
+                        "gives another result, .* off\n", capsys.readouterr().err)
     with pytest.raises(RuntimeError):  # ours has to
         attention.contests({"equimini": cannot}, qkv, True, "cpu")
+
+
+def test_attention_benchmark(capsys):
+    """A line of JSON for each row; peers give the same result, and a reason where they cannot."""
+    attention.main("--shape 2 12 2 16 3 --dtype float32 bfloat16 --json --no-rope --device cpu "
+                   "--peers sdpa efficient cudnn".split())
+    printed = capsys.readouterr()
+    about, *rows = map(json.loads, printed.out.splitlines())
+    assert about["dtype"] == ["float32", "bfloat16"]
+    assert [(r["dtype"], r["pass"], r["rope"]) for r in rows] == [
+        (dtype, x, False) for dtype in about["dtype"] for x in ("forward", "backward")]
+    assert all(list(row["peers_ms"]) == ["sdpa"] for row in rows), printed.err
+    assert "# efficient does not run here: its kernels are for CUDA alone" in printed.err
+    narrow = implementation("cpu") == "C++"
+    for row, tensors, lse in zip(rows, (4, 7 if narrow else 8), (4, 4 * (not narrow))):
+        moved = row["gb_per_s"] * row["ms"] * 1e6
+        assert moved == pytest.approx(2 * 12 * 2 * (tensors * 16 * 4 + lse))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["flex", "flex-folded", "shifts"])
+def test_compiled_peers_attend_over_the_same_window(peer):
+    q, k, v = torch.randn(8, 16, 3, 2, 16).unbind(2)
+    ours = attention.window_attention(q, k, v, 3)
+    torch.testing.assert_close(attention.PEERS[peer](8, 16, 3, "cpu")(q, k, v), ours)
+
+
+def test_efficient_attention_takes_these_shapes():
+    """As far as torch knows them without a GPU: forward on the meta device, backward's schema."""
+    q, k, v = torch.empty(3, 2, 12, 2, 16, device="meta").unbind(0)
+    assert attention.PEERS["efficient"](2, 12, 3, "meta")(q, k, v).shape == q.shape
+    names = [x.name for x in torch.ops.aten._efficient_attention_backward.default._schema.arguments]
+    assert names[:15] == ["grad_out_", "query", "key", "value", "bias", "out", "cu_seqlens_q",
+                          "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "logsumexp", "dropout_p",
+                          "philox_seed", "philox_offset", "custom_mask_type"]
+    assert "window_size" in names
+
+
+def test_jax_in_a_process_of_its_own():
+    qkv = torch.randn(2, 12, 3, 2, 16)
+    grad = attention.like_output(qkv)
+    if not importlib.util.find_spec("jax"):
+        with pytest.raises(UserError, match="No module named 'jax'"):
+            attention.in_jax(qkv, grad, 3)
+        return
+    found, seconds = attention.in_jax(qkv, grad, 3, kind="xla", repeats=3)
+    attend = lambda q, k, v: attention.window_attention(q, k, v, 3)  # noqa: E731
+    attention.same(found, [x for backward in (False, True)
+                           for x in attention.results(attend, qkv, backward)])
+    assert len(seconds) == 2 and min(seconds) > 0
