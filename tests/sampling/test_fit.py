@@ -134,16 +134,12 @@ def test_a_better_fit_is_found(model, drawn):
 def test_a_ring_keeps_the_picture_and_looks_at_its_beginning(model, drawn):
     ring = close_ring(model, drawn, 3, [7], HOW, fit=4)
     assert torch.equal(ring.tokens[:, :16], drawn.tokens) and ring.tokens.shape[1] == 19
-    other = Tokens(drawn.tokens.clone(), drawn.labels, drawn.seeds)
-    other.tokens[:, 0] += 3
-    weights = [candidates_of_ring(model, picture) for picture in (drawn, other)]
-    assert not torch.allclose(*weights)
-
-
-def candidates_of_ring(model, picture):
-    tokens = torch.cat((picture.tokens[0], torch.full((2, 6), torch.nan)))
-    labels = torch.zeros(18, dtype=torch.long)
-    return fill_gap(model, tokens, labels, range(16, 18), 3, HOW, 4, iter(range(9)), True)[1].sort()[0]
+    gap, end = torch.full((2, 6), torch.nan), range(16, 18)
+    strip = torch.cat((drawn.tokens[0], gap, drawn.tokens[0, :4]))  # the beginning follows it
+    found = [fill_gap(model, tokens, torch.zeros(len(tokens), dtype=torch.long), end, 3, HOW, 4,
+                      iter(range(9)), ring)[1].sort()[0]
+             for tokens, ring in ((strip[:18].clone(), True), (strip, False))]
+    torch.testing.assert_close(*found)
 
 
 def test_a_ring_is_decoded_around_its_ends(model, drawn):
@@ -157,6 +153,8 @@ def test_a_ring_is_decoded_around_its_ends(model, drawn):
 
     around = torch.cat((tokens[:, -1:], tokens, tokens[:, :1]), 1)
     torch.testing.assert_close(decode_ring(local, tokens, blurred), blurred(around)[..., 1:-1])
+    drifts = decode_ring(local, tokens, lambda x: torch.arange(x.shape[1] * 1.0).expand(1, 3, 1, -1))
+    assert abs(drifts[0, 0, 0, 0] - drifts[0, 0, 0, -1]) < 2 and drifts[0, 0, 0, 8] == 16
     kept, new = torch.zeros(1, 3, 2, 24), torch.ones(1, 3, 2, 24)
     row = paste(kept, new, torch.arange(12) == 11, 2, fade=1, ring=True)[0, 0, 0]
     assert row[22:].eq(1).all() and 0 < row[0] < 1 and row[2:20].eq(0).all()
