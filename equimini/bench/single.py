@@ -68,8 +68,9 @@ print(json.dumps(results))
 
 def seconds(tree: Path, weights: str, quick: dict, squares: int) -> dict[str, list[float]]:
     """What WORK measures in one process."""
-    done = subprocess.run([sys.executable, "-c", WORK, weights, json.dumps(quick), str(squares)],
-                          env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", WORK, Path(weights).resolve(), json.dumps(quick),
+                           str(squares)], cwd=tree, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tree)})
     if done.returncode:
         raise SystemExit(f"{tree} does not run: {done.stderr[-2000:]}")
     return json.loads(done.stdout)
