@@ -78,6 +78,6 @@ def main(argv: list[str]) -> None:
             studio.choose(0)
             if k + 1 in (10, cfg.edits):
                 size = sum(path.stat().st_size for path in Path(folder).iterdir())
-                print(f"after {k + 1} edits: "
-                      f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB of memory at most, "
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+                print(f"after {k + 1} edits: {peak:.0f} MiB of memory at most, "
                       f"{size / 2**20:.2f} MiB on disk")
