@@ -9,8 +9,8 @@ from torch.func import jvp
 
 from equimini.flow_head import FlowHead
 from equimini.generator import GeneratorConfig, make_generator
-from equimini.mean_flow import (INTERVALS, MeanFlowHead, follow, guided_velocity, mean_flow_errors,
-                                ways)
+from equimini.mean_flow import (INTERVALS, MeanFlowHead, follow, guided_context, guided_velocity,
+                                mean_flow_errors, ways)
 from equimini.sampler import Guidance, column_noise, sample_tokens
 from equimini.sampling.options import SamplingOptions
 from equimini.sampling.packed_weights import packed
@@ -54,6 +54,19 @@ def test_guidance_is_that_of_both_branches(heads):
     v = guided_velocity(flow, z, s)(x, t)
     assert torch.allclose(v, uncond + s[:, None] * (cond - uncond), atol=1e-5)
     assert torch.allclose(v[0], cond[0], atol=1e-6)
+
+
+def test_guiding_z_is_guidance_to_the_second_order_of_a_small_difference(heads):
+    flow = heads[0].double()
+    x, z, t = (torch.rand(k, dtype=torch.float64) for k in ((50, 8), (50, 12), (50,)))
+    d, s, errors = torch.randn_like(z), torch.full((50,), 3.0), []
+    for h in (0.02, 0.01):
+        both = torch.stack((z + h * d, z))
+        v = flow(x, t, guided_context(both, s))
+        cond, uncond = flow(x, t, both)
+        exact = uncond + s[:, None] * (cond - uncond)
+        errors.append((v - exact).abs().max().item())
+    assert 3 < errors[0] / errors[1] < 5
 
 
 def test_ways_are_the_whole_one_and_any_other_and_velocities():
