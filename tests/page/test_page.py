@@ -321,6 +321,7 @@ def test_a_folder_of_another_tokenizer_is_refused(client, model, tmp_path):
         Studio(model, tmp_path)
 
 
+@pytest.mark.slow  # sample.py, seven times
 def test_the_command_draws_the_same_tokens(tmp_path):
     model = load_generator("scenes")
     client = Client(Studio(model, tmp_path))
