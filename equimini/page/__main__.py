@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import webbrowser
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ def main() -> None:
               f"{folder})", flush=True)
         if cfg.open:
             webbrowser.open(f"http://127.0.0.1:{server.server_port}/")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
         server.serve_forever()
 
 
