@@ -254,5 +254,3 @@ def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
         raise ValueError(f"seed must be one int64 on q's device ({device}), got "
                          f"{tuple(seed.shape)} {seed.dtype} on {seed.device}")
     return seed
-
-

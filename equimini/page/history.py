@@ -101,7 +101,7 @@ class History:
         return np.memmap(self.store, self.row, "r")[ids] if ids else np.empty(0, self.row)
 
     def _read_log(self) -> None:
-        """All edits, up to a line that a kill or a power failure cut off."""
+        """All edits, but for a last line that a kill or a power failure cut off."""
         for path in (self.store, self.log):
             path.touch()
         rows, end = self.store.stat().st_size // self.row.itemsize, 0
@@ -110,9 +110,13 @@ class History:
             for line in file:
                 try:
                     content = json.loads(line)
-                except ValueError:
-                    break
-                if not line.endswith(b"\n") or max(content.get("put", ()), default=-1) >= rows:
+                    whole = line.endswith(b"\n") and max(content.get("put", ()), default=-1) < rows
+                except (ValueError, AttributeError):
+                    whole = False
+                if not whole and file.read(1):  # to cut here would lose what follows
+                    raise UserError(f"{self.log} is damaged in line {self.version + 1}, and more "
+                                    "lines follow; restore the folder, or choose another --out")
+                if not whole:
                     break
                 self._apply(content, end)
                 end += len(line)

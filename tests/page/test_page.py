@@ -166,6 +166,18 @@ def test_undo_and_redo_without_end_and_after_a_kill(client, model, tmp_path):
     assert np.array_equal(Studio(model, tmp_path).strip.columns[1:], states[-2][1:])
 
 
+def test_a_damaged_line_before_others_is_an_error_and_loses_nothing(client, model, tmp_path):
+    for _ in range(2):
+        client.draw(columns=2, classes=[0] * 2)
+    log = tmp_path / "history.jsonl"
+    for damage in (b"}", b"7"):
+        bad = damage + log.read_bytes()[1:] if damage == b"}" else damage + b"\n" + log.read_bytes()
+        log.write_bytes(bad)
+        with pytest.raises(UserError, match="history.jsonl is damaged in line 1"):
+            Studio(model, tmp_path)
+        assert log.read_bytes() == bad
+
+
 def test_a_full_disk_leaves_the_strip_as_it_was(client, tmp_path, monkeypatch):
     client.draw(columns=3, classes=[0] * 3)
     before = [(tmp_path / name).read_bytes() for name in ("columns.bin", "history.jsonl")]
