@@ -82,7 +82,7 @@ class GeneratorTraining(Checked):
     warmup_steps: int = flag(62_557, "steps over which the learning rate rises from 0 (the "
                              "default: 100 epochs of ImageNet)", min=0)
     lr_cooldown: float = flag(0.0, "share of the steps, the last ones, over which the learning "
-                              "rate falls to 0 in a line; 0: it stays", min=0, max=1)
+                              "rate falls linearly to 0; 0: it stays constant", min=0, max=1)
     weight_decay: float = flag(0.02, "weight decay (not on biases, norms and the flow head)",
                                min=0)
     grad_clip: float = flag(3.0, "largest gradient norm", min=1e-9)

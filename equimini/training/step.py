@@ -92,7 +92,7 @@ def warmup_decay_lr(step: int, lr: float, warmup_steps: int, decay: float = 1.0,
 
 
 def cooldown(step: int, steps: int, share: float) -> float:
-    """Factor on the learning rate: 1, and down to 0 in a line over the last `share` of steps."""
+    """Factor on the learning rate: 1, then falling linearly to 0 over the last `share` of the steps."""
     return min(1.0, (steps - step) / (share * steps)) if share else 1.0
 
 
