@@ -11,6 +11,7 @@ p×p patches of p×p positions, which become as many tokens of the same size, in
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +39,33 @@ def rasterize(tokens: Tensor, rows: int, layout: str = "columns") -> Tensor:
     return tokens.unflatten(1, (-1, rows))
 
 
+class ReflectPad(torch.autograd.Function):
+    """`reflect_pad`, whose gradient is a copy and two sums of single rows.
+
+    (That of the slices it is made of would be three arrays of zeros as large as the map.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        ctx.dim, n = dim, x.shape[dim]
+        return torch.cat((x.narrow(dim, 1, 1), x, x.narrow(dim, n - 2, 1)), dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        dim, n = ctx.dim, grad.shape[ctx.dim] - 2
+        inner = grad.narrow(dim, 1, n).clone()
+        inner.select(dim, 1).add_(grad.select(dim, 0))
+        inner.select(dim, n - 2).add_(grad.select(dim, n + 1))
+        return inner, None
+
+
 def reflect_pad(x: Tensor, dim: int) -> Tensor:
     """One reflected row on both sides of `dim` (size ≥ 2).
 
-    Made of slices, because the backward of torch's own reflection padding has no deterministic
-    CUDA kernel.
+    Written out, because the backward of torch's own reflection padding has no deterministic CUDA
+    kernel.
     """
-    n = x.shape[dim]
-    return torch.cat((x.narrow(dim, 1, 1), x, x.narrow(dim, n - 2, 1)), dim)
+    return ReflectPad.apply(x, dim)
 
 
 class ColumnConv(nn.Conv1d):

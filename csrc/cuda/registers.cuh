@@ -22,8 +22,9 @@
 // δ = Σ_j P_j dP_j = out · dout, too: neither the output nor the log-sum-exp is read.  dk and dv
 // lie in the ring beside their key and are written, once, when the key leaves it.
 //
-// Long sequences are cut into stretches of about kStretch tokens, a group for each.  A group
-// owns the results of its stretch: it looks W − 1 tokens back for keys and, backward, walks W − 1
+// Long sequences are cut into stretches of about kStretch tokens, a group for each; where there
+// would be few groups, into shorter ones (10 -> 7 µs forward for 64 sequences of 16 tokens and 8
+// heads on an H200), down to kRing.  A group owns the results of its stretch: it looks W − 1 tokens back for keys and, backward, walks W − 1
 // tokens on for the queries that still see its keys, rows that it shares with its neighbours.  So
 // all sums have one owner and one order: no atomics.
 #pragma once
@@ -34,6 +35,10 @@ namespace registers {
 
 constexpr int kRing = kRegisterWindow;
 constexpr int kStretch = 64;
+#ifndef EQUIMINI_FEW_GROUPS  // a test sets it to 0, for the long stretches of many groups
+#define EQUIMINI_FEW_GROUPS 4096  // fewer leave a GPU idle: 8 warps to each of 128 multiprocessors
+#endif
+constexpr int kFewGroups = EQUIMINI_FEW_GROUPS;
 
 // A group's walk: who I am, which positions I own, and where the walk begins and ends.
 template <class T, int G>
@@ -230,7 +235,9 @@ __global__ void __launch_bounds__(32) backward_kernel(Attention p, int stretch) 
 template <class T, int G>
 int run(bool backward, const Attention& p, void* stream) {
   const int64_t length = backward ? p.n_k : p.n_q, stretches = (length + kStretch - 1) / kStretch;
-  const int64_t stretch = (length + stretches - 1) / stretches;
+  int64_t stretch = (length + stretches - 1) / stretches;
+  while (stretch > kRing && p.b * p.h * ((length + stretch - 1) / stretch) < kFewGroups)
+    stretch = (stretch + 1) / 2;
   const int64_t groups = p.b * p.h * ((length + stretch - 1) / stretch);
   if (groups > INT32_MAX - 32) return kTooLarge;
   return launch(backward ? backward_kernel<T, G> : forward_kernel<T, G>,

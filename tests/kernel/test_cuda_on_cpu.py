@@ -83,6 +83,17 @@ def test_random(kernels: EmulatedKernels, path: str, seed: int):
 
 
 @pytest.mark.slow
+def test_long_stretches(tmp_path: Path):
+    """Sequences this few are cut into short stretches; here as where they are many."""
+    kernels = EmulatedKernels(tmp_path, "registers", flags=("-O1", "-DEQUIMINI_FEW_GROUPS=0"))
+    for case in CHOSEN["registers"]:
+        run(case, kernels)
+    for seed in range(12):
+        kernels.library.set_schedule(seed)
+        run(small_case(seed, "registers"), kernels)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path,window", [("registers", 4), ("shared memory", 5),
                                          ("shared memory", 15), ("tensor cores", 20)])
 def test_nan_goes_no_further_than_a_tile(kernels: EmulatedKernels, path: str, window: int):

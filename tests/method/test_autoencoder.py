@@ -20,11 +20,18 @@ def test_columnize_puts_channel_c_row_h_at_index_c_times_rows_plus_h():
     assert torch.equal(rasterize(columns, rows=4), x)
 
 
+@pytest.mark.parametrize("size", (2, 3, 5))
 @pytest.mark.parametrize("dim", (-1, -2))
-def test_reflect_pad_equals_torchs(dim):
-    x = torch.randn(2, 3, 4, 5)
+def test_reflect_pad_equals_torchs(dim: int, size: int):
     pad = (1, 1, 0, 0) if dim == -1 else (0, 0, 1, 1)
-    assert torch.equal(reflect_pad(x, dim), F.pad(x, pad, mode="reflect"))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 3, size, size, dtype=torch.float64).to(memory_format=layout)
+        x.requires_grad_()
+        ours, torchs = reflect_pad(x, dim), F.pad(x, pad, mode="reflect")
+        assert torch.equal(ours, torchs)
+        weights = torch.randn_like(torchs)
+        torch.testing.assert_close(*(torch.autograd.grad((y * weights).sum(), x)[0]
+                                     for y in (ours, torchs)), rtol=1e-14, atol=1e-14)
 
 
 def test_shortcuts_are_group_averaged_unshuffle_and_repeated_shuffle():
