@@ -129,6 +129,9 @@ class MLP(nn.Sequential):
         super().__init__(nn.Linear(d, 4 * d), nn.GELU(), nn.Dropout(config.dropout),
                          nn.Linear(4 * d, d), nn.Dropout(config.dropout))
 
+    def forward(self, x: Tensor) -> Tensor:  # of our own: MLP.compile() skips nn.Sequential's
+        return super().forward(x)
+
 
 class Block(nn.Module):
     """Self-attention, cross-attention to the class, MLP; the MLP also updates class tokens."""

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,16 +37,20 @@ SHAPES = {
 ERRORS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # that peers may have
 
 
-def with_rope(attend: dict[str, Attend], n: int, d: int, window: int,
-              device: str) -> dict[str, Attend]:
-    """The same with rotated q and k: fused in ours, the usual rotation before the peers'."""
-    tables = tuple(t.to(device) for t in rope_tables(torch.arange(n), d))
+def our_own(n: int, d: int, window: int, rope: bool, device: str) -> Attend:
+    """The operator, which rotates q and k itself."""
+    tables = rotation(n, d, device) if rope else None
+    return lambda q, k, v: window_attention(q, k, v, window, rope=tables)
 
-    def before(peer: Attend) -> Attend:
-        return lambda q, k, v: peer(rotate(q, tables), rotate(k, tables), v)
 
-    return {**{name: before(peer) for name, peer in attend.items()},
-            "equimini": lambda q, k, v: window_attention(q, k, v, window, rope=tables)}
+def with_rope(peer: Attend, n: int, d: int, device: str) -> Attend:
+    """A peer after the usual rotation of q and k."""
+    tables = rotation(n, d, device)
+    return lambda q, k, v: peer(rotate(q, tables), rotate(k, tables), v)
+
+
+def rotation(n: int, d: int, device: str) -> tuple[Tensor, ...]:
+    return tuple(t.to(device) for t in rope_tables(torch.arange(n), d))
 
 
 def moved_bytes(shape: tuple[int, ...], dtype: torch.dtype, backward: bool, device: str) -> int:
@@ -59,48 +64,49 @@ def moved_bytes(shape: tuple[int, ...], dtype: torch.dtype, backward: bool, devi
 
 def attention_case(shape: tuple[int, ...], device: str, dtype: torch.dtype, bandwidth: float,
                    peers: list[str], rotations: tuple[bool, ...] = (False, True)):
-    """Rows (dicts) for one shape: forward and backward, without and with rotation."""
+    """Rows (dicts) for one shape, as they come: forward and backward, without and with rotation,
+    ours first, then one peer after the other (some compile for minutes)."""
     b, n, h, d, window = shape
-    plain: dict[str, Attend] = {"equimini": lambda q, k, v: window_attention(q, k, v, window)}
+    inputs = {rope: torch.randn(b, n, 3, h, d, device=device, dtype=dtype) for rope in rotations}
+    ours: dict[tuple[bool, bool], float] = {}  # seconds, by rope and backward
+
+    def row(name: str, rope: bool, backward: bool, seconds: float) -> dict[str, Any]:
+        size = moved_bytes(shape, dtype, backward, device)
+        own = {"gb_per_s": size / seconds / 1e9, "share_of_copy": size / seconds / bandwidth}
+        return {"shape": shape, "dtype": str(dtype)[6:], "rope": rope,
+                "pass": "backward" if backward else "forward", "method": name,
+                "ms": seconds * 1e3, "times_slower": seconds / ours[rope, backward],
+                **(own if name == "equimini" else {})}
+
+    right = {}
+    for rope, qkv in inputs.items():
+        attend = our_own(n, d, window, rope, device)
+        for backward in (False, True):
+            right[rope, backward] = results(attend, qkv, backward)
+            ours[rope, backward] = contest(attend, qkv, backward, device)
+            yield row("equimini", rope, backward, ours[rope, backward])
     for name in peers:
         try:
-            if name != "cudnn":
-                plain[name] = PEERS[name](b, n, window, device)
+            if name == "cudnn":
+                for backward, seconds in enumerate(jax_seconds(inputs[False], window, right)):
+                    yield row(name, False, bool(backward), seconds)
+                continue
+            peer = PEERS[name](b, n, window, device)
         except Exception as error:
             left_out(name, error)
-    for rope in rotations:
-        attend = with_rope(plain, n, d, window, device) if rope else plain
-        qkv = torch.randn(b, n, 3, h, d, device=device, dtype=dtype)
-        known = jax_seconds(qkv, window) if "cudnn" in peers and not rope else {}
-        for backward in (False, True):
-            seconds = contests(attend, qkv, backward, device)
-            seconds |= {name: times[backward] for name, times in known.items()}
-            size, ours = moved_bytes(shape, dtype, backward, device), seconds.pop("equimini")
-            yield {"shape": shape, "dtype": str(dtype)[6:],
-                   "pass": "backward" if backward else "forward", "rope": rope,
-                   "ms": ours * 1e3, "gb_per_s": size / ours / 1e9,
-                   "share_of_copy": size / ours / bandwidth,
-                   "peers_ms": {name: s * 1e3 for name, s in seconds.items()},
-                   "times_faster": {name: s / ours for name, s in seconds.items()}}
+            continue
+        for rope, qkv in inputs.items():
+            attend = with_rope(peer, n, d, device) if rope else peer
+            for backward in (False, True):
+                try:
+                    same(results(attend, qkv, backward), right[rope, backward])
+                    yield row(name, rope, backward, contest(attend, qkv, backward, device))
+                except Exception as error:
+                    left_out(name, error)
 
 
 def left_out(name: str, error: Exception) -> None:
     print(f"# {name} does not run here: {first_line(error)}", file=sys.stderr)
-
-
-def contests(attend: dict[str, Attend], qkv: Tensor, backward: bool,
-             device: str) -> dict[str, float]:
-    """Seconds of each contestant; a peer that cannot do it is left out, with a printed reason."""
-    seconds, right = {}, results(attend["equimini"], qkv, backward)
-    for name, function in attend.items():
-        try:
-            same(results(function, qkv, backward), right)
-            seconds[name] = contest(function, qkv, backward, device)
-        except Exception as error:
-            if name == "equimini":
-                raise
-            left_out(name, error)
-    return seconds
 
 
 def results(attend: Attend, qkv: Tensor, backward: bool) -> list[Tensor]:
@@ -125,16 +131,12 @@ def same(found: list[Tensor], right: list[Tensor]) -> None:
             raise UserError(f"it gives another result, {error:.2g} off")
 
 
-def jax_seconds(qkv: Tensor, window: int) -> dict[str, list[float]]:
-    """{"cudnn": [seconds forward, backward]}, or nothing and a printed reason."""
-    try:
-        found, seconds = in_jax(qkv, like_output(qkv), window)
-        ours = lambda q, k, v: window_attention(q, k, v, window)  # noqa: E731
-        same(found, [x for backward in (False, True) for x in results(ours, qkv, backward)])
-        return {"cudnn": seconds}
-    except Exception as error:
-        left_out("cudnn", error)
-        return {}
+def jax_seconds(qkv: Tensor, window: int,
+                right: dict[tuple[bool, bool], list[Tensor]]) -> list[float]:
+    """Seconds of cuDNN's forward and backward; raises UserError where it cannot, or is wrong."""
+    found, seconds = in_jax(qkv, like_output(qkv), window)
+    same(found, right[False, False] + right[False, True])
+    return seconds
 
 
 def contest(attend: Attend, qkv: Tensor, backward: bool, device: str) -> float:
@@ -177,7 +179,7 @@ def compare(options: argparse.Namespace) -> None:
     else:
         print(f"# {machine(device)}\n# {', '.join(names)}; a copy moves "
               f"{bandwidth / 1e9:.1f} GB/s\n{'B, N, H, D, W':>20} {'pass':>8} rope "
-              f"{'ms':>8} {'GB/s':>7} {'of copy':>7}  peers: ms (times slower)")
+              f"{'method':>11} {'ms':>8} {'slower':>7} {'GB/s':>7} {'of copy':>7}")
     for shape in [tuple(options.shape)] if options.shape else SHAPES[device]:
         for name in names:
             for row in attention_case(shape, device, getattr(torch, name), bandwidth,
@@ -185,12 +187,13 @@ def compare(options: argparse.Namespace) -> None:
                 print(json.dumps(row) if options.json else attention_line(row), flush=True)
 
 
-def attention_line(row: dict) -> str:
-    peers = "  ".join(f"{name} {ms:.2f} ({row['times_faster'][name]:.1f}x)"
-                      for name, ms in row["peers_ms"].items())
-    return (f"{', '.join(map(str, row['shape'])):>20} {row['pass']:>8} "
-            f"{'yes' if row['rope'] else 'no':>4} {row['ms']:8.3f} {row['gb_per_s']:7.1f} "
-            f"{row['share_of_copy']:7.0%}  {peers}")
+def attention_line(row: dict[str, Any]) -> str:
+    text = (f"{', '.join(map(str, row['shape'])):>20} {row['pass']:>8} "
+            f"{'yes' if row['rope'] else 'no':>4} {row['method']:>11} {row['ms']:8.3f} "
+            f"{row['times_slower']:6.1f}x")
+    if "gb_per_s" in row:
+        text += f" {row['gb_per_s']:7.1f} {row['share_of_copy']:7.0%}"
+    return text
 
 
 def main(argv: list[str]) -> None:

@@ -36,8 +36,8 @@ class GeneratorRun(RunConfig):
     precision: str = flag("float32", "arithmetic of the matrix products; tf32 (CUDA: 10 bits of "
                           "mantissa) and bf16 (autocast: 7) are several times faster where the "
                           "processor has them", choices=PRECISIONS)
-    compile: bool = flag(False, "compile the loss and its gradient in the first step, which takes "
-                         "minutes; worth it on GPUs")
+    compile: bool = flag(False, "compile the blocks of transformer and head in the first step, which "
+                         "takes about a minute; worth it on GPUs")
     fused_optimizer: bool = flag(True, "AdamW in one pass over the weights")
     checkpoint_activations: bool = flag(False, "less memory, more time: activations inside the "
                                         "blocks are computed again for the backward pass")

@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import Any, Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from equimini.flow_head import HeadBlock
+from equimini.generator import MLP, Block
 from equimini.utils.errors import UserError, first_line
 
 PRECISIONS = ("float32", "tf32", "bf16")
+PARTS = (Block, MLP, HeadBlock)  # what is compiled; the class tokens' way calls MLP by itself
 
 
 def set_float32(precision: str, device: torch.device) -> None:
@@ -29,17 +32,18 @@ def set_float32(precision: str, device: torch.device) -> None:
                         "give float32 or bf16")
 
 
-def compiled(loss: Callable[..., Tensor], backend: str = "inductor") -> Callable[..., Tensor]:
-    """`flow_matching_errors`, compiled at its first call, which takes minutes.
+def compiled(loss: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    """`loss`, with the blocks of the models among its arguments compiled at its first call.
 
-    Whole numbers (the position shift) go in as tensors, so that another one is not another program.
+    Block by block: all of a kind are one program, so depth costs no time to compile.
     """
-    fast = torch.compile(loss, backend=backend, fullgraph=True)
-
-    def call(model: nn.Module, tokens: Tensor, *args: Any) -> Tensor:
-        args = [torch.tensor(a, device=tokens.device) if type(a) is int else a for a in args]
+    def call(*args: Any) -> Any:
+        for model in args:
+            for part in model.modules() if isinstance(model, nn.Module) else ():
+                if isinstance(part, PARTS) and part._compiled_call_impl is None:
+                    part.compile(backend=backend, fullgraph=True, dynamic=False)
         try:
-            return fast(model, tokens, *args)
+            return loss(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(f"--compile does not work here ({first_line(error)}); on a CPU it "
                             "needs a C++ compiler, on a GPU triton; leave it out") from error

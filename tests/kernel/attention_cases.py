@@ -14,6 +14,8 @@ import dataclasses
 import random
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from equimini.attention import keep_mask
 from equimini.rope import rope_tables
@@ -161,10 +163,11 @@ def judge(case: Case, inputs, results, rounds_rotated: bool = False) -> None:
 
 
 def run_case(case: Case, forward, backward, device: str = "cpu",
-             rounds_rotated: bool = False) -> None:
+             rounds_rotated: bool = False, judge_device: str | None = None) -> None:
     """Draw the case, run forward and backward (the operators' signatures), judge, repeat.
 
-    The second run must give the same bits.
+    The second run must give the same bits.  judge_device: where the truth is computed, if not
+    where the operators run (a sanitizer then meets no kernels of torch's libraries).
     """
     inputs = draw_inputs(case, device)
     q, k, v, grad, rope, seed, scale = inputs
@@ -175,7 +178,11 @@ def run_case(case: Case, forward, backward, device: str = "cpu",
         return out, lse, *backward(grad, q, k, v, out, lse, *rest)
 
     first = attend()
-    judge(case, inputs, first, rounds_rotated)
+    if judge_device is None:
+        judge(case, inputs, first, rounds_rotated)
+    else:
+        judge(case, *tree_map_only(Tensor, lambda x: x.to(judge_device), (inputs, first)),
+              rounds_rotated)
     for name, x, y in zip(NAMES, first, attend()):
         assert torch.equal(x, y), f"{case}: {name} differs between two runs"
 

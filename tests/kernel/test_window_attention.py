@@ -76,8 +76,8 @@ def device_dtypes(device: str) -> tuple[torch.dtype, ...]:
     return ALL if device == "cpu" else ALL[:3]
 
 
-def run(case: Case, device: str) -> None:
-    run_case(case, *OPERATOR, device, rounds_rotated=device == "cuda")
+def run(case: Case, device: str, judge_device: str | None = None) -> None:
+    run_case(case, *OPERATOR, device, device == "cuda", judge_device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -500,12 +500,13 @@ if __name__ == "__main__":
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--longest", type=int, default=257, help="most tokens in a case")
+    parser.add_argument("--judge-device", help="where the truth is computed [--device]")
     options = parser.parse_args()
     print(f"{options.cases} cases on {options.device}: {implementation(options.device)}")
     for case in CHOSEN:
         if case.dtype in device_dtypes(options.device):
-            run(case, options.device)
+            run(case, options.device, options.judge_device)
     for number in range(options.cases):
         run(draw_case(random.Random(number), device_dtypes(options.device), options.longest),
-            options.device)
+            options.device, options.judge_device)
     print("all right")

@@ -149,29 +149,34 @@ def test_peak_rates(monkeypatch):
 
 
 def test_a_peer_that_cannot_is_left_out(monkeypatch, capsys):
-    def cannot(*_):
+    def cannot(*_, **__):
         raise RuntimeError("no such kernel\nand more")
 
-    qkv, good = torch.randn(1, 5, 3, 1, 8), lambda q, k, v: q + v
-    seconds = attention.contests({"equimini": good, "sdpa": cannot, "flex": lambda q, k, v: q},
-                                 qkv, False, "cpu")
-    assert list(seconds) == ["equimini"]
-    assert re.fullmatch("# sdpa does not run here: no such kernel\n# flex does not run here: it "
-                        "gives another result, .* off\n", capsys.readouterr().err)
+    monkeypatch.setattr(attention, "PEERS", {
+        "sdpa": cannot, "efficient": lambda *_: cannot, "flex": lambda *_: lambda q, k, v: q})
+    rows = attention.attention_case((1, 5, 1, 8, 2), "cpu", torch.float32, 1e9,
+                                    ["sdpa", "efficient", "flex"], (False,))
+    assert [row["method"] for row in rows] == ["equimini", "equimini"]
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == ["# sdpa does not run here: no such kernel",
+                        "# efficient does not run here: no such kernel"]
+    assert any(re.fullmatch("# flex does not run here: it gives another result, .* off", line)
+               for line in said)
+    monkeypatch.setattr(attention, "window_attention", cannot)
     with pytest.raises(RuntimeError):  # ours has to
-        attention.contests({"equimini": cannot}, qkv, True, "cpu")
+        list(attention.attention_case((1, 5, 1, 8, 2), "cpu", torch.float32, 1e9, []))
 
 
 def test_attention_benchmark(capsys):
-    """A line of JSON for each row; peers give the same result, and a reason where they cannot."""
+    """A line of JSON for each figure; peers give the same result, or a reason why not."""
     attention.main("--shape 2 12 2 16 3 --dtype float32 bfloat16 --json --no-rope --device cpu "
                    "--peers sdpa efficient cudnn".split())
     printed = capsys.readouterr()
     about, *rows = map(json.loads, printed.out.splitlines())
     assert about["dtype"] == ["float32", "bfloat16"]
-    assert [(r["dtype"], r["pass"], r["rope"]) for r in rows] == [
-        (dtype, x, False) for dtype in about["dtype"] for x in ("forward", "backward")]
-    assert all(list(row["peers_ms"]) == ["sdpa"] for row in rows), printed.err
+    assert [(r["dtype"], r["method"], r["pass"], r["rope"]) for r in rows] == [
+        (dtype, name, x, False) for dtype in about["dtype"] for name in ("equimini", "sdpa")
+        for x in ("forward", "backward")], printed.err
     assert "# efficient does not run here: its kernels are for CUDA alone" in printed.err
     narrow = implementation("cpu") == "C++"
     for row, tensors, lse in zip(rows, (4, 7 if narrow else 8), (4, 4 * (not narrow))):

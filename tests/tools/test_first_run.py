@@ -14,10 +14,10 @@ from tests.helpers.scripts import ROOT
 
 FOLDER = ROOT / "tests" / "gpu"
 STEPS = {"smoke", "variants", "sweep", "elements", "pytest_attention", "pytest_gpu", "memcheck",
-         "racecheck", "synccheck", "initcheck", "warm_train", "time", "attention_2_16_2_64_4",
-         "sample_1", "sample_8", "sample_64", "train_plain", "train_fast", "ncu",
+         "racecheck", "synccheck", "initcheck", "time", "attention_2_16_2_64_4",
+         "sample_1", "sample_8", "sample_64", "train_plain", "train_bf16", "train_fast", "ncu",
          *(f"{step}_{variant}" for step in ("smoke", "time")
-           for variant in ("as_is", "prefetch_stage", "short_stretch", "both"))}
+           for variant in ("as_is", "more_warps"))}
 
 
 def rehearse(out, **environment):

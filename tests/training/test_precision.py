@@ -116,34 +116,44 @@ def test_checkpointed_gradients_are_the_plain_ones(bf16):
     assert len(calls) == 5
 
 
-def test_compiled_loss_and_gradients():
+@pytest.mark.parametrize("recompute", (False, True))
+def test_compiled_loss_and_gradients(recompute: bool):
     """aot_eager traces forward and backward, and runs the same operators.
 
     Values are equal bit for bit; gradients that meet may be added in another order (torch 2.6).
     """
-    config = dataclasses.replace(SMALL_GENERATOR, layers=1, head_depth=1)
+    config = dataclasses.replace(SMALL_GENERATOR, layers=3, head_depth=2)
     model = randomize(Generator(config, 3, 6)).train()
-    plain = gradients(model)
-    fast, programs = compiled(flow_matching_loss, "aot_eager"), torch._dynamo.utils.counters
-    for name, gradient in gradients(model, fast).items():
-        torch.testing.assert_close(gradient, plain[name], msg=lambda why: f"{name}: {why}")
+    if recompute:
+        model.checkpoint_activations()
+    plain, programs = copy.deepcopy(model), torch._dynamo.utils.counters
+    fast, expected = compiled(flow_matching_loss, "aot_eager"), gradients(plain)
+    torch._dynamo.reset()
     programs.clear()
+    for name, gradient in gradients(model, fast).items():
+        torch.testing.assert_close(gradient, expected[name], msg=lambda why: f"{name}: {why}")
+    assert programs["stats"]["unique_graphs"] == 3  # however many blocks of a kind there are
     tokens, *rest, _ = batch()
-    for shift in (0, 3, 11):
-        torch.manual_seed(1)
-        value = fast(model, tokens, *rest, shift)
-        torch.manual_seed(1)
-        assert torch.equal(value, flow_matching_loss(model, tokens, *rest, shift))
-    assert not programs["stats"]["unique_graphs"]  # no shift needs a program of its own
+    for shift in (0, 3, torch.tensor([1, 11])):
+        value, expected = (with_seed(1, f, m, tokens, *rest, shift)
+                           for f, m in ((fast, model), (flow_matching_loss, plain)))
+        assert torch.equal(value, expected)
+    assert programs["stats"]["unique_graphs"] == 4  # a number for each image: tables for each
+    assert copy.deepcopy(model).blocks[0]._compiled_call_impl is None  # the moving average is plain
+
+
+def with_seed(seed: int, function, *args):
+    torch.manual_seed(seed)
+    return function(*args)
 
 
 def test_what_does_not_compile_is_said_in_one_line():
     def broken(graph, inputs):
         raise RuntimeError("no compiler\nand a long trace")
 
-    fast = compiled(lambda model, tokens, shift: tokens * shift, broken)
+    model = randomize(Generator(SMALL_GENERATOR, 3, 6)).train()
     with pytest.raises(UserError, match="^--compile does not work here") as error:
-        fast(None, torch.ones(2), 1)
+        gradients(model, compiled(flow_matching_loss, broken))
     assert "\n" not in str(error.value)
 
 
