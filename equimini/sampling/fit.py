@@ -6,8 +6,9 @@ A column i between kept ones should come from
 
 The model draws from the first factor.  So K candidates are drawn from it, and one of them is
 chosen with probabilities ∝ the second (sampling importance resampling), which for K → ∞ is a draw
-from the product.  Candidates are drawn with guidance, and weighed without.  log p(x_j | x_<j) need only be known up to what all candidates share.  For
-the best denoiser it is, on the straight path x_t = t·ε + (1−t)·x_j (Eq. 8),
+from the product.  Candidates are drawn with guidance, and weighed without.  log p(x_j | x_<j) need
+only be known up to what all candidates share.  For the best denoiser it is, on the straight path
+x_t = t·ε + (1−t)·x_j (Eq. 8),
 
     log p(x_j | z_j) = const − ∫ (1−t)/t · E_ε |v(x_t, t, z_j) − (ε − x_j)|² dt
 
@@ -86,6 +87,22 @@ def draw_candidates(stream: Stream, labels: Tensor, gap: int, kept: Tensor, seed
     return torch.stack(drawn, 1), total
 
 
+def draw_ends(model: ImageGenerator, stream: Stream, row: int, labels: Tensor, gap: int,
+              kept: Tensor, seed: int, options: SamplingOptions, fit: int, steps: Iterator,
+              total: int) -> tuple[Tensor, Tensor]:
+    """`draw_candidates`, `fit` of them, from where row `row` of a stream has come to.
+
+    total: columns of the whole picture.
+    """
+    wide = model.stream(labels[:1].expand(fit), [seed] * fit, total, options)
+    last, rows = stream.last, slice(row, None, len(stream.seeds))  # a row of each branch
+    wide.load_state({"column": stream.column,
+                     "last": None if last is None else last[row].expand(fit, -1),
+                     "cache": [tuple(a[rows].repeat_interleave(fit, 0) for a in pair)
+                               for pair in stream.cache]})
+    return draw_candidates(wide, labels, gap, kept, seed, steps)
+
+
 def candidate_noise(seed: int, column: int, stream: Stream, k: int) -> Tensor:
     """Starting noise (K, C) of a column: the picture's own, then others."""
     c = stream.generator.channels
@@ -155,13 +172,8 @@ def fill_gap(model: ImageGenerator, tokens: Tensor, labels: Tensor, gap: range, 
             tokens[i] = stream.draw()[0].cpu()
         else:
             stream.feed(tokens[i:i + 1])
-    wide = model.stream(labels[first].expand(fit), [seed] * fit, n, options)
-    wide.load_state({"column": stream.column,  # the same for all rows
-                     "last": None if stream.last is None else stream.last.expand(fit, -1),
-                     "cache": [tuple(a.repeat_interleave(fit, 0) for a in pair)
-                               for pair in stream.cache]})
-    drawn, weights = draw_candidates(wide, labels[[*range(first, gap.stop), *right]],
-                                     gap.stop - first, tokens[right], seed, steps)
+    drawn, weights = draw_ends(model, stream, 0, labels[[*range(first, gap.stop), *right]],
+                               gap.stop - first, tokens[right], seed, options, fit, steps, n)
     best = ranking(weights, seed, gap.start)
     same = tokens[gap.start:first].expand(fit, -1, -1)
     return torch.cat((same, drawn[best].cpu()), 1), weights[best].cpu()

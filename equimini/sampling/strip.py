@@ -16,7 +16,7 @@ from torch import Tensor
 
 from equimini.sampler import Stream
 from equimini.sampling.edit import FADE, UNKNOWN, paste
-from equimini.sampling.fit import FITTED, LOOK_AHEAD, draw_candidates, ranking, reach, stream_near
+from equimini.sampling.fit import FITTED, LOOK_AHEAD, draw_ends, ranking, reach, stream_near
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
 from equimini.utils.images import to_float, to_uint8
@@ -89,14 +89,9 @@ def draw_columns(model: ImageGenerator, strip: np.ndarray, start: int, fresh: np
         yield range(b), i + 1 - start
     if first == end:
         return
-    wide = model.stream(labels[first].expand(fit), [0] * fit, total, options)
     for k, seed in enumerate(seeds):
-        last = stream.last
-        wide.load_state({"column": first, "last": last if last is None else last[k].expand(fit, -1),
-                         "cache": [tuple(a[k::b].repeat_interleave(fit, 0) for a in pair)
-                                   for pair in stream.cache]})  # rows: branch by branch
-        drawn, weights = draw_candidates(wide, labels[[*range(first, end), *kept]], end - first,
-                                         tokens[kept], seed, repeat(None))
+        drawn, weights = draw_ends(model, stream, k, labels[[*range(first, end), *kept]],
+                                   end - first, tokens[kept], seed, options, fit, repeat(None), total)
         fresh[k, first - start:] = drawn[ranking(weights, seed, start)[0]].cpu()
         yield [k], end - start
 
