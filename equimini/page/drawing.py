@@ -314,7 +314,7 @@ class Studio:
     def command(self) -> str:
         """The command that draws the last columns again; it begins with one of the page's files."""
         last, n = self.strip.last(), len(self.strip.columns)
-        if "span" not in last or last["do"] == "turned":  # which sample.py does not do
+        if "span" not in last:
             return ""
         first, end = last["span"]
         cfg = SampleConfig(checkpoint=self.checkpoint, save_tokens="again.pt", out="again.png")
@@ -326,6 +326,8 @@ class Studio:
             first = len(self.strip.before(step=True))
             words += [f"--continue-from start.pt --ring{fit} --columns {n - first}",
                       self.classes(first, n)]
+        elif last["do"] == "turned":
+            words += [f"--edit strip.pt --ring --resample {first}-{end - 1}{fit}"]
         else:
             fits = last["do"] == "redraw" and end < n and last["fit"] > 1
             words += [f"--edit strip.pt --resample {first}-{end - 1}" + fit * fits]

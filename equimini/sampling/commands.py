@@ -16,7 +16,8 @@ from equimini.config import Checked, flag
 from equimini.sampler import Guidance, column_noise
 from equimini.sampling.class_schedule import ClassSchedule, parse_schedule, schedule_labels
 from equimini.sampling.edit import (Tokens, close_ring, decode_ring, extend, mirror, next_seed,
-                                    open_picture, parse_columns, paste, resample, save_tokens)
+                                    open_picture, parse_columns, paste, resample, resample_ring,
+                                    save_tokens)
 from equimini.sampling.fit import FITTED
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
@@ -60,7 +61,7 @@ class SampleConfig(Checked):
     continue_left_from: str = flag("", "picture or token file to continue on its left; --classes "
                                    "begin at the picture")
     ring: bool = flag(False, "join the right end of the pictures, or of the one continued by "
-                      "--continue-from, to their beginning")
+                      "--continue-from, to their beginning; with --edit: the picture is a ring")
     pick: int = flag(-1, "which picture of a token file that holds several, from 0", min=-1)
     decoding: str = flag("windows", "long pictures are decoded in windows of columns, in constant "
                          "memory, or whole, as the paper's are", choices=("windows", "whole"))
@@ -107,7 +108,7 @@ WITHOUT = {  # options that have no effect
     "sheet": EDITING | SCROLLING,
     "scroll": EDITING | {"count", "columns", "width", "lead_in", "batch_size", "singles",
                          "decoding", "save_tokens", "show_steps", "ring", "fit"},
-    "edit": SCROLLING | {"columns", "width", "lead_in", "batch_size", "ring"},
+    "edit": SCROLLING | {"columns", "width", "lead_in", "batch_size"},
     "continue-from": CONTINUING,
     "continue-left-from": CONTINUING | {"ring", "fit", "show_steps"},
     "npz": EDITING | SCROLLING | {"out", "singles", "save_tokens", "show_steps", "ring", "fit"}}
@@ -130,6 +131,9 @@ def check_options(cfg: SampleConfig, args: Namespace) -> None:
         raise UserError(f"--npz must end in .npz, got {cfg.npz}")
     if cfg.mode == "edit" and not cfg.resample:
         raise UserError("--edit needs --resample: which columns to draw again, such as 5,6")
+    if cfg.mode == "edit" and cfg.ring and args.redraw_later:
+        raise UserError("--redraw-later draws to the right end, and a ring has none; name all columns "
+                        "in --resample")
     if "fit" in given and not cfg.ring and (cfg.mode != "edit" or args.redraw_later):
         raise UserError("--fit chooses what fits columns kept on the right; it goes with --edit "
                         "without --redraw-later, and with --ring")
@@ -346,6 +350,9 @@ def draw_edit(cfg: SampleConfig, options: SamplingOptions, args: Namespace, mode
     if cfg.edit:
         order = parse_columns(cfg.resample, given)
         order = list(range(order[0], given)) if args.redraw_later else order
+        if cfg.ring:
+            return order, resample_ring(model, source, order, seeds, options, plan, bar("columns"),
+                                        cfg.fit)
         return order, resample(model, source, order, seeds, options, plan, bar("columns"), cfg.fit)
     shape = model.tokenizer.config
     added = length_in_columns(cfg, shape.f, shape.columns, least=1)

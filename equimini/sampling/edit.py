@@ -10,7 +10,7 @@ from the photograph.
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -47,6 +47,11 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def turned(self, columns: int) -> Tokens:
+        """Rings, of which the last `columns` come to lie before the first."""
+        return Tokens(*(x.roll(columns, 1) for x in (self.tokens, self.labels, self.seeds)),
+                      self.options)
 
 
 def save_tokens(path: Path | str, model: ImageGenerator, drawn: Tokens) -> None:
@@ -147,6 +152,24 @@ def resample(model: ImageGenerator, source: Tokens, columns: Sequence[int], seed
     """
     labels = _planned(source, columns, plan)
     return _draw(model, source, labels, list(columns), seeds, options, progress, fit, ring)
+
+
+def resample_ring(model: ImageGenerator, source: Tokens, columns: Sequence[int],
+                  seeds: Sequence[int], options: SamplingOptions, plan: ClassSchedule | None = None,
+                  progress: Callable[[Iterable], Iterable] = iter, fit: int = 16) -> Tokens:
+    """`resample` for neighbouring columns of a ring, which is turned until they are its end.
+
+    Raises UserError for columns that are no neighbours, or all there are.
+    """
+    n, k = source.tokens.shape[1], len(columns)
+    firsts = [i for i in columns if (i - 1) % n not in columns]
+    if len(firsts) != 1:
+        raise UserError(f"--resample takes neighbouring columns of a ring, such as 5,6 or "
+                        f"{n - 2}-{n - 1},0-1, and not all of them, got {list(columns)}")
+    source = replace(source, labels=_planned(source, columns, plan)[None])
+    turn = n - (firsts[0] + k) % n
+    return resample(model, source.turned(turn), range(n - k, n), seeds, options, None, progress,
+                    fit, ring=True).turned(-turn)
 
 
 def candidates(model: ImageGenerator, source: Tokens, columns: Sequence[int], seed: int,

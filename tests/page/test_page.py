@@ -333,7 +333,7 @@ def test_a_folder_of_another_tokenizer_is_refused(client, model, tmp_path):
         Studio(model, tmp_path)
 
 
-@pytest.mark.slow  # sample.py, seven times
+@pytest.mark.slow  # sample.py, nine times
 def test_the_command_draws_the_same_tokens(tmp_path):
     model = load_generator("scenes")
     client = Client(Studio(model, tmp_path))
@@ -343,16 +343,16 @@ def test_the_command_draws_the_same_tokens(tmp_path):
                     {"do": "redraw", "start": 2, "end": 4, "classes": [0, 0], "candidates": 2},
                     {"do": "redraw", "start": 7, "end": 9, "candidates": 1},
                     {"do": "redraw", "start": 5, "end": 6, "later": "draw", "candidates": 2},
-                    {"do": "ring", "columns": 5, "fit": 3, "classes": [2] * 4 + [3]}):
+                    {"do": "ring", "columns": 5, "fit": 3, "classes": [2] * 4 + [3]},
+                    {"do": "redraw", "start": 0, "end": 2, "candidates": 2, "fit": 1},
+                    {"do": "redraw", "start": 12, "end": 13, "candidates": 1, "fit": 3}):
             client.draw(**order | act)
             if act.get("do") == "redraw":
                 client.post("/choose", candidate=act["candidates"] - 1)
             again, mine = drawn_again(client, model, tmp_path)
             torch.testing.assert_close(again.tokens, mine.tokens, rtol=1e-3, atol=1e-3)
             assert torch.equal(again.labels, mine.labels) and torch.equal(again.seeds, mine.seeds)
-        client.draw(do="redraw", start=0, end=1, candidates=1)
-        state = client.post("/choose", candidate=0)[1]
-        assert state["ring"] and state["command"] == ""  # sample.py has no such edit
+        assert "--ring" in client.ask("GET", "/state")[1]["command"]
         client.draw(do="left", columns=4, classes=[5, 5, 4, 4], **order)
         again, mine = drawn_again(client, model, tmp_path)
         assert again.labels[0].tolist()[:4] == [5, 5, 4, 4]  # from pixels: near, not equal

@@ -10,7 +10,7 @@ import torch
 from equimini.experiments.fits import exact_log_likelihood
 from equimini.generator import Generator, RealEquivariant
 from equimini.sampling.edit import (Tokens, candidates, close_ring, decode_ring, extend, mirror,
-                                    paste, resample)
+                                    paste, resample, resample_ring)
 from equimini.sampling.fit import fill_gap, log_likelihoods, ranking, reach
 from equimini.sampling.options import SamplingOptions
 from equimini.utils.errors import UserError
@@ -140,6 +140,22 @@ def test_a_ring_keeps_the_picture_and_looks_at_its_beginning(model, drawn):
                       iter(range(9)), ring)[1].sort()[0]
              for tokens, ring in ((strip[:18].clone(), True), (strip, False))]
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("fit", (1, 3))
+def test_columns_of_a_ring_see_both_sides_of_its_ends(model, drawn, fit):
+    """Drawn again across the ends, they are what is drawn at the end of the turned picture."""
+    found = resample_ring(model, drawn, [0, 1, 14, 15], [7], HOW, [(1, 1), (2, 3)], fit=fit)
+    turned = Tokens(*(x.roll(-2, 1) for x in (drawn.tokens, drawn.labels, drawn.seeds)))
+    expected = resample(model, turned, range(12, 16), [7], HOW,
+                        [(0, 12), (2, 2), (1, 1), (2, 1)], fit=fit, ring=True)
+    for x, y in zip((found.tokens, found.labels, found.seeds),
+                    (expected.tokens, expected.labels, expected.seeds)):
+        assert torch.equal(x, y.roll(2, 1))
+    assert torch.equal(found.tokens[:, 2:14], drawn.tokens[:, 2:14])
+    for columns in ([3, 5], range(16)):
+        with pytest.raises(UserError, match="neighbouring columns of a ring, such as 5,6 or 14-15"):
+            resample_ring(model, drawn, columns, [7], HOW)
 
 
 def test_a_ring_is_decoded_around_its_ends(model, drawn):

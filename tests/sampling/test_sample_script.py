@@ -92,6 +92,10 @@ def test_a_ring_and_a_picture_continued_to_the_left(runs):
     assert np.array_equal(left[:, -64:], before[:, -64:])  # beyond two mixed columns
     assert np.array_equal(closed[:, 8:64], before[:, 8:64])
     assert not np.array_equal(closed[:, :8], before[:, :8])  # mixed with what goes before them
+    call("sample.py", *how, "--edit", "ring.pt", "--ring", "--resample", "16,17,0", "--pick", 0,
+         "--out", "again.png", "--save-tokens", "again.pt", cwd=runs)
+    old, new = (torch.load(runs / name, weights_only=True)["tokens"] for name in ("ring.pt", "again.pt"))
+    assert (old == new).all(2)[0].tolist() == [False] + [True] * 15 + [False] * 2
     saved = torch.load(runs / "left.pt", weights_only=True)
     assert saved["seeds"].tolist() == [[0] * 6 + [-1] * 18]
 
@@ -135,7 +139,7 @@ def test_pictures_of_what_a_model_does(runs):
     (["--continue-left-from", "none.png"], "no file none.png"),
     (["--continue-left-from", "x.png", "--continue-from", "x.png"], "not both"),
     (["--continue-left-from", "x.png", "--ring"], "--ring does not go with --continue-left-from"),
-    (["--edit", "x.png", "--resample", "5", "--ring"], "--ring does not go with --edit"),
+    (["--edit", "x.png", "--resample", "5", "--ring", "--redraw-later"], "a ring has none"),
     (["--edit", "x.png", "--resample", "5", "--fit", "0"], "fit must be at least 1, got 0"),
     (["--edit", "x.png", "--resample", "5", "--fit", "4", "--redraw-later"], "--fit chooses"),
     (["--continue-from", "x.png", "--fit", "4"], "--fit chooses"),
