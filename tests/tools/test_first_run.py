@@ -17,7 +17,7 @@ STEPS = {"smoke", "variants", "sweep", "elements", "pytest_attention", "pytest_g
          "racecheck", "synccheck", "initcheck", "time", "attention_2_16_2_64_4",
          "sample_1", "sample_8", "sample_64", "train_plain", "train_bf16", "train_fast", "ncu",
          *(f"{step}_{variant}" for step in ("smoke", "time")
-           for variant in ("as_is", "more_warps"))}
+           for variant in ("as_is", "more_warps", "turn_first"))}
 
 
 def rehearse(out, **environment):
