@@ -8,6 +8,7 @@ step, on x̂ and on x, and backwards once.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,27 @@ class PatchGAN(nn.Sequential):
         return self(features[0])
 
 
+class Moved(torch.autograd.Function):
+    """Of each image a piece of height × width, from rows `tops` and columns `lefts` on.
+
+    The gradient is written out: that of a slice would be zeros of the whole size for each image.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, tops: list[int], lefts: list[int], height: int,
+                width: int) -> Tensor:
+        ctx.places, ctx.shape = (tops, lefts), images.shape
+        return torch.stack([x[:, i:i + height, j:j + width]
+                            for x, i, j in zip(images, tops, lefts)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        whole, (height, width) = grad.new_zeros(ctx.shape), grad.shape[2:]
+        for x, g, i, j in zip(whole, grad, *ctx.places):
+            x[:, i:i + height, j:j + width] = g
+        return whole, None, None, None, None
+
+
 def augment(images: Tensor, rngs: list[np.random.Generator]) -> Tensor:
     """Differentiable augmentation, drawn for each image from its own generator.
 
@@ -62,7 +84,7 @@ def augment(images: Tensor, rngs: list[np.random.Generator]) -> Tensor:
     dy, dx = round(height / 8), round(width / 8)
     padded = F.pad(images, (dx, dx, dy, dy))
     tops, lefts = (u[:, 0] * (2 * dy + 1)).astype(int), (u[:, 1] * (2 * dx + 1)).astype(int)
-    x = torch.stack([p[:, i:i + height, j:j + width] for p, i, j in zip(padded, tops, lefts)])
+    x = Moved.apply(padded, tops.tolist(), lefts.tolist(), height, width)
 
     brightness, saturation, contrast = (
         torch.from_numpy(u[:, k].astype(np.float32)).to(x.device).view(-1, 1, 1, 1)
@@ -100,10 +122,14 @@ class VirtualBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        groups, x = math.ceil(len(x) / 8), x.float()
+        # equal groups all at once: a GPU's kernels are few then
+        parts = ([x.unflatten(0, (groups, -1))] if len(x) % groups == 0 else
+                 [part[None] for part in x.tensor_split(groups)])  # (g, b, C, L) each
         normal = []
-        for group in x.float().tensor_split(math.ceil(len(x) / 8)):
-            variance, mean = torch.var_mean(group, (0, 2), correction=0, keepdim=True)
-            normal.append((group - mean) * (variance + 1e-6).rsqrt())
+        for part in parts:
+            variance, mean = torch.var_mean(part, (1, 3), correction=0, keepdim=True)
+            normal.append(((part - mean) * (variance + 1e-6).rsqrt()).flatten(0, 1))
         return torch.cat(normal) * self.weight + self.bias
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from equimini.discriminator import (CircularConv, FeatureCritic, Head, PatchGAN, VirtualBatchNorm,
+from equimini.discriminator import (CircularConv, FeatureCritic, Head, Moved, PatchGAN, VirtualBatchNorm,
                                     augment)
 from equimini.noise import rng
 from equimini.presets import TokenizerTraining
@@ -93,6 +93,15 @@ def test_augmentation_is_within_its_ranges_and_keyed_to_the_image():
     # the zeros that come in from the border move the mean that contrast pulls to, and the zeroed
     # square may cover the middle: both keep the level within the brightness's range times 1.5
     assert -0.75 < low < -0.3 and 0.3 < high < 0.75
+
+
+def test_pieces_of_images_and_their_gradient():
+    x = torch.randn(3, 2, 6, 7, dtype=torch.float64, requires_grad=True)
+    places = [0, 2, 1], [3, 0, 2]
+    pieces = Moved.apply(x, *places, 4, 4)
+    for piece, image, i, j in zip(pieces, x, *places):
+        assert torch.equal(piece, image[:, i:i + 4, j:j + 4])
+    assert torch.autograd.gradcheck(lambda y: Moved.apply(y, *places, 4, 4), (x,))
 
 
 def test_the_parts_of_the_augmentation():
