@@ -76,7 +76,8 @@ def load_tokens(path: Path | str, model: ImageGenerator) -> Tokens:
                 and labels.shape == seeds.shape == tokens.shape[:2]
                 and labels.dtype == seeds.dtype == torch.int64
                 and bool((labels < len(names)).all()) and bool(tokens.isfinite().all()))
-    except (KeyError, AttributeError, TypeError):
+        fits = fits and isinstance(options, dict) and min(labels.min(), seeds.min()) >= UNKNOWN
+    except Exception:  # other things than tensors raise many kinds
         fits = False
     if not fits:
         raise UserError(f"{path} is damaged: its tokens, classes and seeds do not fit together")

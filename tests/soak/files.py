@@ -1,6 +1,6 @@
 """Damaged and odd files and command lines, thousands of them, made from right ones by a seed.
 
-    python -m tests.soak.files --seconds 600                 # for each kind; continues in soak/files
+    python -m tests.soak.files --seconds 600             # for each kind; continues in soak/files
     python -m tests.soak.files --only scroll --case 17       # one case again, with its traceback
 
 Bytes are changed at random, and, so that checksums do not end every case at once, what is inside:
@@ -32,7 +32,7 @@ from typing import Any, Callable
 import numpy as np
 import torch
 
-from equimini.utils.errors import OUT_OF_MEMORY, UserError, in_words
+from equimini.utils.errors import OUT_OF_MEMORY, in_words
 from tests.soak.common import Progress, figures
 from tests.soak.mutations import damage
 from tests.soak.targets import Target, make_targets
@@ -120,7 +120,8 @@ def work(target: Target, first: int, until: float, folder: Path, note: Callable)
     """Cases one after another, in a process of its own."""
     signal.signal(signal.SIGALRM, alarm)
     warnings.simplefilter("ignore")
-    used = 1024 * int(next(line for line in open("/proc/self/status") if "VmData" in line).split()[1])
+    status = Path("/proc/self/status").read_text()
+    used = 1024 * int(status.split("VmData:")[1].split()[0])
     resource.setrlimit(resource.RLIMIT_DATA, (used + BYTES,) * 2)
     watch, case = Watch(), first
     target.right = target.check() if target.checked else None

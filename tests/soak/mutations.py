@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
-ODD = (None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 0.5, -1e308, float("nan"), float("inf"), "", "..",
-       "../x", "/", "a\0b", "\ud800", "x" * 3000, [], [[]], {}, {"": 1}, [None] * 3, b"")
+NUMBERS = (0, 1, 127, 128, 255, 2**15 - 1, 2**16 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
+ODD = (None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 0.5, -1e308, float("nan"), float("inf"), "",
+       "..", "../x", "/", "a\0b", "\ud800", "x" * 3000, [], [[]], {}, {"": 1}, [None] * 3, b"")
 
 
 def damage(draw: random.Random, data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""The kinds of files for tests.soak.files: right ones, how they are changed, and what reads them."""
+"""The kinds of files for tests.soak.files: right ones, how they are changed, what reads them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from equimini.convert import release
 from equimini.evaluate.sources import Reference, open_source
 from equimini.page.history import History
 from equimini.sampling.edit import open_picture
-from equimini.sampling.scroll import load_state
 from equimini.training import cache_latents
 from equimini.training.cache_latents import CachedLatents
 from equimini.training.options import DataConfig
@@ -41,17 +40,17 @@ from tests.helpers.scripts import GENERATOR, TOKENIZER, call
 from tests.soak.mutations import damage, in_checkpoint, in_json, in_zip
 
 ROW = np.dtype([("token", "f4", 4), ("label", "i4")])
-TEXTS = ("", " ", "-1", "0", "1", "2", "3", "64", "100", "1e400", "nan", "-inf", "0x10", "٣", "a:b", ":", ",",
-         "1,,2", "5-3", "0-99999999999", "{0..2}", "*", "..", "/", "/dev/null", "x.png", "s/s.npz",
-         "generator.pt", "tokenizer.pt", "pictures", "é\u200b\n", "\udcff", "all", "forest", "forest:3",
-         "auto", "cpu", "cuda:9", "mps", "none", "--", "linear", "euler", "bf16", "x" * 300)
+TEXTS = ("", " ", "-1", "0", "1", "2", "3", "64", "100", "1e400", "nan", "-inf", "0x10", "٣", "a:b", ":",
+         ",", "1,,2", "5-3", "0-99999999999", "{0..2}", "*", "..", "/", "/dev/null", "x.png", "s/s.npz",
+         "generator.pt", "tokenizer.pt", "pictures", "é\u200b\n", "\udcff", "all", "forest",
+         "forest:3", "auto", "cpu", "cuda:9", "mps", "none", "--", "linear", "euler", "bf16", "x" * 300)
 
 
 @dataclass
 class Target:
-    """One kind.  files: a folder that each case gets a copy of; mutated: names in it of which one is
-    changed ((): a command line is made instead); use: called in that folder; checked: changed bytes
-    must be noticed, or not matter."""
+    """One kind.  files: a folder that each case gets a copy of; mutated: names in it of which one
+    is changed ((): a command line is made instead); use: called in that folder; checked: changed
+    bytes must be noticed, or not matter."""
 
     name: str
     files: Path
@@ -83,9 +82,10 @@ def make_targets(folder: Path) -> dict[str, Target]:
     for k in range(6):
         (made / f"pictures/{k % 2}").mkdir(parents=True, exist_ok=True)
         pixels = draw.integers(0, 256, (40, 50, 3), np.uint8)
-        Image.fromarray(pixels).save(made / f"pictures/{k % 2}/{k}.{('png', 'jpg', 'webp')[k // 2]}")
-    call("equimini.training.cache_latents", "--tokenizer", "tokenizer.pt", "--out", "latents", "--data",
-         "pictures", "--workers", 0, "--val-fraction", 0.4, cwd=made)
+        ending = ("png", "jpg", "webp")[k // 2]
+        Image.fromarray(pixels).save(made / f"pictures/{k % 2}/{k}.{ending}")
+    call("equimini.training.cache_latents", "--tokenizer", "tokenizer.pt", "--out", "latents",
+         "--data", "pictures", "--workers", 0, "--val-fraction", 0.4, cwd=made)
     words = "--checkpoint generator.pt --steps 1"
     call("sample.py", *words.split(), "--save-tokens", "tokens.pt", "--columns", 5, cwd=made)
     call("sample.py", *SCROLL.split(), "--scroll", 12, cwd=made)
@@ -133,8 +133,8 @@ def make_targets(folder: Path) -> dict[str, Target]:
                lambda: train_generator.main(["--resume", "--steps", "7"]) or 1),
         Target("token file", part("e", "tokens.pt"), ("tokens.pt",), pt,
                lambda: sha(open_picture("tokens.pt", model, 0)[1]), True),
-        Target("foreign", part("f", "new.ckpt", "old.ckpt"), ("new.ckpt", "old.ckpt"), packed_or(damage),
-               convert),
+        Target("foreign", part("f", "new.ckpt", "old.ckpt"), ("new.ckpt", "old.ckpt"),
+               packed_or(damage), convert),
         Target("statistics", part("g", "s"), ("s/s.npz", "s/p.npz"), packed, read_npz),
         Target("archive", part("h", "x.tar", "x.zip"), ("x.tar", "x.zip"), packed_or(damage),
                read_archives),
@@ -167,8 +167,8 @@ def packed_or(other: Callable) -> tuple[Callable, ...]:
 
 
 def json_or(other: Callable) -> Callable:
-    return lambda draw, data: (in_json if data[:1] in b"{[" and data else in_zip if data[:2] == b"PK"
-                               else other)(draw, data)
+    return lambda draw, data: (in_json if data[:1] in (b"{", b"[") else
+                               in_zip if data[:2] == b"PK" else other)(draw, data)
 
 
 def draw_picture() -> str:
