@@ -9,7 +9,6 @@ from the photograph.
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
@@ -99,7 +98,9 @@ def open_picture(path: str, model: ImageGenerator, pick: int | None = None,
     """
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}")
-    if zipfile.is_zipfile(path) or Path(path).suffix == ".pt":
+    with open(path, "rb") as file:  # zipfile.is_zipfile raises for some that are damaged
+        packed = file.read(4) == b"PK\3\4"
+    if packed or Path(path).suffix == ".pt":
         source = load_tokens(path, model)
         if pick is None and len(source) > 1:
             raise UserError(f"{path} holds {len(source)} pictures; choose one with --pick 0 to "

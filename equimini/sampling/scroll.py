@@ -189,6 +189,8 @@ def scroll(model: ImageGenerator, labels: Tensor, seed: int, folder: Path,
         if decoder.columns >= 2:
             pictures.show_end(decoder.finish())
 
+    if not resumed:
+        save()  # a kill beside the first tile would leave one that nothing continues
     for i in progress(range(stream.column, len(labels))):
         stream.set_class(labels[i:i + 1])
         filled = [pictures.add(pixels) for pixels in decoder.push(stream.draw()[:, None])]

@@ -129,6 +129,8 @@ def work(target: Target, first: int, until: float, folder: Path, note: Callable)
         note(case, "begun", "")
         try:
             note(case, try_case(target, case, folder, watch), "")
+        except TooLong if not target.mutated else ():  # a command may ask for much
+            note(case, "long", "")
         except (Exception, TooLong, SystemExit):
             note(case, "fault", traceback.format_exc())
         case += 1
@@ -200,7 +202,8 @@ def main() -> None:
                 continue
             soak(target, args.seconds, out, progress, Path(name) / "case")
             figures(f"files, {target.name}", begun, cases=progress[target.name], **{
-                what: progress[f"{target.name} {what}"] for what in ("right", "told", "fault")})
+                what: progress[f"{target.name} {what}"] for what in ("right", "told", "long", "fault")
+                if progress[f"{target.name} {what}"] or what == "fault"})
         os.chdir("/")
 
 

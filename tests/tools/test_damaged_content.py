@@ -157,7 +157,8 @@ def test_a_strip(tmp_path, line):
 
 @pytest.mark.parametrize("name, value", (
     ("tokens", lambda x: x.to_sparse()), ("labels", lambda x: x.to_sparse()),
-    ("seeds", lambda x: x - 9), ("options", 3), ("tokens", lambda x: torch.zeros(1).expand(1, 2**30, x.shape[2]))))
+    ("seeds", lambda x: x - 9), ("options", 3),
+    ("tokens", lambda x: torch.zeros(1).expand(1, 2**30, x.shape[2]))))
 def test_a_token_file(runs, tmp_path, name, value):
     model = load_generator(runs / "runs/generator/last.pt")
     call("sample.py", "--checkpoint", runs / "runs/generator/last.pt", "--steps", 1, "--count", 1,
@@ -165,6 +166,17 @@ def test_a_token_file(runs, tmp_path, name, value):
     change(tmp_path / "t.pt", name, value)
     with pytest.raises(UserError, match="t.pt is damaged"):
         open_picture(str(tmp_path / "t.pt"), model)
+
+
+def test_a_token_file_in_several_parts(runs, tmp_path):
+    """Python's zipfile.is_zipfile raises for it."""
+    content = {"equimini": "tokens", "format": 1, "tokens": torch.ones(1, 2, 3)}
+    torch.save(content, tmp_path / "t.pt")
+    data = bytearray((tmp_path / "t.pt").read_bytes())
+    data[data.rindex(b"PK\6\7") + 16] = 2  # disks, in the locator of the list of members
+    (tmp_path / "t.pt").write_bytes(data)
+    with pytest.raises(UserError, match="t.pt is damaged"):
+        open_picture(str(tmp_path / "t.pt"), load_generator(runs / "runs/generator/last.pt"))
 
 
 @pytest.mark.parametrize("place, value", (
