@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import field, fields
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any
 
 
@@ -14,7 +15,7 @@ def flag(default: Any, help: str, **limits: Any) -> Any:
 
 
 KINDS = {"int": (Integral, "a whole number"), "float": (Real, "a number"),
-           "tuple[int, ...]": (Integral, "whole numbers"), "str": (str, "text"),
+           "tuple[int, ...]": (Integral, "whole numbers"), "str": ((str, PathLike), "text"),
            "bool": (bool, "true or false")}  # by a field's annotation
 
 

@@ -15,15 +15,16 @@ import http.client
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
+import traceback
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from tests.soak.common import ENVIRONMENT, ROOT, Progress, figures
 EVERY = ["--val-every", "7", "--preview-every", "10", "--deterministic"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TIMES = ("images_per_s", "built")  # what may differ
+ORDER = {"columns": 256, "classes": [0] * 256, "seed": 3, "steps": 2}  # of the page
 PER_RUN = 8  # kills of a run, after which it may end
 INDEX = """import sys, equimini.training.index as index
 index.SMALL, index.PAUSE = 0, 0.1
@@ -52,19 +54,22 @@ class Job(NamedTuple):
 
 
 def make_jobs(folder: Path) -> dict[str, Job]:
-    """Train the models that the jobs need, and say what they run."""
-    call("train_tokenizer.py", *TOKENIZER, "--steps", 6, cwd=folder)
-    call("train_generator.py", *GENERATOR, "--steps", 6, cwd=folder)
-    torch.jit.script(TinyNet()).save(str(folder / "net.pt"))
-    call("equimini.training.cache_latents", "--images", 64, "--workers", 0, "--out", "cached", cwd=folder)
-    with tarfile.open(folder / "many.tar", "w") as archive:
-        for k in range(20_000):
-            (info := tarfile.TarInfo(f"{k % 10}/{k}.png")).size = 0
-            archive.addfile(info)
-    os.utime(folder / "many.tar", (0, 0))
+    """What the jobs run; the models and files that they need are made once."""
+    if not (folder / "many.tar").exists():
+        call("train_tokenizer.py", *TOKENIZER, "--steps", 6, "--overwrite", cwd=folder)
+        call("train_generator.py", *GENERATOR, "--steps", 6, "--overwrite", cwd=folder)
+        torch.jit.script(TinyNet()).save(str(folder / "net.pt"))
+        call("equimini.training.cache_latents", "--images", 64, "--workers", 0, "--out", "cached",
+             cwd=folder)
+        with tarfile.open(folder / "making.tar", "w") as archive:
+            for k in range(20_000):
+                archive.addfile(tarfile.TarInfo(f"{k % 10}/{k}.png"))
+        os.utime(folder / "making.tar", (0, 0))  # long ago: its index is trusted
+        (folder / "making.tar").rename(folder / "many.tar")
     tokenizer, generator = str(ROOT / "train_tokenizer.py"), str(ROOT / "train_generator.py")
     steps, checkpoint = ["--steps", "40"], ["--checkpoint", "runs/generator/last.pt", "--steps", "1"]
-    scroll = [str(ROOT / "sample.py"), *checkpoint, "--scroll", "1500", "--tile-columns", "50"]
+    scroll = [str(ROOT / "sample.py"), *checkpoint, "--scroll", "1500", "--tile-columns", "50",
+              "--classes", "0:30,1:20"]
     return {
         "tokenizer": Job([tokenizer, *TOKENIZER, *EVERY, *steps], [tokenizer, "--resume"]),
         "generator": Job([generator, *GENERATOR, *EVERY, *steps], [generator, "--resume"]),
@@ -79,15 +84,59 @@ def make_jobs(folder: Path) -> dict[str, Job]:
         "index": Job(["-c", INDEX])}
 
 
-def start(job: Job, out: Path) -> subprocess.Popen:
-    words = job.again if job.again and (out / job.there).exists() else job.words
-    return subprocess.Popen([sys.executable, *words, "--out", out.name], cwd=out.parent,
-                            env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            text=True, start_new_session=True)
+class Running:
+    """A command in a process that is forked from this one, which has imported torch already."""
+
+    def __init__(self, job: Job, out: Path) -> None:
+        words = job.again if job.again and (out / job.there).exists() else job.words
+        self.said, self.code = out.parent / "said.txt", None
+        if not (pid := os.fork()):
+            try:
+                os.setsid()
+                os.chdir(out.parent)
+                said = os.open(self.said, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+                os.dup2(said, 1), os.dup2(said, 2)
+                os._exit(run([*words, "--out", out.name]))
+            finally:
+                os._exit(1)
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        """The exit code, once it has ended."""
+        if self.code is None and (found := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.code = os.waitstatus_to_exitcode(found[1])
+        return self.code
+
+    def kill(self) -> None:
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has no group of its own yet
+            os.kill(self.pid, signal.SIGKILL)
+        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def run(words: list[str]) -> int:
+    """Python's command line in this process; returns the exit code."""
+    if words[:2] == TORCHRUN[:2]:
+        os.execve(sys.executable, [sys.executable, *words], ENVIRONMENT)
+    sys.argv = words[words[0] == "-m":] if words[0] != "-c" else ["-c", *words[2:]]
+    try:
+        if words[0] == "-c":
+            exec(words[1], {"__name__": "__main__"})
+        elif words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__")
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def changed(out: Path) -> int:
-    """The latest change of anything in a folder, nanoseconds."""
+    """The latest change of anything in a folder, nanoseconds; 0 where there is none."""
     times = [0]
     for path in [out, *out.rglob("*")]:
         try:
@@ -99,28 +148,28 @@ def changed(out: Path) -> int:
 
 def finish(job: Job, out: Path) -> float:
     """Let it end, which it must; returns the seconds since it first wrote something."""
-    process, before, begun = start(job, out), changed(out), None
+    before, process, begun = changed(out), Running(job, out), None
     while process.poll() is None:
         begun = begun or (time.time() if changed(out) != before else None)
         time.sleep(0.02)
-    if errors := process.stderr.read() if process.returncode else "":
-        raise SystemExit(f"a run failed:\n{errors}")
+    if process.code:
+        raise SystemExit(f"a run failed:\n{process.said.read_text()}")
     return time.time() - (begun or time.time())
 
 
 def kill(job: Job, out: Path, seconds: float, draw: random.Random) -> bool:
     """Start it and kill it, mostly while it works; False if it ended before."""
-    process, before, begun = start(job, out), changed(out), time.time()
+    before, process, begun = changed(out), Running(job, out), time.time()
     early = draw.random() < 0.1
     while not early and process.poll() is None and changed(out) == before:
         time.sleep(0.01)
     time.sleep(draw.uniform(0, time.time() - begun if early else 0.6 * seconds))
     alive = process.poll() is None
     if alive:
-        os.killpg(process.pid, signal.SIGKILL)
-    errors = process.communicate()[1]
-    if not alive and process.returncode:
-        raise SystemExit(f"after a kill it ends with exit code {process.returncode}:\n{errors}")
+        process.kill()
+    elif process.code:
+        raise SystemExit(f"after a kill it ends with exit code {process.code}:\n"
+                         f"{process.said.read_text()}")
     return alive
 
 
@@ -199,7 +248,7 @@ def page(kills: int, folder: Path, done: Progress, draw: random.Random) -> None:
         ask(host, "POST", f"/new?version={state['version']}", "{}")
         link = http.client.HTTPConnection(host, timeout=60)
         begun = time.time()
-        link.request("POST", "/draw", json.dumps({"columns": 256, "seed": 3, "steps": 2}))
+        link.request("POST", "/draw", json.dumps(ORDER))
         if whole is None:
             link.getresponse().read()
             seconds = time.time() - begun
@@ -233,16 +282,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("soak"), help="counts are kept here")
     args = parser.parse_args()
     done = Progress(args.out.resolve() / "kills.json")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        jobs: dict[str, Job | Callable] = {**make_jobs(folder), "page": page}
-        for what in args.only or jobs:
-            begun, draw = time.time(), random.Random(f"{args.seed} {what} {done[what]}")
-            if what == "page":
-                page(args.kills, folder, done, draw)
-            else:
-                soak(what, jobs[what], args.kills, folder, done, draw)
-            figures(f"kills, {what}", begun, kills=done[what], runs=done[f"{what}, runs"])
+    folder = args.out.resolve() / "kills"
+    folder.mkdir(exist_ok=True)
+    jobs: dict[str, Job | None] = {**make_jobs(folder), "page": None}
+    for what in args.only or jobs:
+        begun, draw = time.time(), random.Random(f"{args.seed} {what} {done[what]}")
+        if job := jobs[what]:
+            soak(what, job, args.kills, folder, done, draw)
+        else:
+            page(args.kills, folder, done, draw)
+        figures(f"kills, {what}", begun, kills=done[what], runs=done[f"{what}, runs"])
 
 
 if __name__ == "__main__":
