@@ -202,7 +202,8 @@ def main() -> None:
                 continue
             soak(target, args.seconds, out, progress, Path(name) / "case")
             figures(f"files, {target.name}", begun, cases=progress[target.name], **{
-                what: progress[f"{target.name} {what}"] for what in ("right", "told", "long", "fault")
+                what: progress[f"{target.name} {what}"]
+                for what in ("right", "told", "long", "fault")
                 if progress[f"{target.name} {what}"] or what == "fault"})
         os.chdir("/")
 

@@ -67,14 +67,15 @@ def make_jobs(folder: Path) -> dict[str, Job]:
         os.utime(folder / "making.tar", (0, 0))  # long ago: its index is trusted
         (folder / "making.tar").rename(folder / "many.tar")
     tokenizer, generator = str(ROOT / "train_tokenizer.py"), str(ROOT / "train_generator.py")
-    steps, checkpoint = ["--steps", "40"], ["--checkpoint", "runs/generator/last.pt", "--steps", "1"]
+    steps = ["--steps", "40"]
+    checkpoint = ["--checkpoint", "runs/generator/last.pt", "--steps", "1"]
     scroll = [str(ROOT / "sample.py"), *checkpoint, "--scroll", "1500", "--tile-columns", "50",
               "--classes", "0:30,1:20"]
     return {
         "tokenizer": Job([tokenizer, *TOKENIZER, *EVERY, *steps], [tokenizer, "--resume"]),
         "generator": Job([generator, *GENERATOR, *EVERY, *steps], [generator, "--resume"]),
-        "generator from latents": Job([generator, *GENERATOR, *EVERY, *steps, "--latents", "cached"],
-                                      [generator, "--resume"]),
+        "generator from latents": Job(
+            [generator, *GENERATOR, *EVERY, *steps, "--latents", "cached"], [generator, "--resume"]),
         "generator in 2 processes": Job([*TORCHRUN, generator, *GENERATOR, *EVERY, *steps],
                                         [*TORCHRUN, generator, "--resume"]),
         "cache_latents": Job(["-m", "equimini.training.cache_latents", "--workers", "0"]),
@@ -196,7 +197,8 @@ def content(path: Path, out: str) -> Any:
         case ".npz":
             with np.load(path) as file:
                 found = {name: file[name] for name in file.files}
-            return found | ({"about": json.loads(found["about"].tobytes())} if "about" in found else {})
+            about = found.get("about")  # JSON, of an index
+            return found if about is None else found | {"about": json.loads(about.tobytes())}
         case ".jsonl":
             return [json.loads(line) for line in path.read_text().splitlines()]
         case ".png":
@@ -213,7 +215,8 @@ def compare(whole: Path, killed: Path) -> list[str]:
         *(content(out / name, out.name) for out in (whole, killed)), name)]
 
 
-def soak(name: str, job: Job, kills: int, folder: Path, done: Progress, draw: random.Random) -> None:
+def soak(name: str, job: Job, kills: int, folder: Path, done: Progress,
+         draw: random.Random) -> None:
     """Runs that are killed until there were so many kills."""
     whole, killed = folder / "whole", folder / "killed"
     for path in (whole, killed, folder / "features"):
@@ -242,7 +245,8 @@ def page(kills: int, folder: Path, done: Progress, draw: random.Random) -> None:
              "--port", "0", "--out", "strip"]
     whole, seconds = None, 30.0
     while whole is None or done["page"] < kills:
-        server = subprocess.Popen(words, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen(words, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE,
+                                  text=True)
         host = server.stdout.readline().split("/")[2]
         state = ask(host, "GET", "/state")
         ask(host, "POST", f"/new?version={state['version']}", "{}")
@@ -261,8 +265,9 @@ def page(kills: int, folder: Path, done: Progress, draw: random.Random) -> None:
         strip = History(out, row)
         whole = strip.columns if whole is None else whole
         n = len(strip.columns)
-        if len(whole) != 256 or n % 64 or strip.columns["token"].tobytes() != (
-                whole["token"][:n].tobytes()) or n == 256 and strip.columns.tobytes() != whole.tobytes():
+        same = strip.columns["token"].tobytes() == whole["token"][:n].tobytes()
+        if len(whole) != 256 or n % 64 or not same or (
+                n == 256 and strip.columns.tobytes() != whole.tobytes()):
             raise SystemExit(f"page: after a kill the strip of {n} columns is another one")
         done.add("page, columns", n)
     done.save()

@@ -5,7 +5,7 @@
 One client draws a column again and takes a candidate, or undoes or redoes, so many times, and
 compares the strip with its own account of it.  Others meanwhile read pictures, send orders that are
 refused, or headers byte by byte, stop in the middle of a body, or close the connection while they
-are answered.  In the end nothing may be lost, one drawing at a time was made, and no thread is left.
+are answered.  In the end nothing may be lost, one drawing at a time was made, no thread is left.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ from tests.soak.mutations import damage, in_checkpoint, in_json, in_zip
 
 ROW = np.dtype([("token", "f4", 4), ("label", "i4")])
 TEXTS = (
-    "", " ", "-1", "0", "1", "2", "3", "64", "100", "1e400", "nan", "-inf", "0x10", "٣", "a:b", ":", ",",
-    "1,,2", "5-3", "0-99999999999", "{0..2}", "*", "..", "/", "/dev/null", "x.png", "s/s.npz",
+    "", " ", "-1", "0", "1", "2", "3", "64", "100", "1e400", "nan", "-inf", "0x10", "٣", "a:b", ":",
+    ",", "1,,2", "5-3", "0-99999999999", "{0..2}", "*", "..", "/", "/dev/null", "x.png", "s/s.npz",
     "generator.pt", "tokenizer.pt", "pictures", "é\u200b\n", "\udcff", "all", "forest", "forest:3",
     "auto", "cpu", "cuda:9", "mps", "none", "--", "linear", "euler", "bf16", "x" * 300)
 
