@@ -114,7 +114,7 @@ def draw_first_look(cfg: SampleConfig, options: SamplingOptions, args: argparse.
     print("open samples.png and panorama.png; python sample.py --help lists all options")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, SampleConfig(), "what to draw, and where to")
@@ -124,7 +124,7 @@ def main() -> None:
                         "again as well")
     parser.add_argument("--resume", action="store_true",
                         help="with --scroll: continue the scroll in --out, with its own options")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     cfg, options = override(SampleConfig(), args), override(SamplingOptions(), args)
     if cfg.ring and "fit" not in args:
         cfg = replace(cfg, fit=RING_FIT)

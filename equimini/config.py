@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import field, fields
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any
 
 
@@ -13,8 +14,9 @@ def flag(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata={"help": help, **limits})
 
 
-NUMBERS = {"int": (Integral, "a whole number"), "float": (Real, "a number"),
-           "tuple[int, ...]": (Integral, "whole numbers")}  # by a field's annotation
+KINDS = {"int": (Integral, "a whole number"), "float": (Real, "a number"),
+           "tuple[int, ...]": (Integral, "whole numbers"), "str": ((str, PathLike), "text"),
+           "bool": (bool, "true or false")}  # by a field's annotation
 
 
 class Checked:
@@ -23,11 +25,12 @@ class Checked:
     def __post_init__(self) -> None:
         for f in fields(self):
             value, limits = getattr(self, f.name), f.metadata
-            kind, words = NUMBERS.get(getattr(f.type, "__name__", f.type), (object, ""))
+            kind, words = KINDS.get(getattr(f.type, "__name__", f.type), (object, ""))
             several = isinstance(f.default, tuple) and isinstance(value, tuple)
             flat = value if several else (value,)
             name = f.name.replace("_", "-")
-            if any(not isinstance(v, kind) or words and isinstance(v, bool) for v in flat):
+            if any(not isinstance(v, kind) or isinstance(v, bool) and words and kind is not bool
+                   for v in flat):
                 raise ValueError(f"{name} must be {words}, got {value!r}")
             if "choices" in limits and value not in limits["choices"]:
                 raise ValueError(f"{name} must be one of {', '.join(limits['choices'])}, "

@@ -94,7 +94,7 @@ def _open_npz(path: str, what: str, features: int) -> Reference | NpzPictures:
             if mu.shape[0] != features and "arr_0" in names:
                 return NpzPictures(path, what)  # ADM's, but by another network than the Inception
             gaussian = Gaussian.of(mu, sigma)
-        except (OSError, ValueError, TypeError, IndexError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged array can raise anything
             reason = first_line(error)
             raise UserError(f"{what}: " + ("mu and sigma must be arrays of numbers"
                                            if "pickle" in reason else reason)) from None

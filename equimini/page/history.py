@@ -100,6 +100,16 @@ class History:
     def _rows(self, ids: list[int]) -> np.ndarray:
         return np.memmap(self.store, self.row, "r")[ids] if ids else np.empty(0, self.row)
 
+    def _fits(self, line: dict[str, Any], rows: int) -> bool:
+        """Whether a line is a change that can be made to the present strip."""
+        if move := line.get("move"):
+            return move == "undo" and self.done > 0 or move == "redo" and self.done < len(self.edits)
+        at, take, put = line["at"], line["take"], line["put"]
+        return (type(at) is int and 0 <= at <= len(self.ids) and type(line["joined"]) is bool
+                and bool(self.done or not line["joined"])
+                and isinstance(take, list) and take == self.ids[at:at + len(take)]
+                and isinstance(put, list) and all(type(k) is int and 0 <= k < rows for k in put))
+
     def _read_log(self) -> None:
         """All edits, but for a last line that a kill or a power failure cut off."""
         for path in (self.store, self.log):
@@ -110,8 +120,8 @@ class History:
             for line in file:
                 try:
                     content = json.loads(line)
-                    whole = line.endswith(b"\n") and max(content.get("put", ()), default=-1) < rows
-                except (ValueError, AttributeError):
+                    whole = line.endswith(b"\n") and self._fits(content, rows)
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                     whole = False
                 if not whole and file.read(1):  # to cut here would lose what follows
                     raise UserError(f"{self.log} is damaged in line {self.version + 1}, and more "

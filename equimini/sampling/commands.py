@@ -23,7 +23,7 @@ from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
 from equimini.sampling.scroll import check_new, load_state, scroll
 from equimini.utils.command_line import config_from_dict, output_folder, override
-from equimini.utils.errors import UserError
+from equimini.utils.errors import UserError, reading
 from equimini.utils.images import grid, save_png, to_uint8
 from equimini.utils.signals import StopRequest
 
@@ -260,9 +260,12 @@ def resumed_scroll(folder: Path, args: Namespace) -> tuple[SampleConfig, Samplin
     """Options and state of the scroll in `folder`; raises UserError where `args` differ."""
     state = load_state(folder)
     names = {f.name for f in fields(SamplingOptions)}
-    begun, drawn = (config_from_dict(kind, {k: v for k, v in state["settings"].items()
-                                            if (k in names) == (kind is SamplingOptions)})
-                    for kind in (SampleConfig, SamplingOptions))
+    with reading(folder / "state.pt"):
+        begun, drawn = (config_from_dict(kind, {k: v for k, v in state["settings"].items()
+                                                if (k in names) == (kind is SamplingOptions)})
+                        for kind in (SampleConfig, SamplingOptions))
+        if not 0 <= state["sampler"]["column"] < 2**62:
+            raise ValueError("its column is no number")
     cfg, options = override(begun, args), override(drawn, args)
     before, after = asdict(begun) | asdict(drawn), asdict(cfg) | asdict(options)
     free = ("scroll", "checkpoint", "device", "out")

@@ -9,7 +9,6 @@ from the photograph.
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
@@ -81,7 +80,8 @@ def load_tokens(path: Path | str, model: ImageGenerator) -> Tokens:
                 and labels.shape == seeds.shape == tokens.shape[:2]
                 and labels.dtype == seeds.dtype == torch.int64
                 and bool((labels < len(names)).all()) and bool(tokens.isfinite().all()))
-    except (KeyError, AttributeError, TypeError):
+        fits = fits and isinstance(options, dict) and min(labels.min(), seeds.min()) >= UNKNOWN
+    except Exception:  # other things than tensors raise many kinds
         fits = False
     if not fits:
         raise UserError(f"{path} is damaged: its tokens, classes and seeds do not fit together")
@@ -103,7 +103,9 @@ def open_picture(path: str, model: ImageGenerator, pick: int | None = None,
     """
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}")
-    if zipfile.is_zipfile(path) or Path(path).suffix == ".pt":
+    with open(path, "rb") as file:  # zipfile.is_zipfile raises for some that are damaged
+        packed = file.read(4) == b"PK\3\4"
+    if packed or Path(path).suffix == ".pt":
         source = load_tokens(path, model)
         if pick is None and len(source) > 1:
             raise UserError(f"{path} holds {len(source)} pictures; choose one with --pick 0 to "

@@ -24,7 +24,7 @@ from equimini.sampling.tiled_decoder import Windows, decode_windows
 from equimini.utils import checkpoint
 from equimini.utils.checkpoint import tokenizer_inside
 from equimini.utils.command_line import config_from_dict
-from equimini.utils.errors import UserError
+from equimini.utils.errors import UserError, reading
 
 UNMIRRORED = ("synthetic", "synthetic-object")  # the data that training does not mirror
 
@@ -160,12 +160,17 @@ def load_generator(path: Path | str, device: str | torch.device = "cpu", ema: bo
         finetuned = checkpoint.load_tokenizer(tokenizer_path)
         checkpoint.check_same_latents(tokenizer, finetuned, tokenizer_path)
         tokenizer = finetuned
-    generator = make_generator(config_from_dict(GeneratorConfig, content["config"]["model"]),
-                               len(content["classes"]), tokenizer.config.token_channels)
-    checkpoint.load_weights(generator, checkpoint.weights_of(content, ema, path), path)
+    with reading(path):
+        classes = list(content["classes"])
+        generator = make_generator(config_from_dict(GeneratorConfig, content["config"]["model"]),
+                                   len(classes), tokenizer.config.token_channels)
+        checkpoint.load_weights(generator, checkpoint.weights_of(content, ema, path), path)
+        run = content["config"].get("run", {})  # says both in files that do not themselves
+        columns = content.get("columns", 0) or run.get("width", 0) // tokenizer.config.f
+        mirrored = content.get("mirrored", run.get("latents") or run.get("data") not in UNMIRRORED)
+        if not all(isinstance(name, str) for name in classes) or type(columns) is not int or (
+                not 0 <= columns < 2**31):
+            raise ValueError(f"{columns!r} columns, classes {str(classes)[:50]}")
     generator.eval().requires_grad_(False)
-    run = content["config"].get("run", {})  # says both in files that do not themselves
-    columns = content.get("columns", 0) or run.get("width", 0) // tokenizer.config.f
-    mirrored = content.get("mirrored", run.get("latents") or run.get("data") not in UNMIRRORED)
-    return ImageGenerator(generator.to(device), tokenizer.to(device), content["classes"], columns,
+    return ImageGenerator(generator.to(device), tokenizer.to(device), classes, columns,
                           bool(mirrored))

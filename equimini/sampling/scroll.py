@@ -23,12 +23,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from equimini.sampler import Stream
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
 from equimini.sampling.tiled_decoder import TiledDecoder
 from equimini.utils import checkpoint
 from equimini.utils.checkpoint import weights_hash
-from equimini.utils.errors import UserError
+from equimini.utils.errors import UserError, reading
 from equimini.utils.files import remove_leftovers, replacing
 from equimini.utils.images import save_png, to_uint8
 
@@ -172,9 +173,9 @@ def scroll(model: ImageGenerator, labels: Tensor, seed: int, folder: Path,
     made_by = weights_hash(model.generator.state_dict())
     remove_leftovers(folder)
     if resumed:
-        _check_resumed(resumed, made_by, labels, folder)
-        stream.load_state(_on(resumed["sampler"], model.device))
-        vars(decoder).update(_on(resumed["decoder"], model.device))
+        with reading(folder / "state.pt"):
+            _check_resumed(resumed, made_by, labels, folder)
+            _take_up(stream, decoder, _on(resumed, model.device), tile * f)
     pictures = ScrollFolder(folder, tile * f, height, len(labels) * f, caption,
                             resumed["done"] if resumed else 0)
     if resumed:
@@ -188,6 +189,8 @@ def scroll(model: ImageGenerator, labels: Tensor, seed: int, folder: Path,
         if decoder.columns >= 2:
             pictures.show_end(decoder.finish())
 
+    if not resumed:
+        save()  # a kill beside the first tile would leave one that nothing continues
     for i in progress(range(stream.column, len(labels))):
         stream.set_class(labels[i:i + 1])
         filled = [pictures.add(pixels) for pixels in decoder.push(stream.draw()[:, None])]
@@ -209,6 +212,23 @@ def _on(values: Any, device: torch.device) -> Any:
     if isinstance(values, (list, tuple)):
         return type(values)(_on(v, device) for v in values)
     return values
+
+
+def _take_up(stream: Stream, decoder: TiledDecoder, resumed: dict[str, Any], tile: int) -> None:
+    """Load the state, and draw and decode once, so that one that does not fit fails here."""
+    stream.load_state(resumed["sampler"])
+    vars(decoder).update({name: resumed["decoder"][name] for name in decoder.state()})
+    behind, (*_, rest) = decoder.columns - decoder.start, resumed["rest"].shape
+    if not (decoder.columns == stream.column and 0 <= behind < decoder.windows.length
+            and resumed["rest"].shape[:2] == (1, 3) and rest < tile
+            and len(stream.cache) in (0, len(stream.generator.blocks))):
+        raise ValueError("its columns, pixels and tiles do not fit together")
+    if decoder.columns >= 2:
+        torch.cat((resumed["rest"], decoder.finish().cpu()), -1)
+    drawn = stream.draw()
+    if decoder.columns:
+        torch.cat((decoder.tokens, drawn[:, None]), 1)
+    stream.load_state(resumed["sampler"])
 
 
 def _check_resumed(resumed: dict[str, Any], made_by: str, labels: Tensor, folder: Path) -> None:

@@ -37,8 +37,8 @@ from equimini.training.options import BUILT_IN, DataConfig
 from equimini.utils import checkpoint, distributed
 from equimini.utils.checkpoint import latents_hash, tokenizer_hash
 from equimini.utils.command_line import add_flags, output_folder, override, pick_device, run
-from equimini.utils.errors import UserError
-from equimini.utils.files import claim, locked, replacing, write_text
+from equimini.utils.errors import UserError, reading
+from equimini.utils.files import claim, locked, read_plan, replacing, write_text
 from equimini.utils.images import to_float
 
 SHARD = 1024  # images per file
@@ -105,12 +105,25 @@ class CachedLatents(Dataset):
                             "they belong to")
         self.classes, self.split, self.seed = meta["classes"], split, seed
         self.mirrors = 1 if meta.get("data") in BUILT_IN else 2  # as those of the data set
-        self.labels = np.load(Path(folder) / "labels.npz")[split]
-        files = sorted(Path(folder).glob(f"{split}-*.npy"))
-        self.shards = [np.load(path, mmap_mode="r") for path in files]
-        if sum(map(len, self.shards)) != len(self.labels):
-            raise UserError(f"{folder} lacks some of its {split} files; make it again with "
-                            "--overwrite")
+        with reading(folder):
+            self.labels = np.asarray(np.load(Path(folder) / "labels.npz")[split], np.int64)
+            files = sorted(Path(folder).glob(f"{split}-*.npy"))
+            self.shards = [np.load(path, mmap_mode="r") for path in files]
+            if sum(map(len, self.shards)) != len(self.labels):
+                raise UserError(f"{folder} lacks some of its {split} files; make it again with "
+                                "--overwrite")
+            self._check_shapes(tokenizer)
+
+    def _check_shapes(self, tokenizer: Tokenizer) -> None:
+        """Raises ValueError for shards (n, V, N, C) that differ, or labels that are no class."""
+        if self.labels.ndim != 1 or {*self.labels.tolist()} - {*range(len(self.classes))}:
+            raise ValueError("its labels and classes do not fit together")
+        for shard in self.shards:
+            if (shard.shape[1:] != self.shards[0].shape[1:] or shard.ndim != 4 or 0 in shard.shape
+                    or shard.shape[3] != tokenizer.config.token_channels
+                    or shard.dtype != np.float32
+                    or shard is not self.shards[-1] and len(shard) != SHARD):
+                raise ValueError(f"its latents are {shard.dtype} {shard.shape}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -131,7 +144,13 @@ def read_meta(folder: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder} is no finished cache of latents (it has no meta.json); make one "
                         "with python -m equimini.training.cache_latents")
-    return json.loads(path.read_text())
+    with reading(path):
+        meta = json.loads(path.read_text())
+        count = meta.get("images", {"train": 0})["train"]
+        if not (isinstance(meta["tokenizer"], str) and isinstance(count, int)
+                and {*map(type, meta["classes"])} == {str}):
+            raise ValueError("it does not say what the latents are of")
+        return meta
 
 
 @torch.no_grad()
@@ -163,7 +182,13 @@ def encode_split(tokenizer: Tokenizer, data: Dataset, split: str, cfg: CacheConf
             bar.update(last - first)
     bar.close()
     distributed.barrier()
-    return np.array([n for *_, labels in shards for n in json.loads(labels.read_text())])
+    found = []
+    for first, last, _, path in shards:
+        with reading(path):
+            found.append(np.asarray(json.loads(path.read_text()), np.int64))
+            if found[-1].shape != (last - first,):
+                raise ValueError(f"it has not the {last - first} labels of its latents")
+    return np.concatenate(found)
 
 
 def main() -> None:
@@ -188,7 +213,7 @@ def encode(cfg: CacheConfig, overwrite: bool = False,
     if cfg.crops > 1 and cfg.data.startswith("synthetic"):
         raise UserError("--crops is for pictures; the built-in data has nothing to crop")
     begun = out / "plan.json"
-    if begun.exists() and not overwrite and "split" not in json.loads(begun.read_text()):
+    if begun.exists() and not overwrite and "split" not in read_plan(begun):
         cfg = replace(cfg, split="order")  # begun before there was a choice
     train, val, classes = load_data(cfg, tokenizer.config)
     whole = train, val

@@ -30,7 +30,7 @@ from equimini.training.parquet import scan_parquet
 from equimini.training.search import ENCODING, Damaged, Search, scan_folder, scan_old_folder
 from equimini.utils.command_line import output_folder
 from equimini.utils.errors import UserError, first_line
-from equimini.utils.files import locked, replacing
+from equimini.utils.files import locked, remove_leftovers, replacing
 from equimini.utils.npz import map_array
 
 FORMAT = 2
@@ -111,6 +111,7 @@ def open_source(path: str, folder: str | Path | None = None, truncated: bool = F
     key = hashlib.sha256("\n".join([*absolute, str(truncated)]).encode(*ENCODING)).hexdigest()[:16]
     kept = output_folder(str(folder)) / f"{key}.npz"
     with locked(Path(folder), wait=True):
+        remove_leftovers(Path(folder))
         about, arrays = load(kept)
         if not about or not trusted(about):
             about, arrays = build(path, kind, volumes, kept, truncated)
@@ -280,6 +281,7 @@ def load(path: Path,
     try:
         about = json.loads(map_array(path, "about").tobytes())
         arrays = {name: np.asarray(map_array(path, name)) for name in names}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        good = about["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return {}, {}
-    return (about, arrays) if about.get("format") == FORMAT else ({}, {})
+    return (about, arrays) if good else ({}, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Callable, Iterator
@@ -17,7 +18,7 @@ from equimini.training.loaders import fixed_loader, training_loader
 from equimini.training.setup import Setup, own_files
 from equimini.training.step import Trainer
 from equimini.utils import checkpoint, distributed
-from equimini.utils.errors import UserError
+from equimini.utils.errors import UserError, reading
 from equimini.utils.files import replacing
 from equimini.utils.signals import StopRequest
 
@@ -26,13 +27,13 @@ class Log:
     """A JSONL file of scalars, one line per record; lines of steps not trained yet are dropped."""
 
     def __init__(self, path: Path, start: int) -> None:
-        kept = []
-        if path.exists() and start:
-            records = [line for line in path.read_text().splitlines(keepends=True)
-                       if line.endswith("\n")]
-            kept = [line for line in records if json.loads(line)["step"] <= start]
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() and start else []
+        steps = [_step(line) for line in lines]
+        if damaged := sum(step is None for step in steps[:-1]):  # the last: cut off by a kill
+            warnings.warn(f"{path}: left out {damaged} damaged lines", stacklevel=2)
         with replacing(path) as file:
-            file.write("".join(kept).encode())
+            file.write(b"".join(line for line, step in zip(lines, steps)
+                                if step is not None and step <= start))
         self.path = path
 
     def write(self, step: int, **scalars: float) -> None:
@@ -43,6 +44,15 @@ class Log:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; make room, and go "
                             "on from the last checkpoint with --resume") from None
+
+
+def _step(line: bytes) -> float | None:
+    """The step of a line of the log; None where it is no whole line."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if isinstance(step, (int, float)) else None
 
 
 class Progress:
@@ -88,18 +98,22 @@ def fit(kind: str, setup: Setup, trainer: Trainer, train: Dataset, val: Dataset,
     """
     out, best, main = setup.out, math.inf, distributed.is_main()
     if setup.resumed:
-        if setup.resumed["classes"] != classes:
-            raise UserError(f"the run to resume has the classes {setup.resumed['classes']}, the "
+        with reading(out / "last.pt"):
+            trained_on, best = setup.resumed["classes"], float(setup.resumed["best_loss"])
+        if trained_on != classes:
+            raise UserError(f"the run to resume has the classes {trained_on}, the "
                             f"data has {classes}; to train it further on other classes, give "
                             f"--init-from {out / 'last.pt'} and another --out")
-        trainer.load_state(setup.resumed)
-        best, setup.resumed = setup.resumed["best_loss"], None
+        with reading(out / "last.pt"):
+            trainer.load_state(setup.resumed)
+        setup.resumed = None
     else:
         if main:  # what an older run left, given up by --overwrite
             for path in own_files(out):
                 path.unlink()
         if setup.initial:
-            trainer.start_from(setup.initial)
+            with reading("the checkpoint of --init-from"):
+                trainer.start_from(setup.initial)
             setup.initial = None
     distributed.copy_from_main(trainer.model, trainer.ema.model)
     if main:

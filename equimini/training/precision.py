@@ -61,8 +61,18 @@ def adamw(groups: list[dict], lr: float, fused: bool) -> torch.optim.AdamW:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's state, but keep this one's own implementation (fused or not)."""
+    """Load an optimizer's state, but keep this one's own implementation (fused or not).
+
+    Raises ValueError, KeyError or TypeError for a state that does not fit.
+    """
     own = ("fused", "foreach")
     groups = [{**theirs, **{k: mine[k] for k in own}}
               for mine, theirs in zip(optimizer.param_groups, state["param_groups"])]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    if any(type(group[k]) is not type(optimizer.defaults[k]) for group in groups
+           for k in ("betas", "eps", "weight_decay")):
+        raise ValueError("the optimizer's settings are of other kinds")
+    for p, kept in optimizer.state.items():  # torch looks at neither until the next step
+        if kept.keys() != {"step", "exp_avg", "exp_avg_sq"} or any(
+                x.shape != (p.shape if name != "step" else ()) for name, x in kept.items()):
+            raise ValueError("the optimizer's state does not fit the weights")

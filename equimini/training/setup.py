@@ -20,7 +20,7 @@ from equimini.training.options import RunConfig
 from equimini.training.split import check_split
 from equimini.utils import checkpoint, distributed
 from equimini.utils.command_line import add_flags, config_from_dict, output_folder, override
-from equimini.utils.errors import UserError
+from equimini.utils.errors import UserError, reading
 from equimini.utils.files import locked, remove_leftovers
 
 PATIENCE = timedelta(minutes=30)  # that one process waits for another in training
@@ -77,12 +77,14 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
     open_folder(out, args)
     if args.resume:
         resumed = checkpoint.load_newest(source, kind)
-        saved = resumed["config"]
-        if asked not in (None, saved["preset"]):
-            raise UserError(f"{source} was trained with --preset {saved['preset']}, not {asked}")
-        name = saved["preset"]
-        run = config_from_dict(type(run), saved["run"])
-        training = config_from_dict(type(training), saved["training"])
+        with reading(source):
+            saved, name = resumed["config"], resumed["config"]["preset"]
+            if type(resumed["step"]) is not int or resumed["step"] < 0:
+                raise ValueError(f"step {resumed['step']!r}")
+            run = config_from_dict(type(run), saved["run"])
+            training = config_from_dict(type(training), saved["training"])
+        if asked not in (None, name):
+            raise UserError(f"{source} was trained with --preset {name}, not {asked}")
     begun, run = run, override(run, args)
     if resumed:
         check_split(begun, run)
@@ -92,7 +94,8 @@ def set_up(kind: str, description: str, run: RunConfig, argv: list[str] | None =
         source = f"--init-from {run.init_from}"
         initial = checkpoint.load(run.init_from, kind)
     if known_model := resumed or initial:
-        model = config_from_dict(type(model), known_model["config"]["model"])
+        with reading(source):
+            model = config_from_dict(type(model), known_model["config"]["model"])
         if initial:
             model = begin(model, args, source)
         check_model(model, args, source)

@@ -13,6 +13,7 @@ from equimini.pretrained.published_weights import chosen, load_dino, load_dinov2
 from equimini.pretrained.torchscript import (FeatureDistance, ScriptFeatures, ScriptTeacher,
                                              script_maps)
 from equimini.pretrained.vision_transformer import DinoFeatures, DinoV2Teacher
+from equimini.training.precision import load_optimizer
 from equimini.training.step import Stepper
 from equimini.utils import checkpoint
 from equimini.utils.errors import UserError, first_line
@@ -113,7 +114,7 @@ class Adversary:
         """The inverse of `state`; a checkpoint from before the critic's start has none."""
         if "disc" in state:
             checkpoint.load_weights(self.critic, state["disc"], "last.pt")
-            self.optimizer.load_state_dict(state["disc_optimizer"])
+            load_optimizer(self.optimizer, state["disc_optimizer"])
 
     def carry_over(self, state: dict, path: str) -> None:
         """Begin with the critic of stage 1's checkpoint; its optimizer starts afresh."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from equimini.autoencoder import Tokenizer, TokenizerConfig
 from equimini.utils.command_line import config_from_dict
-from equimini.utils.errors import UserError, first_line
+from equimini.utils.errors import UserError, first_line, reading
 from equimini.utils.files import replacing
 
 FORMAT = 1  # of the dict's layout
@@ -101,15 +101,29 @@ def load(path: Path | str, kind: str) -> dict[str, Any]:
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not an equimini checkpoint (it holds more than tensors and "
                         "plain values, which is not read)") from None
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{path} is damaged or no checkpoint: {first_line(error)}") from None
     if not isinstance(content, dict) or "equimini" not in content:
         raise UserError(f"{path} is not an equimini checkpoint")
     if content["equimini"] != kind:
         raise UserError(f"{path} holds a {content['equimini']}, not a {kind}")
-    if content["format"] != FORMAT:
-        raise UserError(f"{path} has format {content['format']}; this version reads {FORMAT}")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path} has format {content.get('format')}; this version reads {FORMAT}")
+    if not _whole(content):
+        raise UserError(f"{path} is damaged: a tensor in it is more than what is stored of it")
     return content
+
+
+def _whole(values: Any) -> bool:
+    """Whether all tensors in a nest of dicts and lists are dense, and their elements in the file."""
+    if isinstance(values, dict):
+        return all(map(_whole, values.values()))
+    if isinstance(values, (list, tuple)):
+        return all(map(_whole, values))
+    return not isinstance(values, Tensor) or values.layout is torch.strided and (
+        values.numel() * values.element_size() <= values.untyped_storage().nbytes())
 
 
 def missing(path: Path | str, kind: str) -> str:
@@ -127,9 +141,9 @@ def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path
     """Load a state dict strictly; raises UserError naming the file if it does not fit."""
     try:
         module.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:  # what are no weights at all raise many kinds
         raise UserError(f"the weights in {path} do not fit their configuration: "
-                        f"{str(error).splitlines()[1].strip()}") from None
+                        f"{str(error).splitlines()[:2][-1].strip()}") from None
 
 
 def weights_of(content: dict[str, Any], ema: bool, path: Any) -> dict[str, torch.Tensor]:
@@ -142,8 +156,9 @@ def weights_of(content: dict[str, Any], ema: bool, path: Any) -> dict[str, torch
 
 def tokenizer_from_dict(content: dict[str, Any], path: Any, ema: bool = True) -> Tokenizer:
     """The tokenizer of a loaded checkpoint, in eval mode, with the EMA (or the raw) weights."""
-    tokenizer = Tokenizer(config_from_dict(TokenizerConfig, content["config"]["model"]))
-    load_weights(tokenizer, weights_of(content, ema, path), path)
+    with reading(path):
+        tokenizer = Tokenizer(config_from_dict(TokenizerConfig, content["config"]["model"]))
+        load_weights(tokenizer, weights_of(content, ema, path), path)
     return tokenizer.eval().requires_grad_(False)
 
 
@@ -198,14 +213,15 @@ def tokenizer_content(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def tokenizer_inside(content: dict[str, Any], path: Any) -> Tokenizer:
     """The tokenizer that a generator's checkpoint, loaded from `path`, holds or (packed) names."""
-    inside = content["tokenizer"]
+    with reading(path):
+        inside = dict(content["tokenizer"])
+        parts = {"config": {"model": inside.get("config")}, "ema": inside.get("weights")}
     if "file" in inside:
         beside = find(path).with_name(Path(inside["file"]).name)
         if not beside.is_file():
             raise UserError(f"{path} needs its tokenizer beside it; there is no {beside}")
         return load_tokenizer(beside)
-    return tokenizer_from_dict({"config": {"model": inside["config"]},
-                                "ema": inside["weights"]}, path)
+    return tokenizer_from_dict(parts, path)
 
 
 def load_any_tokenizer(path: Path | str, device: str | torch.device = "cpu",

@@ -87,7 +87,7 @@ def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
     """
     before = {f.name: f.metadata["before"] for f in dataclasses.fields(cls)
               if "before" in f.metadata}
-    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+    unknown = sorted(map(str, set(values) - {f.name for f in dataclasses.fields(cls)}))
     if unknown:
         raise UserError(f"the checkpoint's {cls.__name__} has settings that this version does not "
                         f"know ({', '.join(unknown)}); it is from a newer version, or an old one "
@@ -95,7 +95,7 @@ def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
     try:
         return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v
                       for k, v in {**before, **values}.items()})
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"the checkpoint's {cls.__name__} is not valid: {error}") from None
 
 

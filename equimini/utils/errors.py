@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from contextlib import contextmanager
+from typing import Any, Iterator
 
 import torch
 
@@ -24,6 +26,21 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
+@contextmanager
+def reading(path: Any) -> Iterator[None]:
+    """Whatever goes wrong inside does because the file `path` does not hold what it should.
+
+    A damaged file can raise anything; it becomes a UserError that names the file.
+    """
+    try:
+        yield
+    except Exception as error:
+        if in_words(error) is not None:  # the memory is used up, say
+            raise
+        raise UserError(f"{path} is damaged, or not what it should be ({type(error).__name__}: "
+                        f"{first_line(error)})") from error
 
 
 def in_words(error: Exception) -> str | None:

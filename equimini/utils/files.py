@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Iterator
 
 from tqdm import tqdm
 
-from equimini.utils.errors import UserError, first_line
+from equimini.utils.errors import UserError, first_line, reading
 
 try:
     import fcntl
@@ -109,11 +109,17 @@ def claim(folder: Path, plan: dict[str, Any], holds: str, instead: str) -> None:
     holds, instead: words for that message, such as 'latents' and 'choose another --out'.
     """
     path, plan = folder / "plan.json", json.loads(json.dumps(plan))  # tuples become lists
-    before = json.loads(path.read_text()) if path.exists() else plan
+    before = read_plan(path) if path.exists() else plan
     if changed := sorted(k for k in before.keys() | plan.keys() if before.get(k) != plan.get(k)):
         raise UserError(f"{folder} holds {holds} of other settings ({', '.join(changed)}); "
                         f"{instead}")
     write_text(path, json.dumps(plan, indent=1))
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The note of `claim`.  Raises UserError for a damaged one."""
+    with reading(path):
+        return dict(json.loads(path.read_text()))
 
 
 def file_hash(path: Path | str) -> str:

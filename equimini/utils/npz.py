@@ -67,8 +67,17 @@ def open_npz(path: Path | str, what: str) -> np.lib.npyio.NpzFile:
 def map_array(path: Path | str, name: str) -> np.ndarray:
     """An array of an .npz as a memory map, or, where it is compressed, read into memory.
 
-    Raises OSError, ValueError or BadZipFile for a damaged file.
+    Raises OSError, ValueError, KeyError or BadZipFile for a damaged file.
     """
+    try:
+        return _map_array(path, name)
+    except (OSError, KeyError, zipfile.BadZipFile):
+        raise
+    except Exception as error:  # numpy reads a header as Python, and zipfile raises many kinds
+        raise ValueError(first_line(error)) from None
+
+
+def _map_array(path: Path | str, name: str) -> np.ndarray:
     with zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{name}.npy")
         with archive.open(entry) as member:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from equimini.sampling.options import SamplingOptions
-from equimini.sampling.scroll import check_new, load_state, scroll
+from equimini.sampling.scroll import ScrollFolder, check_new, load_state, scroll
 from equimini.utils.errors import UserError
 from equimini.utils.images import to_uint8
 
@@ -85,6 +85,23 @@ def test_a_killed_scroll_goes_on_from_its_last_state(model, labels, tmp_path):
     (tmp_path / "b" / f".tile-000002.png.{2**22 + 1}.tmp").write_bytes(b"half a tile")
     scroll(model, labels[:N], 7, tmp_path / "b", resumed=state, **OPTIONS)
     assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_a_scroll_killed_beside_its_first_tile_goes_on(model, labels, tmp_path, monkeypatch):
+    """The first tile is there, and what it can be continued from is the beginning."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    scroll(model, labels[:N], 7, tmp_path / "a", **OPTIONS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ScrollFolder, "_write_index", interrupt)
+        scroll(model, labels[:N], 7, tmp_path / "b", **OPTIONS)
+    assert (tmp_path / "b/tile-000000.png").exists()
+    scroll(model, labels[:N], 7, tmp_path / "b", resumed=load_state(tmp_path / "b"), **OPTIONS)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_a_finished_scroll_is_prolonged(model, labels, tmp_path):

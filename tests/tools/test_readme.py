@@ -28,7 +28,7 @@ SMALL = {
     "equimini.bench data": "--images 8 --workers 0",
     "equimini.bench attention": "--shape 1 8 2 16 4",
 }
-ELSEWHERE = ("tests/soak/kill_and_resume.py",  # test_scripts.py calls it
+ELSEWHERE = ("tests.soak.kills",  # test_scripts.py calls it
              "equimini.page",  # serves until it is stopped; tests/page
              "pytest")  # this run
 

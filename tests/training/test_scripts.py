@@ -19,8 +19,8 @@ from equimini.training.data import load_data
 from equimini.training.loop import Log
 from equimini.training.options import RunConfig
 from equimini.utils.images import to_float
-from tests.helpers.scripts import (ENDLESS, GENERATOR, ROOT, TOKENIZER, TRAINED, call, command,
-                                   invoke, mistake, process, start)
+from tests.helpers.scripts import (ENDLESS, GENERATOR, TOKENIZER, TRAINED, call, command, invoke,
+                                   mistake, start)
 from tests.method.test_losses import TwoMaps
 
 CACHE = "equimini.training.cache_latents"
@@ -73,9 +73,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs, kind, flags):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_bit_for_bit():
-    """A few kills; `python tests/soak/kill_and_resume.py` does twenty of each script."""
-    process("tests/soak/kill_and_resume.py", "--kills", 2, "--steps", 40, cwd=ROOT)
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    """A few kills; `python -m tests.soak.kills` does thirty of each command."""
+    said = call("tests.soak.kills", "--kills", 2, "--only", "tokenizer", "generator", cwd=tmp_path)
+    assert said.count("kills 2, runs 1") == 2
 
 
 def test_sigterm_writes_a_checkpoint_first(tmp_path):
