@@ -40,10 +40,8 @@ def rasterize(tokens: Tensor, rows: int, layout: str = "columns") -> Tensor:
 
 
 class ReflectPad(torch.autograd.Function):
-    """`reflect_pad`, whose gradient is a copy and two sums of single rows.
-
-    (That of the slices it is made of would be three arrays of zeros as large as the map.)
-    """
+    """`reflect_pad` with its gradient written out: torch's own has no deterministic CUDA kernel, and
+    that of slices would be three arrays of zeros as large as the map."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
@@ -60,11 +58,7 @@ class ReflectPad(torch.autograd.Function):
 
 
 def reflect_pad(x: Tensor, dim: int) -> Tensor:
-    """One reflected row on both sides of `dim` (size ≥ 2).
-
-    Written out, because the backward of torch's own reflection padding has no deterministic CUDA
-    kernel.
-    """
+    """One reflected row on both sides of `dim` (size ≥ 2)."""
     return ReflectPad.apply(x, dim)
 
 

@@ -52,10 +52,8 @@ class PatchGAN(nn.Sequential):
 
 
 class Moved(torch.autograd.Function):
-    """Of each image a piece of height × width, from rows `tops` and columns `lefts` on.
-
-    The gradient is written out: that of a slice would be zeros of the whole size for each image.
-    """
+    """Of each image a piece of height × width, from rows `tops` and columns `lefts` on; with its
+    gradient, since that of a slice would be zeros of the whole size for each image."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, tops: list[int], lefts: list[int], height: int,
