@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import webbrowser
 from dataclasses import dataclass
@@ -46,7 +47,11 @@ def main() -> None:
         if cfg.open:
             webbrowser.open(f"http://127.0.0.1:{server.server_port}/")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
-        server.serve_forever()
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            server.end()
+            os._exit(130)  # Python itself would cut off threads that are within torch, and abort
 
 
 if __name__ == "__main__":

@@ -74,6 +74,11 @@ class Server(ThreadingHTTPServer):
         super().process_request_thread(request, address)
         self.free.release()
 
+    def end(self) -> None:
+        """Wait for the drawing to stop at its next column and to be saved; none begins after it."""
+        while not self.turn.acquire(timeout=0.1):
+            self.studio.stop.set()
+
     def handle_error(self, request: socket.socket, address: Any) -> None:
         """Of a connection that broke: there is nobody to tell."""
 

@@ -5,9 +5,13 @@ import http.client
 import io
 import json
 import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +25,7 @@ from equimini.page.server import Server
 from equimini.sampling.edit import load_tokens
 from equimini.sampling.strip import flat
 from equimini.utils.errors import UserError
-from tests.helpers.scripts import call
+from tests.helpers.scripts import ENVIRONMENT, ROOT, call
 
 QUICK = {"solver": "euler", "steps": 2}
 
@@ -315,6 +319,21 @@ def test_stop_a_closed_tab_and_the_queue(client):
         n = len(client.studio.strip.columns)
         assert len(labels) < n < 4000
     assert client.post("/undo")[1]["labels"] == labels
+
+
+@pytest.mark.slow  # a server of its own
+def test_sigterm_in_the_middle_of_a_drawing(tmp_path):
+    words = [sys.executable, "-m", "equimini.page", "--port", "0", "--out", tmp_path / "page"]
+    begun = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    port = int(re.search(r"http://127.0.0.1:(\d+)/", begun.stdout.readline())[1])
+    server = SimpleNamespace(server_port=port)
+    link, lines = start(SimpleNamespace(server=server, host=f"127.0.0.1:{port}"), columns=4000,
+                        classes=[0] * 4000)
+    lines.readline()
+    begun.terminate()
+    assert begun.wait(60) == 130
+    lines.close(), link.close()
+    assert (tmp_path / "page" / "columns.bin").stat().st_size > 0  # what was drawn is kept
 
 
 def test_a_fault_of_the_program_is_told_and_survived(client, monkeypatch, capfd):
