@@ -68,7 +68,7 @@ class TrainBench(Checked):
     preset: str = flag("base", "generator to train", choices=tuple(PRESETS))
     batch_size: int = flag(0, "images per step; 0: 256 on a GPU, 16 on a CPU", min=0)
     settings: str = flag("", f"any of {', '.join(SETTINGS)}, with commas; empty: plain,fast on a "
-                         "GPU, plain,fused,bf16 on a CPU (where compiling takes minutes)")
+                         "GPU, plain,fused,bf16 on a CPU (where compiling does not pay)")
     steps: int = flag(10, "measured steps of each, after three that are not; the median counts",
                       min=1)
     profile: bool = flag(False, "also print where the time goes: the operators "

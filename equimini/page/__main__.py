@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import webbrowser
 from dataclasses import dataclass
 
@@ -51,6 +52,7 @@ def main() -> None:
             server.serve_forever()
         except KeyboardInterrupt:
             server.end()
+            print("interrupted", file=sys.stderr, flush=True)
             os._exit(130)  # Python itself would cut off threads that are within torch, and abort
 
 

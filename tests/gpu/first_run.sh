@@ -115,7 +115,7 @@ if device == 'cuda':
     sanitize memcheck probe_memcheck tests/gpu/probe.py smoke --device "$DEVICE" $SHORT
     return 1
   fi
-  step variants 200 bash -c variants &  # for part 2, while processors are idle
+  step variants 200 bash -c variants &  # for part 3, while processors are idle
   step sweep 130 "$PYTHON" tests/kernel/test_window_attention.py --cases "$(choose 1600 5)" \
     --longest "$(choose 257 40)" --device "$DEVICE" &
   step elements 90 "$PYTHON" -m pytest -q -p no:cacheprovider -m '' -k 2_31 tests/kernel/test_on_gpu.py &
@@ -131,8 +131,8 @@ if device == 'cuda':
   wait
 }
 # sanitize TOOL NAME FILE…: without torch's own cache, so that what is written beside a tensor is seen.
-# The truth comes from a CPU: on Hopper cuBLAS stores by bulk copies, which initcheck does not see and
-# racecheck fails at.
+# The truth comes from a CPU: on an H200 both initcheck and racecheck stumbled over cuBLAS's products
+# (it may be their bulk stores), and not over our kernels.
 sanitize() {
   local ours=(--kernel-name kns=equimini)
   [ "$1" != initcheck ] && compute-sanitizer --help 2>&1 | grep -q -e --kernel-name || ours=()
