@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +136,16 @@ class History:
 
 def _append(path: Path, data: bytes) -> int:
     """Add bytes to a file, all or none; returns where they begin."""
-    begin = path.stat().st_size
+    begin = -1
     try:
+        begin = path.stat().st_size
         with open(path, "ab") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        os.truncate(path, begin)
+        with suppress(OSError):  # deleted, or read-only: nothing was added
+            os.truncate(path, begin)
         raise UserError(f"cannot write {path}: {first_line(error)}; the strip is as it was "
                         "before") from None
     return begin

@@ -40,6 +40,7 @@ from equimini.utils.command_line import add_flags, output_folder, override, pick
 from equimini.utils.errors import UserError, reading
 from equimini.utils.files import claim, locked, read_plan, replacing, write_text
 from equimini.utils.images import to_float
+from equimini.utils.signals import leave_signals
 
 SHARD = 1024  # images per file
 
@@ -170,7 +171,8 @@ def encode_split(tokenizer: Tokenizer, data: Dataset, split: str, cfg: CacheConf
         if not (path.exists() and label_path.exists()):
             views = Views(data, first, last, cfg.crops, split == "train")
             means, numbers = [], []
-            for images, label in DataLoader(views, cfg.batch_size, num_workers=cfg.workers):
+            for images, label in DataLoader(views, cfg.batch_size, num_workers=cfg.workers,
+                                            worker_init_fn=leave_signals):
                 flat = to_float(images.flatten(0, 1).to(device))
                 means.append(tokenizer.encode(flat).unflatten(0, images.shape[:2]).cpu().numpy())
                 numbers += label.tolist()

@@ -63,4 +63,6 @@ def in_words(error: Exception) -> str | None:
         return TOO_MANY_FILES
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; make room and continue (what was written before is still there)"
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"cannot write {error.filename or 'the output'}: its disk is read-only"
     return None

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Iterator
 
@@ -95,7 +95,8 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
         raise UserError(f"cannot write {path}: {first_line(error)}; what was there before is "
                         "still there") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that has become read-only
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_the_strip_as_it_was(client, tmp_path, monkeypatch):
     client.draw(columns=3, classes=[0] * 3)
     before = [(tmp_path / name).read_bytes() for name in ("columns.bin", "history.jsonl")]
 
-    def full(_):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
@@ -194,6 +194,12 @@ def test_a_full_disk_leaves_the_strip_as_it_was(client, tmp_path, monkeypatch):
     assert status == 400 and "No space left" in answer["error"]
     assert "No space left" in client.draw(columns=2)[-1]["error"]
     assert [(tmp_path / name).read_bytes() for name in ("columns.bin", "history.jsonl")] == before
+    monkeypatch.setattr(os, "truncate", full)  # nor can what was added be cut off
+    assert client.post("/new")[0] == 400
+    for name in ("columns.bin", "history.jsonl"):
+        (tmp_path / name).unlink()
+    status, answer = client.post("/new")
+    assert status == 400 and "No such file" in answer["error"]
 
 
 def test_a_photograph_keeps_its_pixels(client, tmp_path):

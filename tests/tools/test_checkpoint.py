@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,13 +106,16 @@ def test_an_interrupted_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatc
     checkpoint.save(path, "tokenizer", content(tokenizer))
     before = path.read_bytes()
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left"):
         checkpoint.save(path, "tokenizer", content(tokenizer))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["t.pt"]
+    monkeypatch.setattr(Path, "unlink", full)  # as on a disk that has become read-only
+    with pytest.raises(UserError, match="cannot write"):
+        checkpoint.save(path, "tokenizer", content(tokenizer))
 
 
 def test_a_packed_generator_draws_the_same_and_is_small(runs, tmp_path):

@@ -112,7 +112,8 @@ def test_any_error_ends_the_command_and_its_loaders():
     (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "was killed.*--workers 0"),
     (RuntimeError("unable to open shared memory object </torch_7> in read-write mode: Too many "
                   "open files (24)"), "ulimit -n"),
-    (OSError(28, "No space left on device"), "disk is full")))
+    (OSError(28, "No space left on device"), "disk is full"),
+    (OSError(30, "Read-only file system", "last.pt"), "cannot write last.pt.*read-only")))
 def test_errors_of_loader_processes_and_disks_have_a_sentence(error, text):
     assert re.search(text, in_words(error))
     assert in_words(RuntimeError("shapes do not fit")) is None
