@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 STAND_IN = Path(__file__).parent / "cuda_on_cpu"  # headers that are found before CUDA's
 CSRC = Path(__file__).parents[2] / "csrc"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of enum Dtype
+SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 PATHS = ("automatic", "registers", "shared memory", "tensor cores")  # in the order of enum Path
 
 
@@ -135,3 +137,16 @@ def describe(q, k, v, cos, sin, seed, window, dropout_p, scale, **tensors):
     for name, x in {**tensors, "cos": cos, "sin": sin, "seed": seed}.items():
         setattr(p, name, None if x is None else x.data_ptr())
     return held, p
+
+
+def sanitizers() -> list[str]:
+    """The address sanitizer's library and, since Python itself has none, C++'s."""
+    return [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True,
+                           text=True).stdout.strip() for name in ("libasan.so", "libstdc++.so")]
+
+
+def begin_under_sanitizers() -> None:
+    """Start this command again with those loaded before all others, as they have to be."""
+    if "LD_PRELOAD" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {
+            **os.environ, "LD_PRELOAD": " ".join(sanitizers()), "ASAN_OPTIONS": "detect_leaks=0"})

@@ -22,10 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from attention_cases import Case, check_reach, draw_case, draw_inputs, run_case  # noqa: E402
-from emulation import CSRC, DTYPES, PATHS, EmulatedKernels  # noqa: E402
+from emulation import (CSRC, DTYPES, PATHS, SANITIZE, EmulatedKernels,  # noqa: E402
+                       begin_under_sanitizers, sanitizers)
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
-SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 # Several blocks of keys in shared memory, tiles that end in the middle, D of every bucket; for
 # narrow windows sequences of one, two and three stretches, groups beyond the last head.
@@ -173,15 +173,10 @@ def test_faults_are_caught(tmp_path: Path):
 @pytest.mark.slow
 def test_sanitizers():
     """A few cases under the address and undefined-behaviour sanitizers, in a process of its own."""
-    libraries = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True,
-                                text=True).stdout.strip()
-                 for name in ("libasan.so", "libstdc++.so")]  # Python itself has no C++ library
-    if not Path(libraries[0]).exists():
+    if not Path(sanitizers()[0]).exists():
         pytest.skip("g++ has no address sanitizer")
-    result = subprocess.run(
-        [sys.executable, __file__, "--cases", "6", "--sanitize"], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(CSRC.parent), "LD_PRELOAD": " ".join(libraries),
-             "ASAN_OPTIONS": "detect_leaks=0"})
+    result = subprocess.run([sys.executable, __file__, "--cases", "6", "--sanitize"], text=True,
+                            capture_output=True, env={**os.environ, "PYTHONPATH": str(CSRC.parent)})
     assert result.returncode == 0 and "all right" in result.stdout, result.stderr[-3000:]
 
 
@@ -202,13 +197,16 @@ def test_nvcc_compiles_without_spills(tmp_path: Path):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Many random cases of the emulated kernels.")
     parser.add_argument("--cases", type=int, default=100, help="for each kernel family")
-    parser.add_argument("--sanitize", action="store_true", help="needs LD_PRELOAD=libasan.so")
+    parser.add_argument("--first", type=int, default=0, help="number of the first one")
+    parser.add_argument("--sanitize", action="store_true", help="by GCC's sanitizers")
     options = parser.parse_args()
+    if options.sanitize:
+        begin_under_sanitizers()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as build:
         emulated = EmulatedKernels(Path(build), flags=SANITIZE if options.sanitize else ("-O1",))
         for emulated.path in PATHS[1:]:
-            for number in range(options.cases):
+            for number in range(options.first, options.first + options.cases):
                 emulated.library.set_schedule(number)
                 run(small_case(number, emulated.path), emulated)
     print("all right")

@@ -2,7 +2,8 @@
 
 In pytest a few dozen cases; thousands, on any implementation, by one command:
 
-    python tests/kernel/test_window_attention.py --cases 3000 [--device cuda]
+    python tests/kernel/test_window_attention.py --cases 3000 [--device cuda | --sanitize]
+    python tests/kernel/test_window_attention.py --cases 200 --gradcheck
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 from attention_cases import REACH, Case, check_reach, draw_case, draw_inputs, run_case  # noqa: E402
-from emulation import CPUKernels  # noqa: E402
+from emulation import SANITIZE, CPUKernels, begin_under_sanitizers  # noqa: E402
 
 import equimini.attention as module  # noqa: E402
 from equimini.attention import (implementation, keep_mask, reference_backward,  # noqa: E402
@@ -133,11 +136,17 @@ def test_threads(window: int):
     assert all(torch.equal(x, y) for x, y in zip(*results))
 
 
-def test_gradcheck():
-    q, k, v, _, rope, seed, _ = draw_inputs(Case(1, 3, 5, 2, 8, 3, torch.float64, dropout_p=0.3))
-    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+def gradcheck(case: Case) -> None:
+    """Gradients and tangents against finite differences, in float64."""
+    q, k, v, _, rope, seed, _ = draw_inputs(case)
     assert torch.autograd.gradcheck(
-        lambda *x: window_attention(*x, 3, rope=rope, dropout_p=0.3, seed=seed), inputs)
+        lambda *x: window_attention(*x, case.window, rope=None if rope[0] is None else rope,
+                                    dropout_p=case.dropout_p, seed=seed),
+        [x.detach().clone().requires_grad_() for x in (q, k, v)], check_forward_ad=True)
+
+
+def test_gradcheck():
+    gradcheck(Case(1, 3, 5, 2, 8, 3, torch.float64, dropout_p=0.3))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
@@ -498,15 +507,30 @@ def test_cuda_stream(device: str):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Many random cases of windowed attention.")
     parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0, help="number of the first one")
+    parser.add_argument("--gradcheck", action="store_true", help="derivatives, in float64")
+    parser.add_argument("--sanitize", action="store_true", help="C++, by GCC's sanitizers")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--longest", type=int, default=257, help="most tokens in a case")
     parser.add_argument("--judge-device", help="where the truth is computed [--device]")
     options = parser.parse_args()
-    print(f"{options.cases} cases on {options.device}: {implementation(options.device)}")
-    for case in CHOSEN:
-        if case.dtype in device_dtypes(options.device):
+    if options.sanitize:
+        begin_under_sanitizers()
+    numbers = range(options.first, options.first + options.cases)
+    if options.gradcheck:
+        for number in numbers:
+            case = draw_case(random.Random(number), (torch.float64,), 9)
+            gradcheck(replace(case, h=min(case.h, 2), d=8, spread=1.0))
+    elif options.sanitize:
+        with tempfile.TemporaryDirectory() as build:
+            kernels = CPUKernels(Path(build), "native", SANITIZE)
+            for number in numbers:
+                run_case(draw_case(random.Random(number), ALL, options.longest), kernels.forward,
+                         kernels.backward)
+    else:
+        dtypes = device_dtypes(options.device)
+        print(f"{options.cases} cases on {options.device}: {implementation(options.device)}")
+        for case in [case for case in CHOSEN if case.dtype in dtypes] + [
+                draw_case(random.Random(number), dtypes, options.longest) for number in numbers]:
             run(case, options.device, options.judge_device)
-    for number in range(options.cases):
-        run(draw_case(random.Random(number), device_dtypes(options.device), options.longest),
-            options.device, options.judge_device)
     print("all right")

@@ -1,18 +1,14 @@
-"""What the soak commands share: a folder that a later call continues in, and a line of figures."""
+"""What the soak commands share: counts that a later call continues, figures, requests."""
 
 from __future__ import annotations
 
+import http.client
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from equimini.utils.files import write_text
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
-               "OMP_NUM_THREADS": "1"}
 
 
 class Progress:
@@ -40,3 +36,16 @@ def figures(what: str, begun: float, **numbers: Any) -> None:
     """The line that a soak ends with: the date, what, and how much of it."""
     shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in numbers.items())
     print(f"{time.strftime('%Y-%m-%d')} {what}: {shown}; {time.time() - begun:.0f} s", flush=True)
+
+
+def ask(host: str, method: str, path: str, fields: dict | None = None) -> tuple[int, bytes]:
+    """Status and body of a page's answer; (0, b"") where it has no connection free."""
+    link = http.client.HTTPConnection(host, timeout=120)
+    try:
+        link.request(method, path, None if fields is None else json.dumps(fields))
+        answer = link.getresponse()
+        return answer.status, answer.read()
+    except (OSError, http.client.HTTPException):
+        return 0, b""
+    finally:
+        link.close()

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import random
 import resource
@@ -26,8 +25,11 @@ import tempfile
 import time
 import traceback
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,55 +118,42 @@ def told(error: BaseException) -> bool:
     return text is not None and text != OUT_OF_MEMORY and len(text.splitlines()) == 1
 
 
-def work(target: Target, first: int, until: float, folder: Path, note: Callable) -> None:
-    """Cases one after another, in a process of its own."""
+def prepare(target: Target) -> None:
+    """In the process that runs cases: the alarm, the limit, and what the undamaged files give."""
     signal.signal(signal.SIGALRM, alarm)
     warnings.simplefilter("ignore")
     status = Path("/proc/self/status").read_text()
     used = 1024 * int(status.split("VmData:")[1].split()[0])
     resource.setrlimit(resource.RLIMIT_DATA, (used + BYTES,) * 2)
-    watch, case = Watch(), first
-    target.right = target.check() if target.checked else None
-    while time.time() < until:
-        note(case, "begun", "")
-        try:
-            note(case, try_case(target, case, folder, watch), "")
-        except TooLong if not target.mutated else ():  # a command may ask for much
-            note(case, "long", "")
-        except (Exception, TooLong, SystemExit):
-            note(case, "fault", traceback.format_exc())
-        case += 1
+    target.right, target.watch = target.check() if target.checked else None, Watch()
+    prepare.target = target
+
+
+def one(case: int, folder: Path) -> tuple[str, str]:
+    """'right', 'told', 'long' or 'fault', and of a fault the traceback."""
+    target = prepare.target
+    try:
+        return try_case(target, case, folder, target.watch), ""
+    except TooLong if not target.mutated else ():  # a command may ask for much
+        return "long", ""
+    except (Exception, TooLong, SystemExit):
+        return "fault", traceback.format_exc()
 
 
 def soak(target: Target, seconds: float, out: Path, progress: Progress, folder: Path) -> None:
     """Run cases of one kind; where the process itself dies, note it and take the next case."""
-    until, places = time.time() + seconds, set()
+    until, places, pool = time.time() + seconds, set(), None
     while time.time() < until:
-        receive, send = os.pipe()
-        if not (child := os.fork()):
-            os.close(receive)
-            with os.fdopen(send, "w", buffering=1) as pipe:
-                work(target, progress[target.name], until, folder,
-                     lambda *what: print(json.dumps(what), file=pipe))
-            os._exit(0)
-        os.close(send)
-        ended = True
-        with os.fdopen(receive) as pipe:
-            for line in pipe:
-                case, what, text = json.loads(line)
-                if not (ended := what != "begun"):
-                    continue
-                progress.add(target.name)
-                progress.add(f"{target.name} {what}")
-                if what == "fault":
-                    report(target, case, text, out, places)
-        status = os.waitpid(child, 0)[1]
-        if status and not ended:
-            report(target, case, f"the process died, status {status}", out, places)
-            progress.add(target.name)
-            progress.add(f"{target.name} fault")
-        elif status:
-            raise SystemExit(f"{target.name}: the process could not start its cases")
+        pool = pool or ProcessPoolExecutor(1, get_context("fork"), prepare, (target,))
+        case = progress[target.name]
+        try:
+            what, text = pool.submit(one, case, folder).result()
+        except BrokenProcessPool:
+            what, text, pool = "fault", "the process died", None
+        progress.add(target.name)
+        progress.add(f"{target.name} {what}")
+        if what == "fault":
+            report(target, case, text, out, places)
     progress.save()
 
 

@@ -1,302 +1,151 @@
-"""Kill real commands with SIGKILL at random moments, start them again, and compare.
+"""Kill or disturb real commands at random moments, start them again, and compare their files.
 
-    python -m tests.soak.kills --kills 30                   # of each; continues in soak/kills.json
-    python -m tests.soak.kills --kills 2 --only tokenizer scroll
+    python -m tests.soak.kills --times 30 --what killed     # of each; continues in soak/kills.json
+    python -m tests.soak.kills --only tokenizer scroll        # each kind of trouble once
 
-A command that was killed again and again must end with the same files as one that was left alone,
-bit for bit (wall-clock figures excepted), and leave nothing behind.  Of the page, which is killed
-while it draws, the strip must be that of an undisturbed server, up to some whole part.
+A command of tests/soak/jobs.py is killed (SIGKILL), stopped for a minute, interrupted twice in a
+row, loses a process that loads pictures, finds its folder deleted, its disk read-only (both disks
+need root), or full: a disk with room for one write more at each start.  But for the first two it
+must end with one sentence.  Started again it must end with the files of one that was left alone,
+bit for bit (wall-clock figures excepted), and leave nothing behind.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
-import json
 import os
 import random
-import runpy
 import shutil
 import signal
 import subprocess
-import sys
-import tarfile
 import time
-import traceback
+from contextlib import ExitStack
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
+from tests.soak.common import Progress, figures
+from tests.soak.jobs import (Job, at_work, compare, family, finish, make_jobs, must_end_with, said,
+                             send, start)
 
-from equimini.page.history import History
-from tests.evaluate.test_evaluate import TinyNet
-from tests.helpers.scripts import GENERATOR, TOKENIZER, call
-from tests.soak.common import ENVIRONMENT, ROOT, Progress, figures
-
-EVERY = ["--val-every", "7", "--preview-every", "10", "--deterministic"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-TIMES = ("images_per_s", "built")  # what may differ
-ORDER = {"columns": 256, "classes": [0] * 256, "seed": 3, "steps": 2}  # of the page
 PER_RUN = 8  # kills of a run, after which it may end
-INDEX = """import sys, equimini.training.index as index
-index.SMALL, index.PAUSE = 0, 0.1
-index.open_source("many.tar", sys.argv[2])"""
+BLOCK, WRITES = 4096, 30  # bytes of a tmpfs's blocks; steps in which it grows to what a run needs
+TROUBLES = ("killed", "stopped", "interrupted", "loader killed", "folder deleted", "read-only",
+            "disk full")
 
 
-class Job(NamedTuple):
-    """words: of a fresh start, in front of --out; again: where the file `there` is, instead."""
-
-    words: list[str]
-    again: list[str] | None = None
-    there: str = "last.pt"
-
-
-def make_jobs(folder: Path) -> dict[str, Job]:
-    """What the jobs run; the models and files that they need are made once."""
-    if not (folder / "many.tar").exists():
-        call("train_tokenizer.py", *TOKENIZER, "--steps", 6, "--overwrite", cwd=folder)
-        call("train_generator.py", *GENERATOR, "--steps", 6, "--overwrite", cwd=folder)
-        torch.jit.script(TinyNet()).save(str(folder / "net.pt"))
-        call("equimini.training.cache_latents", "--images", 64, "--workers", 0, "--out", "cached",
-             cwd=folder)
-        with tarfile.open(folder / "making.tar", "w") as archive:
-            for k in range(20_000):
-                archive.addfile(tarfile.TarInfo(f"{k % 10}/{k}.png"))
-        os.utime(folder / "making.tar", (0, 0))  # long ago: its index is trusted
-        (folder / "making.tar").rename(folder / "many.tar")
-    tokenizer, generator = str(ROOT / "train_tokenizer.py"), str(ROOT / "train_generator.py")
-    steps = ["--steps", "40"]
-    checkpoint = ["--checkpoint", "runs/generator/last.pt", "--steps", "1"]
-    scroll = [str(ROOT / "sample.py"), *checkpoint, "--scroll", "1500", "--tile-columns", "50",
-              "--classes", "0:30,1:20"]
-    return {
-        "tokenizer": Job([tokenizer, *TOKENIZER, *EVERY, *steps], [tokenizer, "--resume"]),
-        "generator": Job([generator, *GENERATOR, *EVERY, *steps], [generator, "--resume"]),
-        "generator from latents": Job(
-            [generator, *GENERATOR, *EVERY, *steps, "--latents", "cached"], [generator, "--resume"]),
-        "generator in 2 processes": Job([*TORCHRUN, generator, *GENERATOR, *EVERY, *steps],
-                                        [*TORCHRUN, generator, "--resume"]),
-        "cache_latents": Job(["-m", "equimini.training.cache_latents", "--workers", "0"]),
-        "evaluate": Job(["-m", "equimini.evaluate", "generator", *checkpoint, "--network", "net.pt",
-                         "--cfg", "1,2", "--n", "600", "--workers", "0", "--cache", "features"]),
-        "scroll": Job(scroll, [*scroll, "--resume"], "state.pt"),
-        "index": Job(["-c", INDEX])}
+def disturb(what: str, process: BaseProcess, out: Path, pause: float) -> int:
+    """Let it happen to a run; returns the exit code that it must have."""
+    match what:
+        case "killed":
+            send(process, signal.SIGKILL)
+            return -signal.SIGKILL
+        case "stopped":
+            send(process, signal.SIGSTOP)
+            time.sleep(pause)
+            send(process, signal.SIGCONT)
+            return 0
+        case "interrupted":
+            send(process, signal.SIGINT)
+            time.sleep(random.uniform(0, 0.3))
+            send(process, signal.SIGINT)
+            return 130
+        case "loader killed":
+            while len(found := family(process.pid)) < 2 and process.is_alive():
+                time.sleep(0.01)
+            for loader in found[1:2]:
+                os.kill(loader, signal.SIGKILL)
+        case "folder deleted":
+            shutil.rmtree(out, ignore_errors=True)
+        case "read-only":
+            while not remount(out, "ro"):
+                pass  # a file is open to be written
+    return 2
 
 
-class Running:
-    """A command in a process that is forked from this one, which has imported torch already."""
-
-    def __init__(self, job: Job, out: Path) -> None:
-        words = job.again if job.again and (out / job.there).exists() else job.words
-        self.said, self.code = out.parent / "said.txt", None
-        if not (pid := os.fork()):
-            try:
-                os.setsid()
-                os.chdir(out.parent)
-                said = os.open(self.said, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-                os.dup2(said, 1), os.dup2(said, 2)
-                os._exit(run([*words, "--out", out.name]))
-            finally:
-                os._exit(1)
-        self.pid = pid
-
-    def poll(self) -> int | None:
-        """The exit code, once it has ended."""
-        if self.code is None and (found := os.waitpid(self.pid, os.WNOHANG))[0]:
-            self.code = os.waitstatus_to_exitcode(found[1])
-        return self.code
-
-    def kill(self) -> None:
-        try:
-            os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it has no group of its own yet
-            os.kill(self.pid, signal.SIGKILL)
-        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+def remount(out: Path, how: str) -> bool:
+    return not subprocess.run(["mount", "-o", f"remount,{how}", out],
+                              capture_output=True).returncode
 
 
-def run(words: list[str]) -> int:
-    """Python's command line in this process; returns the exit code."""
-    if words[:2] == TORCHRUN[:2]:
-        os.execve(sys.executable, [sys.executable, *words], ENVIRONMENT)
-    sys.argv = words[words[0] == "-m":] if words[0] != "-c" else ["-c", *words[2:]]
-    try:
-        if words[0] == "-c":
-            exec(words[1], {"__name__": "__main__"})
-        elif words[0] == "-m":
-            runpy.run_module(words[1], run_name="__main__")
-        else:
-            runpy.run_path(words[0], run_name="__main__")
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
+def applies(what: str, name: str, job: Job) -> bool:
+    """Whether a command can meet this: not all have loaders, and torchrun answers for its own."""
+    return (what != "loader killed" or "--workers" in job.words) and (
+        what in ("killed", "stopped") or "processes" not in name)
 
 
-def changed(out: Path) -> int:
-    """The latest change of anything in a folder, nanoseconds; 0 where there is none."""
-    times = [0]
-    for path in [out, *out.rglob("*")]:
-        try:
-            times.append(path.stat().st_mtime_ns)
-        except OSError:  # renamed meanwhile
-            pass
-    return max(times)
+def befall(what: str, job: Job, out: Path, seconds: float, pause: float, times: int,
+           draw: random.Random) -> int:
+    """A run in which it happens, so many times at most; returns how often it did."""
+    happened, disturbed = 0, job
+    if what in ("interrupted", "loader killed") and "--workers" in job.words:
+        disturbed = job._replace(words=[*job.words, "--workers", "2"])
+    while happened < times:
+        process = at_work(disturbed, out, seconds, draw, early=what == "killed")
+        if not process.is_alive():
+            must_end_with(process, out, 0)
+            return happened
+        must_end_with(process, out, 0, disturb(what, process, out, pause))  # 0: close to its end
+        happened += 1
+        if what == "read-only":
+            must_end_with(start(job, out), out, 2)
+            remount(out, "rw")
+    finish(job, out)
+    return happened
 
 
-def finish(job: Job, out: Path) -> float:
-    """Let it end, which it must; returns the seconds since it first wrote something."""
-    before, process, begun = changed(out), Running(job, out), None
-    while process.poll() is None:
-        begun = begun or (time.time() if changed(out) != before else None)
-        time.sleep(0.02)
-    if process.code:
-        raise SystemExit(f"a run failed:\n{process.said.read_text()}")
-    return time.time() - (begun or time.time())
+def fill(job: Job, out: Path, needed: int) -> int:
+    """Start again and again on a disk that grows; returns how many starts found it full."""
+    for starts in range(10 * WRITES):
+        remount(out, f"size={BLOCK + starts * max(BLOCK, needed // WRITES)}")
+        must_end_with(process := start(job, out), out, 0, 2)
+        if process.exitcode == 0:
+            return starts
+    raise SystemExit(f"with ten times the room it still ends with {said(out)}")
 
 
-def kill(job: Job, out: Path, seconds: float, draw: random.Random) -> bool:
-    """Start it and kill it, mostly while it works; False if it ended before."""
-    before, process, begun = changed(out), Running(job, out), time.time()
-    early = draw.random() < 0.1
-    while not early and process.poll() is None and changed(out) == before:
-        time.sleep(0.01)
-    time.sleep(draw.uniform(0, time.time() - begun if early else 0.6 * seconds))
-    alive = process.poll() is None
-    if alive:
-        process.kill()
-    elif process.code:
-        raise SystemExit(f"after a kill it ends with exit code {process.code}:\n"
-                         f"{process.said.read_text()}")
-    return alive
-
-
-def differences(a: Any, b: Any, name: str = "") -> list[str]:
-    """Names of all entries in which two nests differ."""
-    if isinstance(a, (torch.Tensor, np.ndarray)):
-        same = type(a) is type(b) and np.array_equal(np.asarray(a), np.asarray(b), a.dtype in (
-            torch.float32, np.float32))
-        return [] if same else [name]
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [d for k in a.keys() - TIMES for d in differences(a[k], b[k], f"{name}.{k}")]
-    if isinstance(a, (list, tuple)) and type(a) is type(b) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{name}.{i}")]
-    return [] if a == b else [name]
-
-
-def content(path: Path, out: str) -> Any:
-    """What is compared of a file."""
-    match path.suffix:
-        case ".pt":
-            found = torch.load(path, weights_only=True)
-            [found.pop(name, None) for name in ("config", "settings")]  # hold the folder's name
-            return found
-        case ".npz":
-            with np.load(path) as file:
-                found = {name: file[name] for name in file.files}
-            about = found.get("about")  # JSON, of an index
-            return found if about is None else found | {"about": json.loads(about.tobytes())}
-        case ".jsonl":
-            return [json.loads(line) for line in path.read_text().splitlines()]
-        case ".png":
-            return np.asarray(Image.open(path))
-    return path.read_bytes().replace(out.encode(), b"OUT")
-
-
-def compare(whole: Path, killed: Path) -> list[str]:
-    """Everything in which two output folders differ; leftovers of dead processes, too."""
-    names = [{str(p.relative_to(out)) for p in out.rglob("*")} for out in (whole, killed)]
-    if names[0] != names[1]:
-        return [f"files {names[0] ^ names[1]}"]
-    return [d for name in sorted(names[0]) if (whole / name).is_file() for d in differences(
-        *(content(out / name, out.name) for out in (whole, killed)), name)]
-
-
-def soak(name: str, job: Job, kills: int, folder: Path, done: Progress,
-         draw: random.Random) -> None:
-    """Runs that are killed until there were so many kills."""
-    whole, killed = folder / "whole", folder / "killed"
-    for path in (whole, killed, folder / "features"):
-        shutil.rmtree(path, ignore_errors=True)
-    seconds = finish(job, whole)
-    while done[name] < kills:
-        for path in (killed, folder / "features"):
-            shutil.rmtree(path, ignore_errors=True)
-        now = 0
-        while now < min(PER_RUN, kills - done[name]) and kill(job, killed, seconds, draw):
-            now += 1
-        finish(job, killed)
-        if found := compare(whole, killed):
-            raise SystemExit(f"{name}: after {now} kills these differ: {', '.join(found[:10])}")
-        done.add(name, now)
-        done.add(f"{name}, runs")
+def soak(name: str, what: str, job: Job, folder: Path, seconds: float, args: argparse.Namespace,
+         done: Progress) -> None:
+    """Runs until it happened so many times."""
+    whole, out, key = folder / "whole", folder / "killed", f"{name}, {what}"
+    needed = sum(path.stat().st_size for path in whole.rglob("*"))
+    while (left := args.times - done[key]) > 0:
+        shutil.rmtree(out, ignore_errors=True)
+        with ExitStack() as disk:
+            if what in ("read-only", "disk full"):
+                out.mkdir()
+                subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", out], check=True)
+                disk.callback(subprocess.run, ["umount", "-l", out], check=True)
+            happened = fill(job, out, needed) if what == "disk full" else befall(
+                what, job, out, seconds, args.pause, min(left, PER_RUN if what == "killed" else 1),
+                random.Random(f"{args.seed} {key} {done[key]}"))
+            if found := compare(whole, out):
+                raise SystemExit(f"{key}, {happened} times; these differ: {', '.join(found[:10])}")
+        done.add(key, happened)
+        done.add(f"{key}, runs")
         done.save()
-
-
-def page(kills: int, folder: Path, done: Progress, draw: random.Random) -> None:
-    """Kill the server while it draws 256 columns; the strip must be a part of what it draws."""
-    from equimini import load_generator
-    from equimini.sampling.strip import row_type
-    row, out = row_type(load_generator(folder / "runs/generator/last.pt")), folder / "strip"
-    words = [sys.executable, "-m", "equimini.page", "--checkpoint", "runs/generator/last.pt",
-             "--port", "0", "--out", "strip"]
-    whole, seconds = None, 30.0
-    while whole is None or done["page"] < kills:
-        server = subprocess.Popen(words, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE,
-                                  text=True)
-        host = server.stdout.readline().split("/")[2]
-        state = ask(host, "GET", "/state")
-        ask(host, "POST", f"/new?version={state['version']}", "{}")
-        link = http.client.HTTPConnection(host, timeout=60)
-        begun = time.time()
-        link.request("POST", "/draw", json.dumps(ORDER))
-        if whole is None:
-            link.getresponse().read()
-            seconds = time.time() - begun
-        else:
-            time.sleep(draw.uniform(0, seconds))
-            done.add("page")
-        server.kill()
-        server.wait()
-        link.close()
-        strip = History(out, row)
-        whole = strip.columns if whole is None else whole
-        n = len(strip.columns)
-        same = strip.columns["token"].tobytes() == whole["token"][:n].tobytes()
-        if len(whole) != 256 or n % 64 or not same or (
-                n == 256 and strip.columns.tobytes() != whole.tobytes()):
-            raise SystemExit(f"page: after a kill the strip of {n} columns is another one")
-        done.add("page, columns", n)
-    done.save()
-
-
-def ask(host: str, method: str, path: str, body: str | None = None) -> Any:
-    link = http.client.HTTPConnection(host, timeout=60)
-    link.request(method, path, body)
-    return json.loads(link.getresponse().read())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=30, help="of each command [30]")
+    parser.add_argument("--times", type=int, default=1, help="of each [1]")
+    parser.add_argument("--what", nargs="*", default=TROUBLES, help="of these [all]")
     parser.add_argument("--only", nargs="*", help="these commands [all]")
+    parser.add_argument("--pause", type=float, default=60, help="seconds that it is stopped [60]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments [0]")
     parser.add_argument("--out", type=Path, default=Path("soak"), help="counts are kept here")
     args = parser.parse_args()
     done = Progress(args.out.resolve() / "kills.json")
     folder = args.out.resolve() / "kills"
-    folder.mkdir(exist_ok=True)
-    jobs: dict[str, Job | None] = {**make_jobs(folder), "page": None}
-    for what in args.only or jobs:
-        begun, draw = time.time(), random.Random(f"{args.seed} {what} {done[what]}")
-        if job := jobs[what]:
-            soak(what, job, args.kills, folder, done, draw)
-        else:
-            page(args.kills, folder, done, draw)
-        figures(f"kills, {what}", begun, kills=done[what], runs=done[f"{what}, runs"])
+    jobs = make_jobs(folder)
+    for name in args.only or jobs:
+        shutil.rmtree(folder / "whole", ignore_errors=True)
+        seconds = finish(jobs[name], folder / "whole")
+        for what in args.what:
+            if applies(what, name, jobs[name]):
+                begun = time.time()
+                soak(name, what, jobs[name], folder, seconds, args, done)
+                figures(f"{name}, {what}", begun, times=done[f"{name}, {what}"],
+                        runs=done[f"{name}, {what}, runs"])
 
 
 if __name__ == "__main__":

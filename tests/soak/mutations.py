@@ -45,20 +45,13 @@ def in_zip(draw: random.Random, data: bytes) -> bytes:
     """A zip with one member changed, left out, doubled or renamed; its checksums are right."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [(info.filename, archive.read(info)) for info in archive.infolist()]
-    k = draw.randrange(len(members))
+    k, written = draw.randrange(len(members)), io.BytesIO()
     name, content = members[k]
-    match draw.randrange(8):
-        case 0:
-            del members[k]
-        case 1:
-            members.append((name, damage(draw, content)))
-        case 2:
-            members[k] = draw.choice((name[:-1], "../" + name, name.upper(), "x")), content
-        case 3:  # the first bytes of a member say what it is
-            members[k] = name, damage(draw, content[:128]) + content[128:]
-        case _:
-            members[k] = name, damage(draw, content)
-    written = io.BytesIO()
+    other = draw.choice((name[:-1], "../" + name, name.upper(), "x"))
+    head = damage(draw, content[:128]) + content[128:]  # the first bytes say what it is
+    whole = name, damage(draw, content)
+    members[k:k + 1] = draw.choice(([], [members[k], whole], [(other, content)], [(name, head)],
+                                    [whole], [whole], [whole], [whole]))
     how = draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
     with zipfile.ZipFile(written, "w", how) as archive:
         for name, content in members:

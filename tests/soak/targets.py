@@ -50,12 +50,12 @@ TEXTS = (
 @dataclass
 class Target:
     """One kind.  files: a folder that each case gets a copy of; mutated: names in it of which one
-    is changed ((): a command line is made instead); use: called in that folder; checked: changed
+    is changed (none: a command line is made instead); use: called in that folder; checked: changed
     bytes must be noticed, or not matter."""
 
     name: str
     files: Path
-    mutated: tuple[str, ...]
+    mutated: list[str]
     mutations: tuple[Callable, ...]
     use: Callable[..., Any]
     checked: bool = False
@@ -113,63 +113,59 @@ def make_targets(folder: Path) -> dict[str, Target]:
         history.edit(k, 0, np.zeros(3, ROW), joined=k == 2, seed=k)
     history.undo(), history.redo()
 
-    def part(name: str, *names: str) -> Path:
-        """A folder with these of the files."""
-        for each in names:
+    targets: dict[str, Target] = {}
+
+    def add(name: str, names: str, mutated: str | list[str], mutations: tuple[Callable, ...],
+            use: Callable[..., Any], checked: bool = False) -> None:
+        """A kind whose cases get a folder with `names`."""
+        for each in names.split():
             (target := folder / name / each).parent.mkdir(parents=True, exist_ok=True)
             (shutil.copytree if (made / each).is_dir() else shutil.copy2)(made / each, target)
-        return folder / name
+        targets[name] = Target(name, folder / name, mutated.split() if isinstance(mutated, str)
+                               else mutated, mutations, use, checked)
+
+    def resume(script: Any) -> Callable[[], int]:
+        return lambda: script.main(["--resume", "--steps", "7"]) or 1
 
     model, tokenizer = load_generator(made / "generator.pt"), load_tokenizer(made / "tokenizer.pt")
     pt, packed = (damage, in_zip, in_checkpoint, in_checkpoint), (damage, in_zip, in_zip)
+    text, mixed = (damage, in_json), (damage, inside)
     latents = [f"latents/{p.name}" for p in sorted((made / "latents").iterdir())]
-    targets = [
-        Target("generator", part("a", "generator.pt"), ("generator.pt",), pt, draw_picture, True),
-        Target("tokenizer", part("b", "tokenizer.pt"), ("tokenizer.pt",), pt, decode, True),
-        Target("resumed tokenizer", part("c", "runs/tokenizer"), ("runs/tokenizer/last.pt",), pt,
-               lambda: train_tokenizer.main(["--resume", "--steps", "7"]) or 1),
-        Target("resumed generator", part("d", "runs"), ("runs/generator/last.pt",), pt,
-               lambda: train_generator.main(["--resume", "--steps", "7"]) or 1),
-        Target("log", part("d2", "runs"), ("runs/generator/log.jsonl",), (damage, in_json),
-               lambda: train_generator.main(["--resume", "--steps", "7"]) or 1),
-        Target("token file", part("e", "tokens.pt"), ("tokens.pt",), pt,
-               lambda: sha(open_picture("tokens.pt", model, 0)[1]), True),
-        Target("foreign", part("f", "new.ckpt", "old.ckpt"), ("new.ckpt", "old.ckpt"),
-               packed_or(damage), convert),
-        Target("statistics", part("g", "s"), ("s/s.npz", "s/p.npz"), packed, read_npz),
-        Target("archive", part("h", "x.tar", "x.zip"), ("x.tar", "x.zip"), packed_or(damage),
-               read_archives),
-        Target("index", part("i", "x.tar", "index"), (f"index/{kept}",), packed,
-               lambda: read_all(index.open_source("x.tar", "index"))),
-        Target("latents", part("j", "latents"), tuple(latents), (damage, json_or(damage)),
-               lambda: [CachedLatents("latents", split, tokenizer, 0)[0, 0]
-                        for split in ("train", "val")]),
-        Target("cache", part("k", "latents", "tokenizer.pt", "pictures"), tuple(latents),
-               (damage, json_or(damage)), lambda: cache_latents.encode(cache_latents.CacheConfig(
-                   out="latents", tokenizer="tokenizer.pt", data="pictures", workers=0,
-                   val_fraction=0.4)) or 1),
-        Target("scroll", part("l", "walk", "generator.pt"), ("walk/state.pt",), pt,
-               lambda: sample.main([*SCROLL.split(), "--scroll", "14", "--resume"]) or 1),
-        Target("strip", part("m", "strip"), ("strip/history.jsonl", "strip/columns.bin"),
-               (damage, json_or(damage)), read_strip),
-        Target("picture", part("n", "pictures"), tuple(f"pictures/{k % 2}/{k}.{e}" for k, e in (
-            (0, "png"), (2, "jpg"), (4, "webp"))), (damage,), read_pictures),
-        Target("command line", part("o", "generator.pt", "tokenizer.pt", "s", "pictures"), (),
-               (command,), run_command)]
-    return {target.name: target for target in targets}
+    add("generator", "generator.pt", "generator.pt", pt, draw_picture, True)
+    add("tokenizer", "tokenizer.pt", "tokenizer.pt", pt, decode, True)
+    add("resumed tokenizer", "runs/tokenizer", "runs/tokenizer/last.pt", pt,
+        resume(train_tokenizer))
+    add("resumed generator", "runs", "runs/generator/last.pt", pt, resume(train_generator))
+    add("log", "runs", "runs/generator/log.jsonl", text, resume(train_generator))
+    add("token file", "tokens.pt", "tokens.pt", pt,
+        lambda: sha(open_picture("tokens.pt", model, 0)[1]), True)
+    add("foreign", "new.ckpt old.ckpt", "new.ckpt old.ckpt", mixed, convert)
+    add("statistics", "s", "s/s.npz s/p.npz", packed, read_npz)
+    add("archive", "x.tar x.zip", "x.tar x.zip", mixed, read_archives)
+    add("index", "x.tar index", f"index/{kept}", packed,
+        lambda: read_all(index.open_source("x.tar", "index")))
+    add("latents", "latents", latents, mixed, lambda: [
+        CachedLatents("latents", split, tokenizer, 0)[0, 0] for split in ("train", "val")])
+    add("cache", "latents tokenizer.pt pictures", latents, mixed,
+        lambda: cache_latents.encode(cache_latents.CacheConfig(
+            out="latents", tokenizer="tokenizer.pt", data="pictures", workers=0,
+            val_fraction=0.4)) or 1)
+    add("scroll", "walk generator.pt", "walk/state.pt", pt,
+        lambda: sample.main([*SCROLL.split(), "--scroll", "14", "--resume"]) or 1)
+    add("strip", "strip", "strip/history.jsonl strip/columns.bin", mixed, read_strip)
+    add("picture", "pictures", "pictures/0/0.png pictures/0/2.jpg pictures/0/4.webp", (damage,),
+        read_pictures)
+    add("command line", "generator.pt tokenizer.pt s pictures", "", (command,), run_command)
+    return targets
 
 
 SCROLL = "--checkpoint generator.pt --steps 1 --tile-columns 4 --out walk --classes 0:2,1:2"
 
 
-def packed_or(other: Callable) -> tuple[Callable, ...]:
-    """Changes inside a zip, and of bytes where the file is none."""
-    return damage, lambda draw, data: (in_zip if data[:2] == b"PK" else other)(draw, data)
-
-
-def json_or(other: Callable) -> Callable:
-    return lambda draw, data: (in_json if data[:1] in (b"{", b"[") else
-                               in_zip if data[:2] == b"PK" else other)(draw, data)
+def inside(draw: random.Random, data: bytes) -> bytes:
+    """A change inside a zip or JSON; of bytes where the file is neither."""
+    return (in_json if data[:1] in (b"{", b"[") else in_zip if data[:2] == b"PK" else
+            damage)(draw, data)
 
 
 def draw_picture() -> str:

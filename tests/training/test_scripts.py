@@ -75,8 +75,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs, kind, flags):
 @pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     """A few kills; `python -m tests.soak.kills` does thirty of each command."""
-    said = call("tests.soak.kills", "--kills", 2, "--only", "tokenizer", "generator", cwd=tmp_path)
-    assert said.count("kills 2, runs 1") == 2
+    said = call("tests.soak.kills", "--times", 2, "--what", "killed", "--only", "tokenizer",
+                "generator", cwd=tmp_path)
+    assert said.count("times 2, runs 1") == 2
 
 
 def test_sigterm_writes_a_checkpoint_first(tmp_path):

@@ -1,0 +1,198 @@
+"""Real commands at small sizes, run in processes that can be disturbed, and their files compared."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import sys
+import tarfile
+import time
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from equimini.training import index
+from equimini.utils import command_line
+from tests.evaluate.test_evaluate import TinyNet
+from tests.helpers.scripts import ENVIRONMENT, GENERATOR, ROOT, TOKENIZER, call
+
+EVERY = ["--val-every", "7", "--preview-every", "10", "--deterministic"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TIMES = ("images_per_s", "built")  # what may differ
+
+
+class Job(NamedTuple):
+    """words: of a fresh start, OUT for its folder; again: where the file `there` is, instead."""
+
+    words: list[str]
+    again: list[str] | None = None
+    there: str = "last.pt"
+
+
+def make_jobs(folder: Path) -> dict[str, Job]:
+    """What the jobs run; the models and files that they need are made once."""
+    if not (folder / "many.tar").exists():
+        folder.mkdir(exist_ok=True)
+        call("train_tokenizer.py", *TOKENIZER, "--steps", 6, "--overwrite", cwd=folder)
+        call("train_generator.py", *GENERATOR, "--steps", 6, "--overwrite", cwd=folder)
+        torch.jit.script(TinyNet()).save(str(folder / "net.pt"))
+        call("equimini.training.cache_latents", "--images", 64, "--workers", 0, "--out", "cached",
+             cwd=folder)
+        with tarfile.open(folder / "making.tar", "w") as archive:
+            for k in range(20_000):
+                archive.addfile(tarfile.TarInfo(f"{k % 10}/{k}.png"))
+        os.utime(folder / "making.tar", (0, 0))  # long ago: its index is trusted
+        (folder / "making.tar").rename(folder / "many.tar")
+    out = ["--out", "OUT"]
+
+    def training(kind: str, *more: str, first: tuple[str, ...] = ()) -> Job:
+        script = [*first, str(ROOT / f"train_{kind}.py")]
+        flags = TOKENIZER if kind == "tokenizer" else GENERATOR
+        return Job([*script, *flags, *EVERY, "--steps", "40", *more, *out],
+                   [*script, "--resume", *out])
+
+    checkpoint = ["--checkpoint", "runs/generator/last.pt", "--steps", "1", *out]
+    scroll = [str(ROOT / "sample.py"), *checkpoint, "--scroll", "1500", "--tile-columns", "50",
+              "--classes", "0:30,1:20"]
+    return {
+        "tokenizer": training("tokenizer"), "generator": training("generator"),
+        "generator from latents": training("generator", "--latents", "cached"),
+        "generator in 2 processes": training("generator", first=(*TORCHRUN,)),
+        "cache_latents": Job(["-m", "equimini.training.cache_latents", "--workers", "0", *out]),
+        "evaluate": Job(["-m", "equimini.evaluate", "generator", *checkpoint, "--network", "net.pt",
+                         "--cfg", "1,2", "--n", "600", "--workers", "0", "--cache",
+                         "OUT/features"]),
+        "scroll": Job(scroll, [*scroll, "--resume"], "state.pt"),
+        "index": Job(["search", "OUT"])}
+
+
+def start(job: Job, out: Path) -> BaseProcess:
+    """The command in a process forked from this one, which has imported torch already."""
+    words = job.again if job.again and (out / job.there).exists() else job.words
+    process = multiprocessing.get_context("fork").Process(
+        target=run, args=([word.replace("OUT", out.name) for word in words], out.parent))
+    process.start()
+    return process
+
+
+def run(words: list[str], folder: Path) -> None:
+    """Python's command line in this process; what it prints goes to said.txt."""
+    os.chdir(folder)
+    printed = os.open("said.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
+    os.dup2(printed, 1), os.dup2(printed, 2)
+    if words[:2] == TORCHRUN[:2]:
+        os.execve(sys.executable, [sys.executable, *words], ENVIRONMENT)
+    sys.argv = words[words[0] == "-m":]
+    if words[0] == "search":
+        index.SMALL, index.PAUSE = 0, 0.1
+        command_line.run(lambda: index.open_source("many.tar", words[1]))
+    elif words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__")
+    else:
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it began, directly or not (torchrun's have a session of their own)."""
+    below = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    return [pid, *(each for child in below.split() for each in family(int(child)))]
+
+
+def send(process: BaseProcess, number: int) -> None:
+    for pid in family(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def changed(out: Path) -> int:
+    """The latest change of anything in a folder, nanoseconds; 0 where there is none."""
+    times = [0]
+    for path in [out, *out.rglob("*")]:
+        with suppress(OSError):  # renamed meanwhile
+            times.append(path.stat().st_mtime_ns)
+    return max(times)
+
+
+def finish(job: Job, out: Path) -> float:
+    """Let it end, which it must; returns the seconds since it first wrote something."""
+    before, process, begun = changed(out), start(job, out), None
+    while process.is_alive():
+        begun = begun or (time.time() if changed(out) != before else None)
+        time.sleep(0.02)
+    must_end_with(process, out, 0)
+    return time.time() - (begun or time.time())
+
+
+def must_end_with(process: BaseProcess, out: Path, *codes: int, seconds: float = 120) -> None:
+    """One of these exit codes, in time; 2 and 130 (interrupted) without a traceback."""
+    process.join(seconds)
+    code, text = process.exitcode, said(out)
+    if code not in codes or code and (
+            "Traceback" in text or code == 2 and text.count("error: ") != 1):
+        send(process, signal.SIGKILL)
+        raise SystemExit(f"it ends with exit code {code}, not {codes}:\n{text}")
+
+
+def said(out: Path) -> str:
+    return (out.parent / "said.txt").read_text()
+
+
+def at_work(job: Job, out: Path, seconds: float, draw: random.Random,
+            early: bool = False) -> BaseProcess:
+    """Start it and wait for a random moment while it works (early: or, now and then, before); it
+    may have ended then."""
+    before, process, begun = changed(out), start(job, out), time.time()
+    early = early and draw.random() < 0.1
+    while not early and process.is_alive() and changed(out) == before:
+        time.sleep(0.01)
+    time.sleep(draw.uniform(0, time.time() - begun if early else 0.6 * seconds))
+    return process
+
+
+def leaves(value: Any, name: str) -> dict[str, Any]:
+    """The values of a nest by their places; arrays as what they are made of, so that NaN is NaN."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        array = np.asarray(value)
+        return {name: (type(value), array.dtype, array.shape, array.tobytes())}
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        return {name: sorted(map(str, value))} | {place: leaf for key in value.keys() - {*TIMES}
+                for place, leaf in leaves(value[key], f"{name}.{key}").items()}
+    return {name: value}
+
+
+def content(path: Path, out: str) -> Any:
+    """What is compared of a file."""
+    match path.suffix:
+        case ".pt":
+            found = torch.load(path, weights_only=True)
+            [found.pop(name, None) for name in ("config", "settings")]  # hold the folder's name
+            return found
+        case ".npz":
+            with np.load(path) as file:
+                found = {name: file[name] for name in file.files}
+            about = found.get("about")  # JSON, of an index
+            return found if about is None else found | {"about": json.loads(about.tobytes())}
+        case ".jsonl":
+            return [json.loads(line) for line in path.read_text().splitlines()]
+        case ".png":
+            return np.asarray(Image.open(path))
+    return path.read_bytes().replace(out.encode(), b"OUT")
+
+
+def compare(whole: Path, killed: Path) -> list[str]:
+    """Everything in which two output folders differ; leftovers of dead processes, too."""
+    one, other = ({place: leaf for path in sorted(out.rglob("*")) for place, leaf in leaves(
+        content(path, out.name) if path.is_file() else "a folder",
+        str(path.relative_to(out))).items()} for out in (whole, killed))
+    return [place for place in sorted({*one, *other}) if one.get(place) != other.get(place)]

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# A row of the table of versions in docs/reliability.md: equimini from a wheel, in a new environment.
+#
+#   bash tests/soak/versions.sh python3.10 torch==2.6.0 pillow==10.1.0 numpy==1.23.5
+#
+# Installs these packages and a wheel of equimini (FROM=sdist: made from a source archive) into an
+# environment that holds nothing else; from another folder uses the Python interface, asks every
+# command for --help and runs the three scripts by path; then runs TESTS (pytest's words), with no
+# equimini beside them.  EQUIMINI_BUILD, EQUIMINI_MARCH and CXX choose the build.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/../.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"$1" -m venv "$work/venv"
+. "$work/venv/bin/activate"
+export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
+pip install -q "${@:2}" "setuptools>=77" wheel ninja
+mkdir "$work/source" "$work/beside"
+git -C "$root" archive HEAD | tar -x -C "$work/source"
+cd "$work/source"
+cp -r tests csrc docs findings *.py *.md pyproject.toml "$work/beside"
+if [ "${FROM:-wheel}" = sdist ]; then
+  python setup.py -q sdist -d "$work/sdist" >/dev/null
+  rm -r "$work/source"
+  cd "$work"
+fi
+pip wheel -q --no-build-isolation --no-deps -w "$work" $( [ -d sdist ] && echo sdist/*.tar.gz || echo . )
+pip install -q "$work"/equimini-*.whl pytest
+cd "$work/beside"
+python -m equimini.show versions
+python - <<'PYTHON'
+from equimini import load_generator
+print("pictures", tuple(load_generator("scenes").sample([0], steps=1, columns=4).shape))
+PYTHON
+for name in show bench evaluate convert experiments page training.cache_latents convert.pack; do
+  python -m equimini.$name --help >/dev/null || echo "equimini.$name --help fails"
+done
+small="--steps 2 --batch-size 2 --val-images 2 --workers 0"
+python train_tokenizer.py $small --stats-images 2 >/dev/null 2>&1
+python train_generator.py $small --preview-steps 1 >/dev/null 2>&1
+python sample.py --checkpoint runs/generator/last.pt --steps 1 >/dev/null 2>&1
+echo "three scripts: right"
+python -m pytest -q -p no:cacheprovider ${TESTS:-tests/method tests/kernel tests/sampling} | tail -n "${TAIL:-8}"
