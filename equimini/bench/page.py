@@ -1,6 +1,6 @@
 """How long the page takes to show what was asked for, and what a thousand edits cost.
 
-    python -m equimini.bench page [--checkpoint scenes] [--edits 1000]
+    python -m equimini.bench page [--checkpoint scenes-mean-flow] [--edits 1000]
 
 Medians, as the server spends them, from the order to the PNG that the browser is sent: elapsed
 milliseconds, and in brackets those of all processor cores together, which other work on the machine
@@ -22,6 +22,7 @@ from equimini.config import Checked, flag
 from equimini.page.drawing import Studio, read_order
 from equimini.page.server import png
 from equimini.sampling.commands import QUICK
+from equimini.utils.checkpoint import DRAWN_WITH
 from equimini.utils.command_line import parse, pick_device
 
 
@@ -29,7 +30,7 @@ from equimini.utils.command_line import parse, pick_device
 class PageBench(Checked):
     """What to measure."""
 
-    checkpoint: str = flag("scenes", "checkpoint of a trained generator, or a model in the box")
+    checkpoint: str = flag(DRAWN_WITH, "checkpoint of a trained generator, or a model in the box")
     device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")
     repeats: int = flag(7, "of every order", min=1)
     columns: int = flag(128, "drawn on at a time", min=1, max=4096)

@@ -6,6 +6,11 @@ Writes scenes.pt and, beside it, scenes-tokenizer.pt.  They draw what the checkp
 rounding of float16 (about 3 digits), which the command measures; training can start from them
 (--init-from), but not be resumed.  Of the run's settings only what belongs to the recipe is kept:
 no path of the machine that trained it.
+
+    python -m equimini.convert.pack runs/mean-flow/last.pt --base equimini/assets/scenes.pt --out equimini/assets/scenes-mean-flow.pt
+
+writes only the weights that the packed generator of --base, which must stay beside it, does not have:
+those of a head, say, that was trained alone.
 """
 
 from __future__ import annotations
@@ -14,11 +19,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from equimini import load_generator
 from equimini.utils import checkpoint
-from equimini.utils.checkpoint import tokenizer_content
+from equimini.utils.checkpoint import tokenizer_content, tokenizer_inside, weights_hash
 from equimini.utils.command_line import output_folder, run
 from equimini.utils.errors import UserError
 
@@ -32,6 +38,13 @@ def half(weights: dict[str, Tensor], path: Any) -> dict[str, Tensor]:
         if not tensor.isfinite().all() or tensor.abs().max() > LARGEST:
             raise UserError(f"{path}: {name} holds values that float16 does not")
     return {name: tensor.half() for name, tensor in weights.items()}
+
+
+def kept(content: dict[str, Any]) -> dict[str, Any]:
+    """What a packed generator keeps of a checkpoint beside its weights."""
+    names = ("classes", "step", "columns", "mirrored")
+    return {**{key: content[key] for key in names if key in content},
+            "config": recipe(content["config"])}
 
 
 def recipe(config: dict[str, Any]) -> dict[str, Any]:
@@ -55,24 +68,45 @@ def check_sizes(files: dict[Path, dict[str, Tensor]], each: float, together: flo
 
 
 def pack(source: Path, out: Path, file_mb: float = 15, total_mb: float = 30,
-         tokenizer: str = "") -> list[Path]:
+         tokenizer: str = "", base: str = "") -> list[Path]:
     """Write the packed generator to `out` and its tokenizer beside it; returns both paths.
 
     tokenizer: checkpoint of one with a fine-tuned decoder, in place of the generator's own.
+    base: a packed generator in the folder of `out`: only weights that it has not are written.
     """
     content = checkpoint.load(source, "generator")
+    if base:
+        return [pack_onto(Path(base), content, source, out)]
     inside = tokenizer_content(load_generator(source, tokenizer_path=tokenizer).tokenizer)
     beside = out.with_name(f"{out.stem}-tokenizer{out.suffix}")
     weights = {out: half(content["ema"], source), beside: half(inside["weights"], source)}
     check_sizes(weights, file_mb, total_mb)
-    kept = {key: content[key] for key in ("classes", "step", "columns", "mirrored")
-            if key in content}
     checkpoint.save(beside, "tokenizer", {"config": {"preset": content["config"]["preset"],
                                                      "model": inside["config"]},
                                           "ema": weights[beside]})
-    checkpoint.save(out, "generator", {**kept, "config": recipe(content["config"]),
-                                       "ema": weights[out], "tokenizer": {"file": beside.name}})
+    checkpoint.save(out, "generator", {**kept(content), "ema": weights[out],
+                                       "tokenizer": {"file": beside.name}})
     return [out, beside]
+
+
+def pack_onto(base: Path, content: dict[str, Any], source: Path, out: Path) -> Path:
+    """Write the weights of `source` that the packed generator `base` has not; returns `out`."""
+    below = checkpoint.load(base, "generator")
+    if base.resolve().parent != out.resolve().parent or base.name == out.name or "base" in below:
+        raise UserError(f"--base {base} and --out {out} must be two files of one folder, and --base "
+                        "a whole one")
+    theirs, mine = (tokenizer_inside(c, path).state_dict()
+                    for c, path in ((below, base), (content, source)))
+    if below["classes"] != content["classes"] or any(
+            not torch.equal(half(mine, source)[name].float(), theirs[name]) for name in theirs):
+        raise UserError(f"{source} was not trained from {base}: it has other classes or another "
+                        "tokenizer")
+    new = {name: tensor for name, tensor in half(content["ema"], source).items()
+           if name not in below["ema"] or not torch.equal(tensor, below["ema"][name])}
+    checkpoint.save(out, "generator", {
+        **kept(content), "ema": new, "tokenizer": below["tokenizer"],
+        "base": {"file": base.name, "weights": weights_hash(below["ema"])}})
+    return out
 
 
 def main() -> None:
@@ -82,13 +116,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="file to write, .pt")
     parser.add_argument("--tokenizer", default="", metavar="TEXT", help="checkpoint of a tokenizer "
                         "with a fine-tuned decoder, to pack in place of the generator's own")
+    parser.add_argument("--base", default="", metavar="TEXT", help="packed generator beside --out; "
+                        "weights that it has are left out")
     parser.add_argument("--file-mb", type=float, default=15, metavar="X",
                         help="largest size of a file, in MB [15]")
     parser.add_argument("--total-mb", type=float, default=30, metavar="X",
                         help="largest size of both files together, in MB [30]")
     args = parser.parse_args()
     output_folder(str(args.out.parent))
-    paths = pack(args.checkpoint, args.out, args.file_mb, args.total_mb, args.tokenizer)
+    paths = pack(args.checkpoint, args.out, args.file_mb, args.total_mb, args.tokenizer,
+                 args.base)
     images = [load_generator(path, tokenizer_path=tokenizer).sample([0], steps=25)
               for path, tokenizer in ((args.checkpoint, args.tokenizer), (args.out, ""))]
     difference = (images[0] - images[1]).square().mean().sqrt().item()

@@ -12,6 +12,7 @@ from equimini import load_generator
 from equimini.config import Checked, flag
 from equimini.page.drawing import Studio
 from equimini.page.server import Server
+from equimini.utils.checkpoint import DRAWN_WITH
 from equimini.utils.command_line import output_folder, parse, pick_device, run
 from equimini.utils.errors import UserError, first_line
 from equimini.utils.files import locked
@@ -21,8 +22,8 @@ from equimini.utils.files import locked
 class PageConfig(Checked):
     """Where, and with which model."""
 
-    checkpoint: str = flag("scenes", "checkpoint of a trained generator, or the name of a model in "
-                           "the box: scenes")
+    checkpoint: str = flag(DRAWN_WITH, "checkpoint of a trained generator, or the name of a model in "
+                           "the box: scenes-mean-flow, scenes")
     tokenizer: str = flag("", "checkpoint of the generator's tokenizer with a fine-tuned decoder")
     weights: str = flag("ema", "moving average of the weights, or the raw ones",
                         choices=("ema", "raw"))

@@ -25,7 +25,7 @@ from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
 from equimini.sampling.strip import (cut, draw_columns, encode, flat, image, painted, preview,
                                      row_type)
-from equimini.utils.checkpoint import latents_hash
+from equimini.utils.checkpoint import DRAWN_WITH, latents_hash
 from equimini.utils.errors import UserError
 from equimini.utils.files import claim
 from equimini.utils.images import load_columns
@@ -81,7 +81,7 @@ def read_order(values: dict[str, Any]) -> Order:
 class Studio:
     """One strip and the model that draws it; public methods are what the page asks for."""
 
-    def __init__(self, model: ImageGenerator, folder: Path, checkpoint: str = "scenes") -> None:
+    def __init__(self, model: ImageGenerator, folder: Path, checkpoint: str = DRAWN_WITH) -> None:
         self.model, self.checkpoint, self.stop = model, checkpoint, Event()
         claim(folder, {"tokenizer": latents_hash(model.tokenizer)}, "a strip",
               "give the --checkpoint that it was drawn with, or choose another --out")

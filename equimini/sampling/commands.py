@@ -22,6 +22,7 @@ from equimini.sampling.fit import FITTED
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
 from equimini.sampling.scroll import check_new, load_state, scroll
+from equimini.utils.checkpoint import DRAWN_WITH
 from equimini.utils.command_line import config_from_dict, output_folder, override
 from equimini.utils.errors import UserError, reading
 from equimini.utils.images import grid, save_png, to_uint8
@@ -32,8 +33,9 @@ from equimini.utils.signals import StopRequest
 class SampleConfig(Checked):
     """What to draw, and where to."""
 
-    checkpoint: str = flag("scenes", "checkpoint of a trained generator, or the name of a model in "
-                           "the box: scenes")
+    checkpoint: str = flag(DRAWN_WITH, "checkpoint of a trained generator, or the name of a model in "
+                           "the box: scenes-mean-flow, whose head takes one evaluation a column, or "
+                           "scenes, whose flow it was trained on")
     tokenizer: str = flag("", "checkpoint of the generator's tokenizer with a fine-tuned decoder; "
                           "empty: the tokenizer inside the generator's checkpoint")
     classes: str = flag("all", "names or numbers of classes, with commas; all: every class once. "

@@ -10,7 +10,7 @@ import sys
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +20,11 @@ from equimini.utils.command_line import config_from_dict
 from equimini.utils.errors import UserError, first_line, reading
 from equimini.utils.files import replacing
 
+Module = TypeVar("Module", bound=torch.nn.Module)
 FORMAT = 1  # of the dict's layout
 BOX = Path(__file__).parents[1] / "assets"  # models that come with equimini
 IN_THE_BOX = ("scenes", "scenes-tokenizer")
+DRAWN_WITH = "scenes"  # by sample.py and the page, where no other checkpoint is asked for
 
 
 def save(path: Path | str, kind: str, content: dict[str, Any], keep: int = 1) -> None:
@@ -89,6 +91,22 @@ def load(path: Path | str, kind: str) -> dict[str, Any]:
 
     path: of a file, or the name of a model in the box (see `find`).
     """
+    content = _read(path, kind)
+    if "base" not in content:
+        return content
+    with reading(path):  # a packed file: only the weights that its base has not
+        base, known = (str(content["base"][key]) for key in ("file", "weights"))
+        mine = dict(content["ema"])
+    rest = _read(beside(path, base), kind)
+    with reading(base):
+        if weights_hash(rest["ema"]) != known:
+            raise UserError(f"{path} belongs to another {base} than the one beside it; take both "
+                            "from one copy, or pack it anew")
+        return {**content, "ema": {**rest["ema"], **mine}}
+
+
+def _read(path: Path | str, kind: str) -> dict[str, Any]:
+    """The content of one file, checked to be whole and of this kind."""
     name, path = path, find(path)
     if not path.is_file():
         raise UserError(missing(name, kind))
@@ -116,6 +134,14 @@ def load(path: Path | str, kind: str) -> dict[str, Any]:
     return content
 
 
+def beside(path: Path | str, name: str) -> Path:
+    """The file that a packed one, `path`, names, in its folder; raises UserError without it."""
+    file = find(path).with_name(Path(name).name)
+    if not file.is_file():
+        raise UserError(f"{path} needs {file.name} beside it; there is no {file}")
+    return file
+
+
 def _whole(values: Any) -> bool:
     """Whether all tensors in a nest of dicts and lists are dense, and their elements in the file."""
     if isinstance(values, dict):
@@ -135,6 +161,13 @@ def missing(path: Path | str, kind: str) -> str:
     names = ", ".join(sorted(p.stem for p in BOX.glob("*.pt")))
     return (f"there is no checkpoint {path}; train one with train_{kind}.py, or give the path of "
             f"one{f', or the name of a model in the box: {names}' if names else ''}")
+
+
+def unfilled(make: Callable[..., Module], *sizes: Any) -> Module:
+    """make(*sizes) without the time for first weights, for `load_weights` to fill."""
+    with torch.device("meta"):
+        module = make(*sizes)
+    return module.to_empty(device="cpu")
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: Any) -> None:
@@ -157,7 +190,7 @@ def weights_of(content: dict[str, Any], ema: bool, path: Any) -> dict[str, torch
 def tokenizer_from_dict(content: dict[str, Any], path: Any, ema: bool = True) -> Tokenizer:
     """The tokenizer of a loaded checkpoint, in eval mode, with the EMA (or the raw) weights."""
     with reading(path):
-        tokenizer = Tokenizer(config_from_dict(TokenizerConfig, content["config"]["model"]))
+        tokenizer = unfilled(Tokenizer, config_from_dict(TokenizerConfig, content["config"]["model"]))
         load_weights(tokenizer, weights_of(content, ema, path), path)
     return tokenizer.eval().requires_grad_(False)
 
@@ -217,10 +250,7 @@ def tokenizer_inside(content: dict[str, Any], path: Any) -> Tokenizer:
         inside = dict(content["tokenizer"])
         parts = {"config": {"model": inside.get("config")}, "ema": inside.get("weights")}
     if "file" in inside:
-        beside = find(path).with_name(Path(inside["file"]).name)
-        if not beside.is_file():
-            raise UserError(f"{path} needs its tokenizer beside it; there is no {beside}")
-        return load_tokenizer(beside)
+        return load_tokenizer(beside(path, inside["file"]))
     return tokenizer_from_dict(parts, path)
 
 

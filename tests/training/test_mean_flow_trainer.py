@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from equimini import load_generator
+from equimini.convert.pack import pack
+from equimini.utils import checkpoint
+from equimini.utils.errors import UserError
 from tests.helpers.scripts import GENERATOR, call, mistake
 from tests.training.test_scripts import records, same
 
@@ -57,3 +61,39 @@ def test_all_weights_move_where_asked_also_in_bf16_and_pieces(runs):
      "was trained with --objective flow-matching, not mean-flow")))
 def test_an_objective_that_does_not_fit_is_said_in_one_sentence(heads, arguments, text):
     assert text in mistake("train_generator.py", *arguments, cwd=heads)
+
+
+def test_a_head_is_packed_onto_the_generator_that_it_was_trained_on(heads, tmp_path):
+    base, out = tmp_path / "box.pt", tmp_path / "head.pt"
+    pack(heads / "runs/generator/last.pt", base)
+    assert pack(heads / "runs/head/last.pt", out, base=base) == [out]
+    held = torch.load(out, weights_only=True)["ema"]
+    assert held and all(name.startswith("head.") for name in held)  # the transformer is in box.pt
+    packed, trained = load_generator(out), load_generator(heads / "runs/head/last.pt")
+    assert all(torch.equal(a, b.half().float()) for a, b in
+               zip(packed.generator.parameters(), trained.generator.parameters()))
+    assert packed.generator.head.scales and not load_generator(base).generator.head.scales
+
+    content = weights(heads / "runs/head")
+    checkpoint.save(tmp_path / "other.pt", "generator",
+                    {**content, "classes": ["a"] * len(content["classes"])})
+    for source, onto, to, text in (
+            (heads / "runs/head/last.pt", base, base, "two files of one folder"),
+            (heads / "runs/head/last.pt", base, heads / "head.pt", "two files of one folder"),
+            (heads / "runs/head/last.pt", out, tmp_path / "more.pt", "a whole one"),
+            (tmp_path / "other.pt", base, tmp_path / "more.pt", "was not trained from")):
+        with pytest.raises(UserError, match=text):
+            pack(source, to, base=onto)
+
+    content = torch.load(base, weights_only=True)
+    content["ema"]["no_class"] += 1
+    checkpoint.save(base, "generator", content)
+    with pytest.raises(UserError, match="head.pt belongs to another box.pt than the one beside it"):
+        load_generator(out)
+    checkpoint.save(base, "generator", {**torch.load(out, weights_only=True),
+                                        "base": {"file": "box.pt"}})
+    with pytest.raises(UserError, match="box.pt is damaged"):
+        load_generator(base)
+    base.unlink()
+    with pytest.raises(UserError, match="head.pt needs box.pt beside it"):
+        load_generator(out)
