@@ -1,7 +1,7 @@
 """The tokenizer: an autoencoder between an image and a sequence of column tokens.
 
-    image (B, 3, H, W) ── Encoder ── columnize ── to_tokens ──► tokens (B, W/f, D)
-    image (B, 3, H, W) ◄── Decoder ── rasterize ◄─ from_tokens ── tokens (B, W/f, D)
+    image (B, 3, H, W) ──► Encoder (…, columnize, Conv1d) ──► to_tokens ──► tokens (B, W/f, D)
+    image (B, 3, H, W) ◄── Decoder (…, rasterize, Conv1d) ◄── from_tokens ◄── tokens (B, W/f, D)
 
 The height is fixed, the width is any multiple of f from 2f up.  Every convolution is
 reflect-padded: a border of zeros would tell the edge columns where they are.
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equimini.columnize import columnize, rasterize, reflect_pad, token_conv
+from equimini.columnize import TOKEN_CONV, columnize, rasterize, reflect_pad
 from equimini.config import Checked, flag
+from equimini.layers import without_autocast
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TokenizerConfig(Checked):
     dropout: float = flag(0.0, "dropout probability inside residual blocks", min=0, max=0.99)
     layout: str = flag("columns", "what one token is: a column of the feature map, or, the paper's "
                        "2-D baseline, a patch of a grid in raster order (square images only)",
-                       choices=("columns", "grid"))
+                       choices=tuple(TOKEN_CONV))
     noise: float = flag(
         2.5, "largest latent noise: sigma ~ N(0, (noise/0.8)^2) clamped to +-noise", min=0)
 
@@ -49,17 +50,17 @@ class TokenizerConfig(Checked):
         if self.image_size % self.f or self.image_size < 2 * self.f:
             raise ValueError(f"image-size must be a multiple of f = {self.f} and at least "
                              f"{2 * self.f}, got {self.image_size}")
-        if self.base_channels % self.norm_groups:
-            raise ValueError(f"base-channels must be a multiple of norm-groups = "
-                             f"{self.norm_groups}, got {self.base_channels}")
-        if self.semantic_channels % self.norm_groups:
-            raise ValueError(f"semantic-channels must be a multiple of norm-groups = "
-                             f"{self.norm_groups}, got {self.semantic_channels}")
+        for name in ("base", "semantic"):
+            channels = getattr(self, f"{name}_channels")
+            if channels % self.norm_groups:
+                raise ValueError(f"{name}-channels must be a multiple of norm-groups = "
+                                 f"{self.norm_groups}, got {channels}")
         if self.base_channels % 4:
             raise ValueError(f"base-channels must be a multiple of 4, got {self.base_channels}")
         if self.layout == "grid" and (math.isqrt(self.rows) ** 2 != self.rows or self.rows < 4):
-            raise ValueError(f"layout grid needs a feature map of 4, 9, 16, 25, ... rows, to be cut "
-                             f"into as many patches; image-size {self.image_size} gives {self.rows}")
+            raise ValueError("layout grid needs a feature map of 4, 9, 16, 25, ... rows, to be cut "
+                             f"into as many patches; image-size {self.image_size} gives "
+                             f"{self.rows}")
 
     @property
     def f(self) -> int:
@@ -71,10 +72,7 @@ class TokenizerConfig(Checked):
         """Height of the feature map that is cut into columns."""
         return self.image_size // self.f
 
-    @property
-    def columns(self) -> int:
-        """Columns (tokens) of a square image."""
-        return self.image_size // self.f
+    columns = rows  # (tokens) of a square image
 
 
 class Conv3x3(nn.Conv2d):
@@ -88,10 +86,10 @@ class Conv3x3(nn.Conv2d):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm with the eps of the whole autoencoder, in float32 under autocast too."""
+    """GroupNorm with the eps of the whole autoencoder, in float32 also under autocast."""
 
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__(groups, channels, eps=1e-6)
+    def __init__(self, channels: int, config: TokenizerConfig) -> None:
+        super().__init__(config.norm_groups, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float())
@@ -100,11 +98,11 @@ class Norm(nn.GroupNorm):
 class ResidualBlock(nn.Module):
     """Norm, SiLU, conv, twice, around a skip (1×1 conv where the channels change)."""
 
-    def __init__(self, c_in: int, c_out: int, groups: int, dropout: float = 0.0) -> None:
+    def __init__(self, c_in: int, c_out: int, config: TokenizerConfig) -> None:
         super().__init__()
-        self.norm1, self.conv1 = Norm(c_in, groups), Conv3x3(c_in, c_out)
-        self.norm2, self.conv2 = Norm(c_out, groups), Conv3x3(c_out, c_out)
-        self.dropout = nn.Dropout(dropout)
+        self.norm1, self.conv1 = Norm(c_in, config), Conv3x3(c_in, c_out)
+        self.norm2, self.conv2 = Norm(c_out, config), Conv3x3(c_out, c_out)
+        self.dropout = nn.Dropout(config.dropout)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,9 +114,9 @@ class ResidualBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """Single-head self-attention over all H·W positions, with a residual."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, config: TokenizerConfig) -> None:
         super().__init__()
-        self.norm = Norm(channels, groups)
+        self.norm = Norm(channels, config)
         self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,32 +129,27 @@ class SpatialAttention(nn.Module):
 class Stage(nn.Module):
     """Residual blocks, each followed by attention where the map has the right height."""
 
-    def __init__(self, c_in: int, c_out: int, blocks: int, attention: bool,
+    def __init__(self, c_in: int, c_out: int, blocks: int, rows: int,
                  config: TokenizerConfig) -> None:
         super().__init__()
-        groups = config.norm_groups
         self.blocks = nn.ModuleList(
-            ResidualBlock(c_in if i == 0 else c_out, c_out, groups, config.dropout)
-            for i in range(blocks))
+            ResidualBlock(c_out if i else c_in, c_out, config) for i in range(blocks))
         self.attention = nn.ModuleList(
-            SpatialAttention(c_out, groups) for _ in range(blocks if attention else 0))
+            SpatialAttention(c_out, config) if rows in config.attention_rows else nn.Identity()
+            for _ in range(blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if self.attention:
-                x = self.attention[i](x)
+        for block, attention in zip(self.blocks, self.attention):
+            x = attention(block(x))
         return x
 
 
 class Middle(nn.Sequential):
     """Block, attention, block at the lowest resolution."""
 
-    def __init__(self, channels: int, config: TokenizerConfig) -> None:
-        groups = config.norm_groups
-        super().__init__(ResidualBlock(channels, channels, groups, config.dropout),
-                         SpatialAttention(channels, groups),
-                         ResidualBlock(channels, channels, groups, config.dropout))
+    def __init__(self, c: int, config: TokenizerConfig) -> None:
+        super().__init__(ResidualBlock(c, c, config), SpatialAttention(c, config),
+                         ResidualBlock(c, c, config))
 
 
 class Downsample(nn.Module):
@@ -191,24 +184,21 @@ class Encoder(nn.Module):
         self.conv_in = Conv3x3(3, c)
         self.stages, self.downs = nn.ModuleList(), nn.ModuleList()
         for i, c_out in enumerate(channels):
-            self.stages.append(
-                Stage(c, c_out, config.blocks, size >> i in config.attention_rows, config))
+            self.stages.append(Stage(c, c_out, config.blocks, size >> i, config))
             if i + 1 < len(channels):
                 self.downs.append(Downsample(c_out))
             c = c_out
         self.middle = Middle(c, config)
-        self.norm_out = Norm(c, config.norm_groups)
+        self.norm_out = Norm(c, config)
         self.conv_out = Conv3x3(c, config.z_channels)
-        column = config.z_channels * config.rows
         self.layout = config.layout
-        self.column_conv = token_conv(config.layout, column, column)
+        column = config.z_channels * config.rows
+        self.column_conv = TOKEN_CONV[config.layout](column, column)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for i, stage in enumerate(self.stages):
-            x = stage(x)
-            if i < len(self.downs):
-                x = self.downs[i](x)
+        x = self.stages[0](self.conv_in(x))
+        for down, stage in zip(self.downs, self.stages[1:]):
+            x = stage(down(x))
         x = self.conv_out(F.silu(self.norm_out(self.middle(x))))  # (B, z, H/f, W/f)
         return self.column_conv(columnize(x, self.layout))
 
@@ -221,17 +211,16 @@ class Decoder(nn.Module):
         channels = [config.base_channels * m for m in reversed(config.multipliers)]
         c, self.rows, self.layout = channels[0], config.rows, config.layout
         column = config.z_channels * config.rows
-        self.column_conv = token_conv(config.layout, column, column)
+        self.column_conv = TOKEN_CONV[config.layout](column, column)
         self.conv_in = Conv3x3(config.z_channels, c)
         self.middle = Middle(c, config)
         self.stages, self.ups = nn.ModuleList(), nn.ModuleList()  # from the lowest resolution up
         for i, c_out in enumerate(channels):
-            self.stages.append(Stage(c, c_out, config.blocks + 1,
-                                     self.rows << i in config.attention_rows, config))
+            self.stages.append(Stage(c, c_out, config.blocks + 1, self.rows << i, config))
             if i + 1 < len(channels):
                 self.ups.append(Upsample(c_out))
             c = c_out
-        self.norm_out = Norm(c, config.norm_groups)
+        self.norm_out = Norm(c, config)
         self.conv_out = Conv3x3(c, 3)
 
     def lowest_stage(self, columns: Tensor) -> Tensor:
@@ -243,7 +232,7 @@ class Decoder(nn.Module):
         """From `lowest_stage`'s map to the image."""
         for up, stage in zip(self.ups, self.stages[1:]):
             x = stage(up(x))
-        with torch.autocast(x.device.type, enabled=False):  # pixels with all their digits
+        with without_autocast(x):  # pixels with all their digits
             return self.conv_out(F.silu(self.norm_out(x)))
 
     def forward(self, columns: Tensor) -> Tensor:
@@ -255,10 +244,10 @@ class SemanticHead(nn.Module):
 
     def __init__(self, c_in: int, config: TokenizerConfig) -> None:
         super().__init__()
-        c, groups = config.semantic_channels, config.norm_groups
+        c = config.semantic_channels
         self.blocks = nn.Sequential(
-            *(ResidualBlock(c_in if i == 0 else c, c, groups, config.dropout) for i in range(4)))
-        self.norm_out = Norm(c, groups)
+            *(ResidualBlock(c if i else c_in, c, config) for i in range(4)))
+        self.norm_out = Norm(c, config)
         self.conv_out = Conv3x3(c, c)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -275,24 +264,20 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        column = config.z_channels * config.rows
+        column, conv = config.z_channels * config.rows, TOKEN_CONV[config.layout]
         self.encoder = Encoder(config)
-        self.to_tokens = token_conv(config.layout, column, config.token_channels)
-        self.from_tokens = token_conv(config.layout, config.token_channels, column)
+        self.to_tokens = conv(column, config.token_channels)
+        self.from_tokens = conv(config.token_channels, column)
         self.decoder = Decoder(config)
         self.semantic_head = None
         if config.semantic_channels:
             lowest = config.base_channels * config.multipliers[-1]
             self.semantic_head = SemanticHead(lowest, config)
-        self.register_buffer("latent_mean", torch.full((config.token_channels,), math.nan))
-        self.register_buffer("latent_std", torch.full((config.token_channels,), math.nan))
+        for name in ("latent_mean", "latent_std"):
+            self.register_buffer(name, torch.full((config.token_channels,), math.nan))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [−1, 1] to tokens (B, W/f, D): the mode μ of the posterior.
-
-        Raises ValueError for a height other than image_size, or a width that is no multiple of f
-        or below two columns.
-        """
+        """Images (B, 3, H, W) in [−1, 1] to tokens (B, W/f, D): the mode μ of the posterior."""
         height, width = images.shape[-2:]
         f, size = self.config.f, self.config.image_size
         if images.dim() != 4 or images.shape[1] != 3 or height != size:
@@ -326,11 +311,8 @@ class Tokenizer(nn.Module):
         return self.from_tokens(tokens.mT)
 
     def freeze_latents(self) -> None:
-        """Leave only what comes after the tokens trainable: the decoder and its Conv1d's.
-
-        So `encode` and the latents' statistics stay as they are, bit for bit.  The semantic head
-        is also left as it is.
-        """
+        """Leave only the decoder and its Conv1d's trainable: `encode` and the latents' statistics
+        stay as they are, bit for bit."""
         for part in (self.encoder, self.to_tokens, self.semantic_head):
             if part is not None:
                 part.requires_grad_(False).eval()

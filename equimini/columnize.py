@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LAYOUTS = ("columns", "grid")
-
 
 def columnize(feature_map: Tensor, layout: str = "columns") -> Tensor:
     """(B, C, H, W) to (B, C·H, W), value c·H + h of column w being F[c, h, w] (Eq. 3).
@@ -40,8 +38,8 @@ def rasterize(tokens: Tensor, rows: int, layout: str = "columns") -> Tensor:
 
 
 class ReflectPad(torch.autograd.Function):
-    """`reflect_pad` with its gradient written out: torch's own has no deterministic CUDA kernel, and
-    that of slices would be three arrays of zeros as large as the map."""
+    """`reflect_pad` with its gradient written out: torch's own has no deterministic CUDA kernel,
+    and that of slices would be three arrays of zeros as large as the map."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
@@ -96,6 +94,4 @@ class GridConv(nn.Sequential):
         return x.flatten(2)
 
 
-def token_conv(layout: str, in_channels: int, out_channels: int) -> nn.Module:
-    """A linear map of each token and its neighbours: (B, C, N)."""
-    return {"columns": ColumnConv, "grid": GridConv}[layout](in_channels, out_channels)
+TOKEN_CONV = {"columns": ColumnConv, "grid": GridConv}  # of each token and its neighbours

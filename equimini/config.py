@@ -15,8 +15,8 @@ def flag(default: Any, help: str, **limits: Any) -> Any:
 
 
 KINDS = {"int": (Integral, "a whole number"), "float": (Real, "a number"),
-           "tuple[int, ...]": (Integral, "whole numbers"), "str": ((str, PathLike), "text"),
-           "bool": (bool, "true or false")}  # by a field's annotation
+         "tuple[int, ...]": (Integral, "whole numbers"), "str": ((str, PathLike), "text"),
+         "bool": (bool, "true or false")}  # by a field's annotation
 
 
 class Checked:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equimini.layers import LayerNorm, float32_linear, maybe_recomputed, widened
+from equimini.layers import LayerNorm, maybe_recomputed, widened, without_autocast, xavier
 
 TIME_CHANNELS = 256  # of the sinusoidal embedding
 
@@ -24,17 +24,31 @@ def time_embedding(t: Tensor) -> Tensor:
 
     Float32, also for a t of fewer bits; float64 for float64.
     """
-    half, dtype = TIME_CHANNELS // 2, torch.promote_types(t.dtype, torch.float32)
-    k = torch.arange(half, device=t.device, dtype=dtype)
-    angle = t.to(dtype)[..., None] * torch.exp(-math.log(10000) * k / half)
+    t, half = widened(t), TIME_CHANNELS // 2
+    k = torch.arange(half, device=t.device, dtype=t.dtype)
+    angle = t[..., None] * torch.exp(-math.log(10000) * k / half)
     return torch.cat((angle.cos(), angle.sin()), -1)
+
+
+class TimeMLP(nn.Sequential):
+    """Numbers (…), say times t in [0, 1], to vectors (…, width)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        x = time_embedding(t)
+        with without_autocast(x):  # most cosines are so close to 1 that bfloat16 takes them for 1
+            x = self[0](x)
+        return self[2](self[1](x))
 
 
 class VelocityHead(Protocol):
     """What a sampler asks of a head; a generator's `head` may be any module that offers this.
 
-    scales: None, both branches are evaluated and guided; or from which to which scale z is guided
-    instead, and the head is told (`embed_scale`), see `equimini.mean_flow`.
+    scales: None if guidance takes the velocities of both branches; else the smallest and largest
+    guidance scale of a head that is told the scale (`embed_scale`) and takes a guided z instead,
+    see `equimini.mean_flow`.
     """
 
     scales: tuple[float, float] | None
@@ -87,8 +101,7 @@ class FlowHead(nn.Module):
         super().__init__()
         self.x_in = nn.Linear(channels, width)
         self.z_in = nn.Linear(cond_channels, width)
-        self.time_mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, width), nn.SiLU(),
-                                      nn.Linear(width, width))
+        self.time_mlp = TimeMLP(width)
         self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
         self.norm_out = LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.ada_out = nn.Linear(width, 2 * width)
@@ -97,27 +110,16 @@ class FlowHead(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Xavier, but zero where the head shall start as the zero velocity with open skips."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        """Xavier, but zero in adaLN and output: at first v = 0, and the blocks add nothing."""
+        self.apply(xavier)
         for i in (0, 2):
             nn.init.normal_(self.time_mlp[i].weight, std=0.02)
         for layer in (*(block.ada for block in self.blocks), self.ada_out, self.x_out):
             nn.init.zeros_(layer.weight)
 
     def embed_time(self, t: Tensor) -> Tensor:
-        """MLP(t): times t (…) in [0, 1] to (…, width).
-
-        The embedding is read in float32 also under autocast: most of its cosines are so close to 1
-        that bfloat16 would take them for 1.
-        """
-        first, *rest = self.time_mlp
-        x = float32_linear(first, time_embedding(t))
-        for layer in rest:
-            x = layer(x)
-        return x
+        """MLP(t): times t (…) in [0, 1] to (…, width)."""
+        return self.time_mlp(t)
 
     def modulations(self, time: Tensor, z: Tensor) -> list[tuple[Tensor, ...]]:
         """Every block's (shift, 1 + scale, gate) and the output's (shift, 1 + scale).

@@ -4,7 +4,7 @@
     tokens x_0 … x_{i−1} ──(windowed self-attention, cross-attention to the class)──► z_i
     z_i, noise ──(flow head)──► x_i
 
-z_i sums up everything before column i; the head turns it into a distribution over column i.
+z_i sums up what comes before column i; the head turns it into a distribution over column i.
 Self-attention sees position differences only (RoPE on q and k), and only `window` columns, so
 every column is predicted by the same function of its surroundings.
 """
@@ -24,7 +24,7 @@ from equimini.attention import window_attention
 from equimini.config import Checked, flag
 from equimini.flow_head import FlowHead
 from equimini.kernel.operators import forward_mode
-from equimini.layers import LayerNorm, maybe_recomputed
+from equimini.layers import LayerNorm, maybe_recomputed, xavier
 from equimini.mean_flow import MeanFlowHead
 from equimini.rope import Rope, rope_tables, rotate
 
@@ -39,9 +39,9 @@ class GeneratorConfig(Checked):
     embed_dim: int = flag(512, "channels (width d) of the transformer", min=8)
     heads: int = flag(8, "attention heads", min=1)
     window: int = flag(4, "columns that a column attends to, itself counted", min=1)
-    real_equivariant: bool = flag(False, "Eq. 6: nothing beyond the window exists. Trained on random "
-                                  "crops of as many columns; each column is drawn from the ones "
-                                  "before it in the window alone")
+    real_equivariant: bool = flag(False, "Eq. 6: nothing beyond the window exists. Trained on "
+                                  "random crops of as many columns; each column is drawn from the "
+                                  "ones before it in the window alone")
     class_tokens: int = flag(16, "learned tokens that carry the class", min=1)
     head_width: int = flag(960, "channels of the flow head's MLP", min=1)
     head_depth: int = flag(12, "blocks of the flow head", min=1)
@@ -189,10 +189,7 @@ class Generator(nn.Module):
 
     def init_weights(self) -> None:
         """Linear layers Xavier-uniform with zero biases; embeddings from N(0, 0.02²)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        self.apply(xavier)
         for table in (self.class_table.weight, self.no_class, self.class_embed):
             nn.init.normal_(table, std=0.02)
 
@@ -216,7 +213,7 @@ class Generator(nn.Module):
                 shift: Tensor | None = None) -> Tensor:
         """Tokens x_p … x_{p+n−1} (B, n, C), p = position, to z_{p+1} … z_{p+n} (B, n, d).
 
-        position: a number, or a tensor of one on the device (read at each replay of a CUDA graph).
+        position: a number, also as a tensor on the device (which a CUDA graph reads when replayed).
         cache: one (keys, values) per layer of the tokens before, extended and trimmed to the
         last W−1 in place; start with an empty list.  max_position: the largest one that
         cross-attention is shown, for columns beyond any length seen in training; None: no limit.
@@ -270,8 +267,8 @@ class RealEquivariant(Generator):
                 shift: Tensor | None = None) -> Tensor:
         """As `Generator.forward`; the cache holds the columns themselves.
 
-        Near the left end of the image there are fewer: column i < W−1 is drawn as the i-th of a crop
-        that begins with the image, column 0 from the class alone, as the first of any crop is.
+        Near the left end of the image there are fewer: column i < W−1 is drawn as the i-th of a
+        crop that begins with the image, column 0 from the class alone, as in any crop.
         """
         reach = self.config.window - 1
         if cache is None and tokens.shape[1] <= reach:  # a crop, in training
@@ -309,7 +306,7 @@ def random_crops(tokens: Tensor, length: int, starts: Tensor) -> Tensor:
 def flow_matching_errors(generator: Generator, tokens: Tensor, labels: Tensor, u: Tensor,
                          eps: Tensor, drop: Tensor | None = None,
                          shift: int | Tensor = 0) -> Tensor:
-    """Eq. 8 for every draw: the mean over channels of (v − (ε − x))², (M, B, N).
+    """Eq. 8 for every draw: (v − (ε − x))², (M, B, N), the mean over channels (in Eq. 8 the sum).
 
     tokens: (B, N, C), normalised; u: (M, B, N), uniform, gives t = u·(1−1e-5) + 1e-5; eps:
     (M, B, N, C), standard normal.  Each token is used M times (the paper's batch multiplier).

@@ -1,14 +1,13 @@
-"""Layers that keep float32 where fewer bits would hurt, and activation checkpointing."""
+"""What several modules share: float32 where fewer bits would hurt, initial weights, less memory."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-# Precision ---------------------------------------------------------------------------------
 
 
 def widened(x: Tensor) -> Tensor:
@@ -26,15 +25,18 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(widened(x))
 
 
-def float32_linear(linear: nn.Module, x: Tensor) -> Tensor:
-    """linear(x) in the weights' own precision, also inside autocast."""
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """In it, products on x's device keep the precision of what they multiply."""
     if x.device.type == "meta":  # which autocast does not know
-        return linear(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return linear(x)
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
-# Memory ------------------------------------------------------------------------------------
+def xavier(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases, if it is a linear layer; for `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
 
 
 def maybe_recomputed(recompute: bool, block: Callable[..., Any], *args: Any) -> Any:

@@ -36,13 +36,13 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def adaptive_weight(grad_rec: Tensor, grad_adv: Tensor) -> Tensor:
+def adaptive_weight(norm_rec: Tensor, norm_adv: Tensor) -> Tensor:
     """λ = ‖∇rec‖ / (‖∇adv‖ + 1e-4), clamped to [0, 1e4]; from the two norms, scalars.
 
     Gradients are those with respect to the weight of the decoder's last conv: the adversarial
     term then pulls there about as strongly as the reconstruction.
     """
-    return (grad_rec / (grad_adv + 1e-4)).clamp(0, 1e4).detach()
+    return (norm_rec / (norm_adv + 1e-4)).clamp(0, 1e4).detach()
 
 
 def alignment_loss(semantics: Tensor, target: Tensor) -> Tensor:

@@ -3,43 +3,39 @@
     x_r = x_t − (t − r)·u(x_t, r, t, z, s),       u = 1/(t − r) · ∫_r^t v(x_τ, τ, z) dτ
 
 (MeanFlow, arXiv 2505.13447.)  At r = t it is the velocity v of Eq. 8, so every solver still runs.
-v is that of a trained generator, the teacher, guided: v_uncond + s·(v_cond − v_uncond).  The head
-is guided before it runs: z = z_uncond + s·(z_cond − z_uncond), which differs from that in the
-second order of a small difference, and s is a condition of u, which learns the rest.  So a column
-costs the head one evaluation, at any scale.
+v is the velocity of a trained generator, the teacher, under guidance: v_uncond + s·(v_cond −
+v_uncond).  For the new head z is guided instead, z = z_uncond + s·(z_cond − z_uncond): to first
+order in the difference that is the same, and u, which is told s, learns the rest.  So a column
+takes one evaluation of the head at any scale.
 
-MeanFlow trains u through the integral's derivative, v = u + (t − r)·du/dt.  Here v is a network's,
-without noise: its flow can be followed, and u is regressed to the integral itself, which comes to
-the same function, sooner (docs/sampling.md).
+MeanFlow trains u through the integral's derivative, v = u + (t − r)·du/dt.  Here v comes from a
+network, without noise: its flow can be followed, and u is regressed to the integral itself, which
+gives the same function sooner (docs/sampling.md).
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from equimini.flow_head import TIME_CHANNELS, FlowHead, time_embedding
-from equimini.layers import float32_linear
+from equimini.flow_head import FlowHead, TimeMLP
 
-INTERVALS = 5  # midpoint steps from ε to a token: of a column's RMS, 0.8 % are missed (scenes)
+INTERVALS = 5  # midpoint steps from ε to a token; their error is 0.8 % of a column's RMS (scenes)
 SCALES = (1.0, 5.0)  # of guidance in training
 WHOLE_WAY = 2.0  # weight of r = 0, t = 1 in the loss
 
 
-class ZeroEmbedding(nn.Sequential):
-    """A number (…) to (…, width), as the head embeds t, but zero before training."""
+class ZeroMLP(TimeMLP):
+    """One that gives zero before training."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(nn.Linear(TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
+        super().__init__(width)
         nn.init.normal_(self[0].weight, std=0.02)
         for tensor in (self[0].bias, *self[2].parameters()):
             nn.init.zeros_(tensor)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self[2](self[1](float32_linear(self[0], time_embedding(x))))
 
 
 class MeanFlowHead(FlowHead):
@@ -52,7 +48,7 @@ class MeanFlowHead(FlowHead):
 
     def __init__(self, channels: int, cond_channels: int, width: int, depth: int) -> None:
         super().__init__(channels, cond_channels, width, depth)
-        self.span_mlp, self.scale_mlp = ZeroEmbedding(width), ZeroEmbedding(width)
+        self.span_mlp, self.scale_mlp = ZeroMLP(width), ZeroMLP(width)
 
     def embed_time(self, t: Tensor, r: Tensor | None = None) -> Tensor:
         """Times 0 ≤ r ≤ t ≤ 1 (…) to (…, width); without r, r = t.
@@ -85,17 +81,10 @@ class MeanFlowHead(FlowHead):
         return self.conditioned(x, self.embed_time(t, r) + scale, z)
 
 
-def guided_context(z: Tensor, s: float | Tensor) -> Tensor:
-    """z under guidance s (…), of both branches' z (2, …, d), with a class and without: (…, d)."""
-    return z[1] + (s[..., None] if isinstance(s, Tensor) else s) * (z[0] - z[1])
-
-
-def guided_velocity(head: FlowHead, z: Tensor, s: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """v(x, t) under guidance s (…), of both branches' z (2, …, d), with a class and without."""
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        cond, uncond = head(x, t, z).float()
-        return uncond + s[..., None] * (cond - uncond)
-    return velocity
+def guided(both: Iterable[Tensor], s: float | Tensor) -> Tensor:
+    """Velocities or z (…, d) under guidance s (…), from those with a class and those without."""
+    cond, uncond = both
+    return uncond + (s[..., None] if isinstance(s, Tensor) else s) * (cond - uncond)
 
 
 def follow(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor,
@@ -138,13 +127,13 @@ def mean_flow_errors(head: FlowHead, teacher: FlowHead, z: Tensor, z_teacher: Te
         k = torch.arange(1, n, device=u.device)[:, None, None]
         inner = (k + 0.9 * (more[1:] - 0.5)) / n
         times = torch.cat((torch.ones_like(s)[None], 1 - inner, torch.zeros_like(s)[None]))
-        x, v = follow(guided_velocity(teacher, z_teacher, s), eps, times)
+        x, v = follow(lambda x, t: guided(teacher(x, t, z_teacher).float(), s), eps, times)
         a, b = ways(u, n)
         t, r = times.gather(0, a), times.gather(0, b)
         x_t, x_r, v_t = (torch.take_along_dim(y, i[..., None], 0)
                          for y, i in ((x, a), (x, b), (v, a.clamp(max=n - 1))))
         average = torch.where((a == b)[..., None], v_t, (x_t - x_r) / (t - r)[..., None])
-    predicted = head(x_t, t, guided_context(z, s), r, s.expand_as(t)).float()
+    predicted = head(x_t, t, guided(z, s), r, s.expand_as(t)).float()
     errors = (predicted - average).square().mean(3)
     weight = torch.ones_like(u[:, :1, :1])
     weight[0] = WHOLE_WAY

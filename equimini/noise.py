@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FEW = 2**18  # numbers that one thread draws within some milliseconds
+FEW = 2**18  # numbers that one thread draws within a few milliseconds
 MOST_THREADS = 8
 
 

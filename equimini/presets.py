@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
-from equimini.autoencoder import TokenizerConfig
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from equimini.autoencoder import Tokenizer, TokenizerConfig
 from equimini.config import Checked, flag
-from equimini.generator import GeneratorConfig
+from equimini.generator import Generator, GeneratorConfig
 
 WANTED = ("required", "if-given", "none")  # a frozen network whose weights the user gives
 
@@ -110,8 +113,15 @@ class Preset:
     generator_training: GeneratorTraining = GeneratorTraining()
 
 
-def _tiny() -> Preset:
+def _paper(layers: int, embed_dim: int, heads: int, head_width: int) -> Preset:
     return Preset(
+        TokenizerConfig(semantic_channels=768),
+        TokenizerTraining(perceptual="required", discriminator="dino", align="required"),
+        GeneratorConfig(layers=layers, embed_dim=embed_dim, heads=heads, head_width=head_width))
+
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(
         TokenizerConfig(
             image_size=64, base_channels=16, multipliers=(1, 2, 4), blocks=1, norm_groups=8,
             attention_rows=(16,), z_channels=32, token_channels=64, noise=0.5),
@@ -122,18 +132,7 @@ def _tiny() -> Preset:
             align_weight=0.05, align_start=100, align_map=-2, stats_images=1024),
         GeneratorConfig(layers=4, embed_dim=256, heads=4, head_width=256, head_depth=6,
                         dropout=0.0),
-        GeneratorTraining(steps=800, batch_size=16, lr=1e-3, warmup_steps=50, ema_decay=0.99))
-
-
-def _paper(layers: int, embed_dim: int, heads: int, head_width: int) -> Preset:
-    return Preset(
-        TokenizerConfig(semantic_channels=768),
-        TokenizerTraining(perceptual="required", discriminator="dino", align="required"),
-        GeneratorConfig(layers=layers, embed_dim=embed_dim, heads=heads, head_width=head_width))
-
-
-PRESETS: dict[str, Preset] = {
-    "tiny": _tiny(),
+        GeneratorTraining(steps=800, batch_size=16, lr=1e-3, warmup_steps=50, ema_decay=0.99)),
     "small": _paper(16, 512, 8, 960),
     "base": _paper(24, 768, 12, 1024),
     "large": _paper(32, 1024, 16, 1280),
@@ -159,70 +158,64 @@ def paper_training(kind: str, images: int, batch_size: int | None = None
                              warmup_steps=math.ceil(100 * images / batch))
 
 
-def parameters(module: Any) -> int:
+def parameters(module: nn.Module) -> int:
     """Number of weights of a module."""
     return sum(p.numel() for p in module.parameters())
 
 
-def measure(preset: Preset, num_classes: int = 1000) -> dict[str, float]:
-    """Parameters in millions and compute of a preset, counted on the meta device.
+LEGEND = """
+generator, encoder, to tokens, from tokens, decoder: parameters in millions (1000 classes).
+GFLOPs: one forward pass over the columns and the 16 class tokens, flow head once per column,
+conditional branch, 2 FLOPs per multiply-add; linear: without the attention's products.
+GMACs: multiply-adds of one training forward, flow head once per repeat of a column (4, the batch
+multiplier): what the paper prints as GFLOPs, 5.41, 9.78, 19.66 and 34.91."""
 
-    `gflops`: one forward pass over one square image: all columns and the class tokens through the
-    transformer, the flow head once per column, conditional branch, 2 FLOPs per multiply-add, with
-    the attention's products (q·k and p·v of the pairs in the window, and of every column with
-    every class token); `linear_gflops` leaves these out.  `training_gmacs`: multiply-adds of one
-    training forward, in which the head runs once per repeat (the batch multiplier): the paper's
-    GFLOPs.
+
+def cost(config: GeneratorConfig, tokens: int = 16, channels: int = 256) -> dict[str, float]:
+    """Size and compute of a generator, see LEGEND, counted on the meta device.
+
+    Attention's products are q·k and p·v, with the columns in the window and with class tokens.
     """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"):
+        generator = Generator(config, 1000, channels).eval()
+        x, t = torch.empty(1, tokens, channels), torch.empty(1, tokens)
+        label = torch.zeros(1, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            z = generator(x, generator.encode_classes(label))
+            transformer = counter.get_total_flops()
+            generator.head(x, t, z)
+    head = counter.get_total_flops() - transformer
+    by_operator, products = counter.get_flop_counts()["Global"], torch.ops.aten
+    return {"generator": parameters(generator) / 1e6, "GFLOPs": (transformer + head) / 1e9,
+            "linear": (by_operator[products.addmm] + by_operator.get(products.mm, 0)) / 1e9,
+            "GMACs": (transformer + GeneratorTraining().batch_multiplier * head) / 2e9}
 
-    from equimini.autoencoder import Tokenizer
-    from equimini.generator import Generator
+
+def sizes(preset: Preset) -> dict[str, float]:
+    """`cost` of the preset's generator, and millions of parameters of the tokenizer's parts."""
     shape = preset.tokenizer
     with torch.device("meta"):
         tokenizer = Tokenizer(shape)
-        generator = Generator(preset.generator, num_classes, shape.token_channels).eval()
-        tokens = torch.empty(1, shape.columns, shape.token_channels)
-        label, t = torch.zeros(1, dtype=torch.long), torch.empty(1, shape.columns)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            z = generator(tokens, generator.encode_classes(label))
-            transformer = counter.get_total_flops()
-            generator.head(tokens, t, z)
-    head = counter.get_total_flops() - transformer
-    repeats = preset.generator_training.batch_multiplier
-    parts = {"encoder": tokenizer.encoder, "to_tokens": tokenizer.to_tokens,
-             "from_tokens": tokenizer.from_tokens, "decoder": tokenizer.decoder,
-             "generator": generator}
-    return {**{name: parameters(part) / 1e6 for name, part in parts.items()},
-            "gflops": (transformer + head) / 1e9,
-            "training_gmacs": (transformer + repeats * head) / 2e9,
-            "linear_gflops": sum(counter.get_flop_counts()["Global"].get(op, 0) for op in (
-                torch.ops.aten.addmm, torch.ops.aten.mm)) / 1e9}
+    parts = ("encoder", "to_tokens", "from_tokens", "decoder")
+    return cost(preset.generator, shape.columns, shape.token_channels) | {
+        part.replace("_", " "): parameters(getattr(tokenizer, part)) / 1e6 for part in parts}
 
 
 def main() -> None:
     """Print the table of presets."""
-    head = ("preset", "image", "columns", "channels", "layers", "width", "heads", "window",
-            "head MLP", "generator", "GFLOPs", "linear", "GMACs", "encoder", "to tokens", "from tokens",
-            "decoder")
-    rows = [head]
+    table = []
     for name, preset in PRESETS.items():
-        t, g, m = preset.tokenizer, preset.generator, measure(preset)
-        rows.append((name, f"{t.image_size}x{t.image_size}", t.columns, t.token_channels,
-                     g.layers, g.embed_dim, g.heads, g.window, f"{g.head_width}x{g.head_depth}",
-                     *(f"{m[k]:.2f}" for k in ("generator", "gflops", "linear_gflops",
-                                               "training_gmacs", "encoder", "to_tokens",
-                                               "from_tokens", "decoder"))))
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(head))]
+        t, g = preset.tokenizer, preset.generator
+        table.append({
+            "preset": name, "image": f"{t.image_size}x{t.image_size}", "columns": t.columns,
+            "channels": t.token_channels, "layers": g.layers, "width": g.embed_dim,
+            "heads": g.heads, "window": g.window, "head MLP": f"{g.head_width}x{g.head_depth}",
+            **{key: f"{value:.2f}" for key, value in sizes(preset).items()}})
+    rows = [[*table[0]], *(row.values() for row in table)]
+    widths = [max(len(str(value)) for value in column) for column in zip(*rows)]
     for row in rows:
-        print("  ".join(str(v).rjust(w) for v, w in zip(row, widths)))
-    print("\ngenerator, encoder, to tokens, from tokens, decoder: parameters in millions (1000 "
-          "classes).\nGFLOPs: one forward pass over the columns and the 16 class tokens, flow "
-          "head once per column,\nconditional branch, 2 FLOPs per multiply-add; linear: "
-          "without the attention's products.\nGMACs: multiply-adds of one training forward, flow "
-          "head once per repeat of a column (4, the batch\nmultiplier): what the paper prints as "
-          "GFLOPs, 5.41, 9.78, 19.66 and 34.91.")
+        print("  ".join(str(value).rjust(width) for value, width in zip(row, widths)))
+    print(LEGEND)
 
 
 if __name__ == "__main__":

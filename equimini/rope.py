@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from equimini.layers import widened
+
 Rope = tuple[Tensor, Tensor]  # (cos, sin), each (positions, D/2) or (B, positions, D/2), float32
 
 
@@ -35,10 +37,9 @@ def rope_tables(positions: Tensor, head_dim: int, base: float = 10000.0) -> Rope
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotate every pair (a, b) of x to (a·cos − b·sin, b·cos + a·sin).
 
-    x: (B, N, H, D) of any dtype; rope: tables of N (or B × N) positions.  Same shape and dtype as x;
-    computed in float32 (float64 for float64).
+    x: (B, N, H, D) of any dtype; rope: tables of N (or B × N) positions.  Same shape and dtype as
+    x; computed in float32 (float64 for float64).
     """
     cos, sin = (table[..., None, :] for table in rope)  # (N, 1, D/2) or (B, N, 1, D/2)
-    compute = torch.promote_types(x.dtype, torch.float32)
-    a, b = x.to(compute).unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, H, D/2) each
+    a, b = widened(x).unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, H, D/2) each
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from equimini.flow_head import VelocityHead
 from equimini.generator import Generator, KeyValue
-from equimini.mean_flow import guided_context
+from equimini.mean_flow import guided
 from equimini.noise import normal, rng
 
 SCHEDULES = ("linear", "constant")
@@ -178,19 +178,17 @@ class ColumnSampler:
         """One column x (B, C), normalised, from noise (B, C).
 
         z: (B, d), the transformer's output for this column; or (2·B, d) for guidance with scale
-        s: conditional first, then unconditional.  A head with `scales` is told s, and z is guided.
+        s, one or (B,): conditional first, then unconditional.  A head with `scales` is told s, and
+        z is guided.
         """
         branches = len(z) // len(noise)
         if self.head.scales and branches == 2:
-            z, branches = guided_context(z.view(2, len(noise), -1), s), 1
+            z, branches = guided(z.chunk(2), s), 1
         modulations = self.modulations(z, s)
 
         def velocity(x: Tensor, t: float) -> Tensor:
             v = self.head.velocity(x.repeat(branches, 1), modulations(t))
-            if branches == 1:
-                return v
-            cond, uncond = v.chunk(2)
-            return uncond + s * (cond - uncond)
+            return v if branches == 1 else guided(v.chunk(2), s)
 
         x = self.temperature * noise
         for t, r in pairwise(self.grid):

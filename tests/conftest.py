@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from equimini.autoencoder import Tokenizer, TokenizerConfig
-from equimini.generator import Generator, GeneratorConfig
+from equimini.generator import Generator, GeneratorConfig, make_generator
 from equimini.sampling.image_generator import ImageGenerator
+from equimini.utils import checkpoint
 from tests.helpers.scripts import GENERATOR, TOKENIZER, call
 
 SMALL_TOKENIZER = TokenizerConfig(
@@ -55,26 +56,60 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
+def saved_tokenizer(tokenizer, tmp_path):
+    """Its checkpoint."""
+    content = {"config": {"preset": "small", "model": dataclasses.asdict(SMALL_TOKENIZER)},
+               "ema": tokenizer.state_dict(), "model": tokenizer.state_dict(), "step": 7}
+    checkpoint.save(tmp_path / "t.pt", "tokenizer", content)
+    return tmp_path / "t.pt"
+
+
+def small_generator(**changes) -> Generator:
+    """With random weights, of SMALL_GENERATOR but for these changes."""
+    config = dataclasses.replace(SMALL_GENERATOR, **changes)
+    return randomize(make_generator(config, num_classes=3, channels=6)).eval()
+
+
+@pytest.fixture
 def generator() -> Generator:
-    return randomize(Generator(SMALL_GENERATOR, num_classes=3, channels=6)).eval()
+    return small_generator()
 
 
 @pytest.fixture
 def no_dropout() -> Generator:
-    config = dataclasses.replace(SMALL_GENERATOR, dropout=0.0)
-    return randomize(Generator(config, num_classes=3, channels=6))
+    return small_generator(dropout=0.0)
+
+
+def write_pictures(folder, names, sizes):
+    """A folder of noise for each name, with a picture of each (height, width)."""
+    draw = np.random.default_rng(0)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for i, size in enumerate(sizes):
+            pixels = draw.integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
 
 
 @pytest.fixture
 def picture_folder(tmp_path):
     """Three classes with four pictures each, of different sizes."""
-    draw = np.random.default_rng(0)
-    for name in ("cat", "dog", "eel"):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
-        for i in range(4):
-            pixels = draw.integers(0, 256, (40 + 7 * i, 70 - 5 * i, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
-    return tmp_path / "pictures"
+    return write_pictures(tmp_path / "pictures", ("cat", "dog", "eel"),
+                          [(40 + 7 * i, 70 - 5 * i) for i in range(4)])
+
+
+class TwoMaps(torch.nn.Module):
+    """A small network of two feature maps, for --perceptual-net and its like."""
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [x[:, :2], torch.nn.functional.avg_pool2d(x, 2)]
+
+
+@pytest.fixture
+def maps_file(tmp_path) -> str:
+    """Its TorchScript file."""
+    torch.jit.script(TwoMaps()).save(str(tmp_path / "maps.pt"))
+    return str(tmp_path / "maps.pt")
 
 
 @pytest.fixture(scope="session")

@@ -102,14 +102,14 @@ class Case:
         for (labels, seeds), tokens in zip(self.batches(len(truth)), truth.split(cfg.batch_size)):
             z = self.contexts(generator, torch.tensor(labels).to(truth.device), tokens)
             noise = torch.stack([column_noise(seeds, i, tokens.shape[2]) for i in range(n)], 1)
-            scales = s[None, :, None].expand(len(tokens), -1, 1).flatten(0, 1)
-            drawn.append(draw(z, noise.to(truth).flatten(0, 1), scales).view_as(tokens))
+            x = draw(z, noise.to(truth).flatten(0, 1), s.repeat(len(tokens)))
+            drawn.append(x.view_as(tokens))
         return torch.cat(drawn)
 
     def contexts(self, generator: Generator, labels: Tensor, tokens: Tensor) -> Tensor:
         """z of every column, as one batch (branches·B·N, d)."""
         branches = [torch.zeros_like(labels, dtype=torch.bool)]
-        if self.cfg.cfg != 1 and not generator.head.scales:
+        if self.cfg.cfg != 1:
             branches.append(~branches[0])
         z = [generator.predict(tokens, labels, drop) for drop in branches]
         return torch.cat(z).flatten(0, 1)

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from equimini.attention import window_attention
 from equimini.config import Checked, flag
 from equimini.experiments.report import Report
-from equimini.generator import Generator, GeneratorConfig
-from equimini.presets import PRESETS, parameters
+from equimini.generator import GeneratorConfig
+from equimini.presets import PRESETS, cost
 from equimini.utils.command_line import output_folder, parse
 from equimini.utils.plot import curves
 
@@ -47,35 +47,22 @@ def attention_products(config: GeneratorConfig, n: int, window: int, crops: int 
     return config.layers * counter.get_total_flops() // 2
 
 
-def cost(config: GeneratorConfig, tokens: int = 16, channels: int = 256
-         ) -> tuple[float, float, float]:
-    """Millions of parameters, GFLOPs of one forward pass, and billions by the paper's rule."""
-    with torch.device("meta"):
-        generator = Generator(config, 1000, channels).eval()
-        x, label = torch.empty(1, tokens, channels), torch.zeros(1, dtype=torch.long)
-        with FlopCounterMode(display=False) as body, torch.no_grad():
-            z = generator(x, generator.encode_classes(label))
-        with FlopCounterMode(display=False) as head, torch.no_grad():
-            generator.head(x, torch.empty(1, tokens), z)
-    once, four_times = (body.get_total_flops() + k * head.get_total_flops() for k in (1, 4))
-    return parameters(generator) / 1e6, once / 1e9, four_times / 2e9
-
-
 def main(argv: list[str]) -> None:
     cfg = parse("equimini.experiments compute", __doc__, ComputeConfig(), argv)
     folder = output_folder(f"{cfg.out}/compute")
     rows = [("model", "parameters, M", "paper", "GFLOPs", "by the paper's rule", "paper")]
     costs = {name: cost(PRESETS[name].generator) for name in PRINTED}
     for name, (millions, gflops) in PRINTED.items():
-        rows.append((name, f"{costs[name][0]:.2f}", millions,
-                     *(f"{value:.2f}" for value in costs[name][1:]), gflops))
-    off = max(abs(costs[name][2] / float(gflops) - 1) for name, (_, gflops) in PRINTED.items())
+        found = [f"{costs[name][key]:.2f}" for key in ("generator", "GFLOPs", "GMACs")]
+        rows.append((name, found[0], millions, *found[1:], gflops))
+    off = max(abs(costs[name]["GMACs"] / float(printed[1]) - 1)
+              for name, printed in PRINTED.items())
     base = replace(PRESETS["base"].generator, window=256)
-    few, many = cost(base, 16, 256), cost(base, 256, 16)
-    for name, found, gflops in (("16 tokens of 256", few, "9.79"),
-                                ("256 tokens of 16", many, "130.46")):
-        rows.append((f"base, full causal, {name}", "", "",
-                     *(f"{value:.2f}" for value in found[1:]), gflops))
+    full = {n: cost(base, n, 4096 // n) for n in (16, 256)}  # as many values in all
+    for n, gflops in ((16, "9.79"), (256, "130.46")):
+        rows.append((f"base, full causal, {n} tokens of {4096 // n}", "", "",
+                     f"{full[n]['GFLOPs']:.2f}", f"{full[n]['GMACs']:.2f}", gflops))
+    few, many = (full[n]["GFLOPs"] for n in (16, 256))
 
     small = PRESETS["small"].generator
     causal, windowed, crops = (attention_products(small, 16, 16), attention_products(small, 16, 4),
@@ -93,7 +80,7 @@ def main(argv: list[str]) -> None:
                f"{100 * off:.2f} %. Windowed attention takes "
                f"{100 * windowed / causal:.1f} % of causal attention over "
                f"16 columns (the paper's 42.9 % is 1.8 of 4.2), and 16 tokens in place of 256 take "
-               f"{many[1] / few[1]:.1f} times less in all (the paper: {130.46 / 9.79:.1f}).")
+               f"{many / few:.1f} times less in all (the paper: {130.46 / 9.79:.1f}).")
     lengths = [4, 16, 32, 64, 128, 256]
     per_column = {w: [(n, attention_products(small, n, min(w, n)) / n / 1e6) for n in lengths]
                   for w in (4, 256)}
@@ -103,5 +90,5 @@ def main(argv: list[str]) -> None:
         "Attention of the small model per column")
     products = {"all pairs": square, "causal": causal, "windowed": windowed, "crops": crops}
     Report("Parameters and compute (Tables 2, 3, 4, 7)", PAPER, rows, reading, [*RULES, left_out],
-           {"attention": products, "gflops": {"16": few[1], "256": many[1]}}).save(
+           {"attention": products, "gflops": {"16": few, "256": many}}).save(
                "compute", cfg, folder)

@@ -14,6 +14,7 @@ from equimini.kernel.operators import visible_pairs
 from equimini.presets import PRESETS
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.utils.errors import UserError
+from tests.conftest import small_generator
 
 
 class Features(nn.Module):
@@ -22,13 +23,6 @@ class Features(nn.Module):
     def forward(self, x: Tensor, return_features: bool = False,
                 no_output_bias: bool = False) -> Tensor:
         return torch.nn.functional.adaptive_avg_pool2d(x.float(), (2, 2)).mean(1).flatten(1)
-
-
-@pytest.fixture
-def model(generator, tokenizer, monkeypatch) -> ImageGenerator:
-    model = ImageGenerator(generator, tokenizer, ["cat", "dog", "eel"])
-    monkeypatch.setattr(solvers, "load_generator", lambda *_: model)
-    return model
 
 
 def test_sampling_benchmark(capsys):
@@ -49,11 +43,10 @@ def test_sampling_benchmark(capsys):
             assert 1e-4 < row["rms_deviation"] < 0.1
     sample.main([*arguments, "--no-literal", "--precision", "bf16"])
     assert "literal" not in capsys.readouterr().out.split("faster")[1]
-    with pytest.raises(UserError, match="--cuda-graphs needs a CUDA device"):
-        sample.main([*arguments, "--cuda-graphs", "--device", "cpu"])
 
 
-def test_solver_benchmark(model, picture_folder, tmp_path, capsys):
+def test_solver_benchmark(model, picture_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(solvers, "load_generator", lambda *_: model)
     torch.jit.script(Features()).save(str(tmp_path / "net.pt"))
     arguments = ["--count", "5", "--evaluations", "4,40", "--batch-size", "5", "--columns", "3",
                  "--out", str(tmp_path / "out"), "--time-shifts", "1,2"]
@@ -74,31 +67,29 @@ def test_solver_benchmark(model, picture_folder, tmp_path, capsys):
         "results.json", "column-error.png", "image-error.png", "frechet.png"}
 
 
+@pytest.mark.parametrize("objective, solver", (("flow-matching", "heun"),
+                                               ("mean-flow", "mean-flow")))
 @pytest.mark.parametrize("cfg", (1.0, 3.0))
-def test_single_columns_are_the_samplers(model, cfg):
+def test_single_columns_are_the_samplers(tokenizer, cfg, objective, solver):
     """Columns drawn alone after a solver's own columns are that solver's image."""
-    bench = solvers.SolverBench(cfg=cfg, count=3, batch_size=2)
-    case = solvers.Case(model, bench, 3)
-    tokens = case.images(3, "", steps=3, solver="heun")
-    again = case.single_columns(tokens, steps=3, solver="heun")
+    model = ImageGenerator(small_generator(objective=objective), tokenizer, ["cat", "dog", "eel"])
+    case = solvers.Case(model, solvers.SolverBench(cfg=cfg, count=3, batch_size=2), 3)
+    tokens = case.images(3, "", steps=3, solver=solver)
+    again = case.single_columns(tokens, steps=3, solver=solver)
     torch.testing.assert_close(again, tokens, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("arguments, message", (
-    (["--solvers", "euler,rk4"], "--solvers takes euler, midpoint, heun, mean-flow, got 'rk4'"),
-    (["--time-shifts", "1,0"], "--time-shifts takes numbers above 0"),
-    (["--network", "net.pt"], "both --network and --data")))
-def test_mistakes(arguments, message):
+@pytest.mark.parametrize("bench, arguments, message", (
+    (solvers, "--solvers euler,rk4",
+     "--solvers takes euler, midpoint, heun, mean-flow, got 'rk4'"),
+    (solvers, "--time-shifts 1,0", "--time-shifts takes numbers above 0"),
+    (solvers, "--network net.pt", "both --network and --data"),
+    (sample, "--cuda-graphs --device cpu", "--cuda-graphs needs a CUDA device"),
+    (train, "--device cpu --settings plain,slow", "--settings takes plain, .*got 'slow'"),
+    (train, "--device cpu --settings tf32", "--settings tf32 needs a CUDA device")))
+def test_mistakes(bench, arguments, message):
     with pytest.raises(UserError, match=message):
-        solvers.main(arguments)
-
-
-@pytest.mark.parametrize("setting, message", (
-    ("plain,slow", "--settings takes plain, .*got 'slow'"),
-    ("tf32", "--settings tf32 needs a CUDA device")))
-def test_settings_that_do_not_run_here(setting, message):
-    with pytest.raises(UserError, match=message):
-        train.main(["--preset", "tiny", "--device", "cpu", "--settings", setting])
+        bench.main([*arguments.split(), *(["--preset", "tiny"] if bench is not solvers else [])])
 
 
 @pytest.mark.slow
