@@ -35,8 +35,9 @@ def make_generator(accumulate, objective="flow-matching"):
     torch.manual_seed(0)
     tokenizer = Tokenizer(TOKENIZER).eval()
     tokenizer.set_statistics(0.0, 1.0)
-    models = [Generator(GeneratorConfig(layers=2, embed_dim=32, heads=2, head_width=32, head_depth=2,
-                                        dropout=0.0, objective=name), 3, TOKENIZER.token_channels)
+    models = [Generator(GeneratorConfig(layers=2, embed_dim=32, heads=2, head_width=32,
+                                        head_depth=2, dropout=0.0, objective=name),
+                        3, TOKENIZER.token_channels)
               for name in dict.fromkeys(("flow-matching", objective))]
     for p in (p for model in models for p in model.parameters()):
         nn.init.normal_(p, std=0.1)  # also the layers that begin at zero

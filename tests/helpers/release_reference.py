@@ -54,49 +54,36 @@ def tokenizer_layout(base: int = 128, multipliers: tuple[int, ...] = (1, 1, 2, 4
     last, deep, tall = len(multipliers) - 1, base * multipliers[-1], z * rows
     encoder, into = _conv("conv_in", base, 3, 3, 3), base
     for i, multiplier in enumerate(multipliers):
-        attentions: Shapes = {}
         for j in range(blocks):
             encoder |= _block(f"down.{i}.block.{j}", into, base * multiplier)
             into = base * multiplier
             if i in attention_stages:
-                attentions |= _attention(f"down.{i}.attn.{j}", into)
-        encoder |= attentions
+                encoder |= _attention(f"down.{i}.attn.{j}", into)
         if i < last:
             encoder |= _conv(f"down.{i}.downsample.conv.conv", into // 4, into, 3, 3)
     encoder |= (_middle(deep) | _norm("norm_out", deep) | _conv("conv_out", z, deep, 3, 3)
                 | _conv("encoder1d", tall, tall, 3))
 
-    stages: dict[int, Shapes] = {}
-    into = deep
+    decoder, into = _conv("conv_in", deep, z, 3, 3) | _middle(deep), deep
     for i in reversed(range(last + 1)):
-        stages[i], attentions = {}, {}
         for j in range(blocks + 1):
-            stages[i] |= _block(f"up.{i}.block.{j}", into, base * multipliers[i])
+            decoder |= _block(f"up.{i}.block.{j}", into, base * multipliers[i])
             into = base * multipliers[i]
             if i in attention_stages:
-                attentions |= _attention(f"up.{i}.attn.{j}", into)
-        stages[i] |= attentions
+                decoder |= _attention(f"up.{i}.attn.{j}", into)
         if i > 0:
-            stages[i] |= _conv(f"up.{i}.upsample.conv.conv", 4 * into, into, 3, 3)
-    decoder = _conv("conv_in", deep, z, 3, 3) | _middle(deep)
-    for i in sorted(stages):
-        decoder |= stages[i]
+            decoder |= _conv(f"up.{i}.upsample.conv.conv", 4 * into, into, 3, 3)
     decoder |= (_norm("norm_out", into) | _conv("conv_out", 3, into, 3, 3)
                 | _conv("decoder1d", tall, tall, 3))
 
     parts = {"encoder": encoder, "decoder": decoder}
     if semantic:
-        head: Shapes = {}
-        into = deep
-        for i in range(2):
-            for j in range(3):
-                head |= _block(f"down.{i}.block.{j}", into, semantic)
-                into = semantic
-        parts["semantic_decoder"] = (head | _norm("norm_out", semantic)
-                                     | _conv("conv_out", semantic, semantic, 3, 3))
-    quant = {"quant_layer": {"weight": (tokens, tall, 3), "bias": (tokens,)},
-             "post_quant_layer": {"weight": (tall, tokens, 3), "bias": (tall,)}}
-    parts |= quant
+        head = _norm("norm_out", semantic) | _conv("conv_out", semantic, semantic, 3, 3)
+        for n in range(6):
+            head |= _block(f"down.{n // 3}.block.{n % 3}", semantic if n else deep, semantic)
+        parts["semantic_decoder"] = head
+    parts |= {"quant_layer": {"weight": (tokens, tall, 3), "bias": (tokens,)},
+              "post_quant_layer": {"weight": (tall, tokens, 3), "bias": (tall,)}}
     raw = {f"{part}.{name}": shape for part, shapes in parts.items()
            for name, shape in shapes.items()}
     ema: Shapes = {}
@@ -110,10 +97,7 @@ def generator_layout(layers: int = 32, width: int = 1024, classes: int = 30,
                      class_tokens: int = 16, tokens: int = 256, head_width: int = 1280,
                      head_depth: int = 12) -> Shapes:
     """All keys of a release generator (of `model` and of `model_ema`), with shapes."""
-    def linear(name: str, out: int, into: int) -> Shapes:
-        return _conv(name, out, into)
-
-    d, w = width, head_width
+    d, w, linear = width, head_width, _conv
     shapes: Shapes = {"fake_latent": (1, d), "encoder_pos_embed_learned": (1, class_tokens, d),
                       "class_emb.weight": (classes, d)}
     shapes |= linear("z_proj", d, tokens) | _norm("z_proj_ln", d)
@@ -169,9 +153,6 @@ def in_dtype(weights: Weights, dtype: torch.dtype) -> Weights:
 
 # ---- the tokenizer ---------------------------------------------------------------------------
 
-GROUPS = 32
-
-
 def _get(w: Weights, part: str, name: str) -> tuple[Tensor, Tensor]:
     """Weight and bias of a layer, from the EMA copy: its names have lost their dots."""
     name = name.replace(".", "")
@@ -194,11 +175,7 @@ def _conv1d(w: Weights, part: str, name: str, x: Tensor) -> Tensor:
 
 
 def _groupnorm(w: Weights, part: str, name: str, x: Tensor) -> Tensor:
-    weight, bias = _get(w, part, name)
-    b, c, *rest = x.shape
-    g = x.reshape(b, GROUPS, -1)
-    g = (g - g.mean(-1, keepdim=True)) / torch.sqrt(g.var(-1, correction=0, keepdim=True) + 1e-6)
-    return g.reshape(x.shape) * weight[:, None, None] + bias[:, None, None]
+    return F.group_norm(x, 32, *_get(w, part, name), eps=1e-6)
 
 
 def _residual(w: Weights, part: str, name: str, x: Tensor) -> Tensor:
@@ -293,18 +270,11 @@ def semantic_map(w: Weights, tokens: Tensor) -> Tensor:
 # ---- the generator ---------------------------------------------------------------------------
 
 def _linear(w: Weights, name: str, x: Tensor) -> Tensor:
-    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-
-def _layernorm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
-               eps: float = 1e-6) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    x = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return x if weight is None else x * weight + bias
+    return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
 
 
 def _ln(w: Weights, name: str, x: Tensor, eps: float = 1e-6) -> Tensor:
-    return _layernorm(x, w[f"{name}.weight"], w[f"{name}.bias"], eps)
+    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps)
 
 
 def _rotate(x: Tensor, shift: int) -> Tensor:
@@ -325,8 +295,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _mlp(w: Weights, block: str, x: Tensor) -> Tensor:
     h = _linear(w, f"{block}.mlp.fc1", _ln(w, f"{block}.norm2", x))
-    h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
-    return x + _linear(w, f"{block}.mlp.fc2", h)
+    return x + _linear(w, f"{block}.mlp.fc2", F.gelu(h))
 
 
 def transformer(w: Weights, tokens: Tensor, labels: list[int | None], heads: int, window: int,
@@ -373,7 +342,8 @@ def velocity(w: Weights, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         x = x + gate * _linear(w, f"{b}.mlp.2", F.silu(_linear(w, f"{b}.mlp.0", h)))
         i += 1
     shift, scale = _linear(w, f"{n}.final_layer.adaLN_modulation.1", y).chunk(2, dim=-1)
-    return _linear(w, f"{n}.final_layer.linear", _layernorm(x) * (1 + scale) + shift)
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return _linear(w, f"{n}.final_layer.linear", x)
 
 
 def trajectory(w: Weights, noise: Tensor, labels: list[int], heads: int, window: int, steps: int,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from equimini.autoencoder import Downsample, Upsample, add_noise, noise_variance
+from equimini.autoencoder import Downsample, Tokenizer, Upsample, add_noise, noise_variance
 from equimini.columnize import columnize, rasterize, reflect_pad
 
 
@@ -21,17 +21,13 @@ def test_columnize_puts_channel_c_row_h_at_index_c_times_rows_plus_h():
 
 
 @pytest.mark.parametrize("size", (2, 3, 5))
-@pytest.mark.parametrize("dim", (-1, -2))
-def test_reflect_pad_equals_torchs(dim: int, size: int):
-    pad = (1, 1, 0, 0) if dim == -1 else (0, 0, 1, 1)
+@pytest.mark.parametrize("dim, pad", ((-1, (1, 1, 0, 0)), (-2, (0, 0, 1, 1))))
+def test_reflect_pad_equals_torchs(dim, pad, size):
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 3, size, size, dtype=torch.float64).to(memory_format=layout)
         x.requires_grad_()
-        ours, torchs = reflect_pad(x, dim), F.pad(x, pad, mode="reflect")
-        assert torch.equal(ours, torchs)
-        weights = torch.randn_like(torchs)
-        torch.testing.assert_close(*(torch.autograd.grad((y * weights).sum(), x)[0]
-                                     for y in (ours, torchs)), rtol=1e-14, atol=1e-14)
+        assert torch.equal(reflect_pad(x, dim), F.pad(x, pad, mode="reflect"))
+        assert torch.autograd.gradcheck(lambda x: reflect_pad(x, dim), x)
 
 
 def test_shortcuts_are_group_averaged_unshuffle_and_repeated_shuffle():
@@ -56,20 +52,16 @@ def test_any_width_from_two_columns_up(tokenizer, columns):
     assert semantic.shape == (2, 8, 8, columns)
 
 
-@pytest.mark.parametrize("shape", ((1, 3, 32, 4), (1, 3, 32, 30), (1, 3, 28, 32), (3, 32, 32)))
-def test_impossible_image_sizes_are_refused(tokenizer, shape):
-    with pytest.raises(ValueError, match="image"):
-        tokenizer.encode(torch.zeros(shape))
-
-
-def test_wrong_tokens_are_refused(tokenizer):
-    for shape in ((1, 1, 6), (1, 4, 5), (4, 6)):
-        with pytest.raises(ValueError, match="tokens must be"):
-            tokenizer.decode(torch.zeros(shape))
+@pytest.mark.parametrize("method, shape", (
+    *(("encode", shape) for shape in ((1, 3, 32, 4), (1, 3, 32, 30), (1, 3, 28, 32), (3, 32, 32))),
+    *(("decode", shape) for shape in ((1, 1, 6), (1, 4, 5), (4, 6)))))
+def test_impossible_sizes_are_refused(tokenizer, method, shape):
+    text = {"encode": "image", "decode": "tokens must be"}[method]
+    with pytest.raises(ValueError, match=text):
+        getattr(tokenizer, method)(torch.zeros(shape))
 
 
 def test_statistics_start_unmeasured_and_normalize_inverts(tokenizer):
-    from equimini.autoencoder import Tokenizer
     assert not Tokenizer(tokenizer.config).has_statistics
     assert tokenizer.has_statistics
     tokens = torch.randn(2, 5, 6)

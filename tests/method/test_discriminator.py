@@ -2,21 +2,21 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from equimini.discriminator import (CircularConv, FeatureCritic, Head, Moved, PatchGAN, VirtualBatchNorm,
-                                    augment)
+from equimini.discriminator import (CircularConv, FeatureCritic, Head, Moved, PatchGAN,
+                                    VirtualBatchNorm, augment)
 from equimini.noise import rng
 from equimini.presets import TokenizerTraining
 from equimini.pretrained.torchscript import ScriptFeatures, script_maps
 from equimini.pretrained.vision_transformer import DinoFeatures, VisionTransformer
 from equimini.training.tokenizer_losses import Adversary, make_critic
 from equimini.utils.errors import UserError
-from tests.method.test_losses import TwoMaps
 
 CFG = TokenizerTraining(discriminator="dino", disc_head_channels=8, lr=1e-3)
 
@@ -26,11 +26,9 @@ def rngs(count, key=0):
 
 
 @pytest.fixture
-def critic(tmp_path):
-    torch.jit.script(TwoMaps()).save(str(tmp_path / "maps.pt"))
+def critic(maps_file):
     torch.manual_seed(0)
-    return FeatureCritic(ScriptFeatures(script_maps(str(tmp_path / "maps.pt")),
-                                    torch.zeros(1, 3, 8, 8)), 8)
+    return FeatureCritic(ScriptFeatures(script_maps(maps_file), torch.zeros(1, 3, 8, 8)), 8)
 
 
 def test_patchgan_has_latent_diffusions_layout():
@@ -105,31 +103,26 @@ def test_pieces_of_images_and_their_gradient():
 
 
 def test_the_parts_of_the_augmentation():
-    class Fixed:  # a "generator" whose seven draws are known
-        def __init__(self, **draws):
-            names = ("top", "left", "brightness", "saturation", "contrast", "y", "x")
-            neutral = dict(top=0.5, left=0.5, brightness=0.5, saturation=0.5, contrast=0.5,
-                           y=0.0, x=0.0)
-            self.draws = np.array([{**neutral, **draws}[n] for n in names])
-
-        def random(self, count):
-            return self.draws
+    def fixed(**draws):  # a "generator" whose seven draws are known
+        neutral = dict.fromkeys(("top", "left", "brightness", "saturation", "contrast"), 0.5)
+        given = neutral | {"y": 0.0, "x": 0.0} | draws
+        return [SimpleNamespace(random=lambda count: np.array([*given.values()]))]
 
     torch.manual_seed(0)
     x = torch.rand(1, 3, 16, 24) * 2 - 1
     inside = (..., slice(2, None), slice(3, None))  # the zeroed corner at centre (0, 0): 3 x 5
-    torch.testing.assert_close(augment(x, [Fixed()])[inside], x[inside])
-    zeroed = augment(x, [Fixed()])[0, 0] == 0
+    torch.testing.assert_close(augment(x, fixed())[inside], x[inside])
+    zeroed = augment(x, fixed())[0, 0] == 0
     assert zeroed[:2, :3].all() and zeroed.sum() == 2 * 3  # half of 3 x 5 lies outside
-    middle = augment(x, [Fixed(y=0.5, x=0.5)])[0, 0] == 0
+    middle = augment(x, fixed(y=0.5, x=0.5))[0, 0] == 0
     assert middle.sum() == 3 * 5 and middle[7:10, 10:15].all()
-    moved = augment(x, [Fixed(top=0.999, left=0.0)])  # 2 rows up, 3 columns right
+    moved = augment(x, fixed(top=0.999, left=0.0))  # 2 rows up, 3 columns right
     torch.testing.assert_close(moved[..., 3:14, 6:], x[..., 5:16, 3:-3])
     assert moved[..., 14:, :].abs().max() == 0 and moved[..., :3].abs().max() == 0
-    torch.testing.assert_close(augment(x, [Fixed(brightness=1.0)])[inside], x[inside] + 0.5)
-    grey = augment(x, [Fixed(saturation=0.0)])[inside]
+    torch.testing.assert_close(augment(x, fixed(brightness=1.0))[inside], x[inside] + 0.5)
+    grey = augment(x, fixed(saturation=0.0))[inside]
     torch.testing.assert_close(grey, x.mean(1, keepdim=True).expand_as(x)[inside])
-    flat = augment(x, [Fixed(contrast=0.0)])[inside]
+    flat = augment(x, fixed(contrast=0.0))[inside]
     torch.testing.assert_close(flat, ((x + x.mean()) / 2)[inside])
 
 
@@ -144,14 +137,14 @@ def test_dino_features_see_224_pixels_of_any_image():
     views = [features.view(torch.rand(1, 3, 240, 256), rng("test", i)) for i in range(20)]
     assert {tuple(v.shape) for v in views} == {(1, 3, 224, 224)}
     x = torch.arange(240 * 256.0).view(1, 1, 240, 256)
-    crops = [v for i in range(20) for v in [features.view(x, rng("test", i))]
+    crops = [v for v in (features.view(x, rng("test", i)) for i in range(20))
              if (v == v.round()).all() and (v[0, 0, 0, 1] - v[0, 0, 0, 0]) == 1
              and (v[0, 0, 1, 0] - v[0, 0, 0, 0]) == 256]
     assert 4 <= len(crops) <= 16  # the coin, 20 times
 
 
 @pytest.mark.parametrize("count", (1, 3, 9))
-def test_a_critic_learns_and_its_frozen_network_does_not(critic, count, tmp_path):
+def test_a_critic_learns_and_its_frozen_network_does_not(critic, count):
     game, x = Adversary(critic, CFG, seed=0), torch.rand(count, 3, 8, 8) * 2 - 1
     fake = (-x).requires_grad_()
     before = {k: v.clone() for k, v in critic.state_dict().items()}
@@ -184,15 +177,14 @@ def test_real_and_fake_are_augmented_differently_and_resumed_alike(critic):
     assert torch.equal(real[0], again[0]) and not torch.equal(real[0], fake[0])
 
 
-def test_critics_that_cannot_be_made_are_errors(tmp_path):
+@pytest.mark.parametrize("settings, text", (
+    (dict(), "--dino-weights"), (dict(dino_weights="a", disc_net="b"), "not both"),
+    (dict(dino_weights="missing.pth"), "missing.pth"),
+    (dict(discriminator="patchgan", disc_net="b"), "--disc-net"),
+    (dict(discriminator="none", dino_weights="b"), "--dino-weights"),
+    (dict(discriminator="patchgan", disc_layers=6), "--disc-layers")))
+def test_critics_that_cannot_be_made_are_errors(settings, text):
     x = torch.zeros(1, 3, 32, 32)
-    for settings, text in (
-            (dict(), "--dino-weights"),
-            (dict(dino_weights="a", disc_net="b"), "not both"),
-            (dict(dino_weights="missing.pth"), "missing.pth"),
-            (dict(discriminator="patchgan", disc_net="b"), "--disc-net"),
-            (dict(discriminator="none", dino_weights="b"), "--dino-weights"),
-            (dict(discriminator="patchgan", disc_layers=6), "--disc-layers")):
-        with pytest.raises(UserError, match=text):
-            make_critic(dataclasses.replace(CFG, **settings), x)
+    with pytest.raises(UserError, match=text):
+        make_critic(dataclasses.replace(CFG, **settings), x)
     assert make_critic(dataclasses.replace(CFG, discriminator="none"), x) is None

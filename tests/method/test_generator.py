@@ -4,32 +4,26 @@ import pytest
 import torch
 
 from equimini.flow_head import FlowHead, time_embedding
-from equimini.generator import Generator, GeneratorConfig, SelfAttention, flow_matching_loss
+from equimini.generator import Generator, SelfAttention, flow_matching_loss
 from equimini.rope import rope_tables
 from equimini.training.step import weight_decay_groups
-from tests.conftest import SMALL_GENERATOR, randomize
+from tests.conftest import SMALL_GENERATOR, randomize, small_generator
 
 LABELS = torch.tensor([0, 2])
 
 
-def test_each_output_depends_on_exactly_its_receptive_field(generator):
-    """z_i sees columns i−1 back to i−1−L·(W−1): never itself or later ones, never beyond."""
-    n, reach = 12, SMALL_GENERATOR.layers * (SMALL_GENERATOR.window - 1)
-    tokens = torch.randn(1, n, 6, requires_grad=True)
-    z = generator.predict(tokens, LABELS[:1])
-    for i in range(n):
+@pytest.mark.parametrize("changes, reach", (
+    ({}, SMALL_GENERATOR.layers * (SMALL_GENERATOR.window - 1)), ({"window": 99}, 99),
+    ({"real_equivariant": True}, SMALL_GENERATOR.window - 2)))  # however many the layers
+def test_each_output_depends_on_exactly_its_receptive_field(changes, reach):
+    """z_i sees columns i−1 back to i−1−reach: never itself or later ones, never beyond."""
+    tokens = torch.randn(1, 12, 6, requires_grad=True)
+    z = small_generator(**changes).predict(tokens, LABELS[:1])
+    for i in range(12):
         grad, = torch.autograd.grad(z[0, i].square().sum(), tokens, retain_graph=True,
                                     allow_unused=i == 0)
         seen = set() if grad is None else set(grad[0].abs().sum(1).nonzero().flatten().tolist())
         assert seen == set(range(max(0, i - 1 - reach), i)), i
-
-
-def test_window_as_long_as_the_image_sees_everything_before():
-    config = GeneratorConfig(layers=1, embed_dim=16, heads=2, window=99, head_width=8, head_depth=1)
-    model = randomize(Generator(config, 2, 3)).eval()
-    tokens = torch.randn(1, 6, 3, requires_grad=True)
-    grad, = torch.autograd.grad(model.predict(tokens, LABELS[:1])[0, 5].sum(), tokens)
-    assert grad[0].abs().sum(1).nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_self_attention_does_not_see_absolute_position_but_the_model_does(generator):
@@ -44,27 +38,18 @@ def test_self_attention_does_not_see_absolute_position_but_the_model_does(genera
     assert torch.equal(moved[:, 0], unmoved[:, 0])  # z_0 is of the class tokens, without place
 
 
-@pytest.mark.parametrize("chunks", ([1] * 9, [4, 1, 1, 3], [9]))
-def test_cached_equals_uncached(generator, chunks):
-    tokens = torch.randn(2, 9, 6)
+@pytest.mark.parametrize("window, chunks", ((3, [1] * 9), (3, [4, 1, 1, 3]), (3, [9]),
+                                            (1, [1] * 9)))
+def test_cached_equals_uncached(window, chunks):
+    generator, tokens = small_generator(window=window), torch.randn(2, 9, 6)
     context = generator.encode_classes(LABELS)
-    whole = generator(tokens, context)
     cache, parts, start = [], [], 0
-    for n in chunks:
-        parts.append(generator(tokens[:, start:start + n], context, start, cache))
-        start += n
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
-    assert all(k.shape[1] == SMALL_GENERATOR.window - 1 for k, _ in cache)
-
-
-def test_window_of_one_caches_nothing():
-    config = GeneratorConfig(layers=2, embed_dim=16, heads=2, window=1, head_width=8, head_depth=1)
-    model, cache = randomize(Generator(config, 2, 3)).eval(), []
-    tokens, context = torch.randn(1, 4, 3), None
-    context = model.encode_classes(LABELS[:1])
-    parts = [model(tokens[:, i:i + 1], context, i, cache) for i in range(4)]
-    torch.testing.assert_close(torch.cat(parts, 1), model(tokens, context))
-    assert cache[0][0].shape[1] == 0
+    for chunk in tokens.split(chunks, 1):
+        parts.append(generator(chunk, context, start, cache))
+        start += chunk.shape[1]
+    torch.testing.assert_close(torch.cat(parts, 1), generator(tokens, context), rtol=1e-4,
+                               atol=1e-5)
+    assert all(k.shape[1] == window - 1 for k, _ in cache)
 
 
 def test_dropped_labels_share_one_vector_and_others_keep_their_class(generator):

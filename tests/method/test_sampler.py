@@ -10,26 +10,28 @@ from equimini import sampler
 from equimini.sampler import (ColumnSampler, Guidance, Solver, Stream, column_noise, sample_columns,
                               sample_plainly, sample_tokens)
 from equimini.sampling.packed_weights import packed
+from tests.conftest import small_generator
 
 LABELS = torch.tensor([0, 2, 1])
 SEEDS = [3, 4, 5]
 
 
-def errors(generator, drawn, *arguments):
-    """RMS errors of `drawn` and of the plain float32 sampler, against the plain one in float64."""
-    truth = sample_plainly(copy.deepcopy(generator).double(), *arguments)
-    slow = sample_plainly(generator, *arguments)
-    return [(x - truth).square().mean().sqrt().item() for x in (drawn, slow)]
+@pytest.fixture
+def real():
+    return small_generator(real_equivariant=True)
 
 
 @pytest.mark.parametrize("schedule", ("linear", "constant"))
 @pytest.mark.parametrize("rows", (1, 20, 256))  # one step at a time; three (not a divisor); all
-def test_fast_sampler_equals_the_plain_one(generator, schedule, rows, monkeypatch):
+def test_fast_sampler_equals_the_plain_one(generator, real, schedule, rows, monkeypatch):
     """It may err four times as much as the plain one, whose sums only have another order."""
     monkeypatch.setattr(sampler, "PRODUCT_ROWS", rows)
-    for ready in (generator, packed(generator)):
+    for plain, ready in ((generator, generator), (generator, packed(generator)), (real, real)):
+        arguments = LABELS, 8, SEEDS, 2.5, schedule, 7
+        truth = sample_plainly(copy.deepcopy(plain).double(), *arguments)
         drawn = sample_tokens(ready, LABELS, 8, SEEDS, cfg=2.5, schedule=schedule, steps=7)
-        fast, slow = errors(generator, drawn, LABELS, 8, SEEDS, 2.5, schedule, 7)
+        fast, slow = ((x - truth).square().mean().sqrt().item()
+                      for x in (drawn, sample_plainly(plain, *arguments)))
         assert fast <= 4 * slow < 1e-4
 
 
@@ -54,17 +56,6 @@ def test_guidance_schedules():
     assert Guidance(1.0, "linear", 7).scale(2) == 1.0
     with pytest.raises(ValueError, match="schedule"):
         Guidance(3.0, "cosine")
-
-
-def test_guided_velocity_endpoints(generator):
-    """v_uncond + s·(v_cond − v_uncond), both branches from the same noise."""
-    draw, noise = ColumnSampler(generator.head, 1), torch.randn(3, 6)
-    cond, uncond = torch.randn(2, 3, 32)
-    with torch.no_grad():
-        ends = [noise - draw(z, noise, 1.0) for z in (cond, uncond)]  # one Euler step: the velocity
-        for s in (0.0, 1.0, 2.5):
-            v = noise - draw(torch.cat((cond, uncond)), noise, s)
-            torch.testing.assert_close(v, ends[1] + s * (ends[0] - ends[1]), rtol=1e-4, atol=1e-4)
 
 
 def test_scale_one_is_exactly_the_conditional_branch(generator):
@@ -114,41 +105,28 @@ def filled(*arguments, **options):
     return torch.stack(list(fill(*arguments, **options)), 1)
 
 
-def test_guidance_reaches_its_full_scale_and_stays(generator):
-    nothing, rising = torch.zeros(3, 0, 6), Guidance(2.0, "linear", 4)
-    long, other = (filled(generator, nothing, n, guidance=rising) for n in (9, 6))
-    assert torch.equal(long[:, :6], other)  # the length plays no part
-
-
 def test_columns_are_drawn_under_their_own_class(generator):
-    options = dict(cfg=2.0, schedule="constant", steps=3)
-    plain = sample_tokens(generator, LABELS, 8, SEEDS, **options)
-    classes = LABELS[:, None].repeat(1, 8)
-    assert torch.equal(sample_tokens(generator, classes, 8, SEEDS, **options), plain)
-    classes[:, 5:] = (LABELS[:, None] + 1) % 3
-    turned = sample_tokens(generator, classes, 8, SEEDS, **options)
+    plain = sample_tokens(generator, LABELS, 8, SEEDS, steps=3)
+    classes, others = LABELS[:, None].repeat(1, 8), (LABELS + 1) % 3
+    assert torch.equal(sample_tokens(generator, classes, 8, SEEDS, steps=3), plain)
+    classes[:, 5:] = others[:, None]
+    turned = sample_tokens(generator, classes, 8, SEEDS, steps=3)
     assert torch.equal(turned[:, :5], plain[:, :5])
-    assert (turned[:, 5] != plain[:, 5]).any(-1).all()
-    # z of the turning column is that of the new class over the old class's past
-    with torch.no_grad():
-        cache, contexts = [], [generator.encode_classes(c) for c in (LABELS, (LABELS + 1) % 3)]
+    with torch.no_grad():  # the turning column's z is that of the new class over the old one's past
+        cache, context = [], generator.encode_classes(LABELS)
         for i in range(4):
-            generator(plain[:, i:i + 1], contexts[0], i, cache)
-        z = generator(plain[:, 4:5], contexts[1], 4, cache)[:, 0]
-    draw = ColumnSampler(generator.head, steps=3)
-    stream = Stream(generator, LABELS, SEEDS, draw)
-    for i in range(5):
-        stream.feed(plain[:, i])
-    stream.set_class((LABELS + 1) % 3)
-    with torch.no_grad():
-        expected = draw(z, column_noise(SEEDS, 5, generator.channels), 1.0)
-    torch.testing.assert_close(stream.draw(), expected)
+            generator(plain[:, i:i + 1], context, i, cache)
+        z = generator(plain[:, 4:5], generator.encode_classes(others), 4, cache)[:, 0]
+        expected = ColumnSampler(generator.head, 3)(z, column_noise(SEEDS, 5, 6), 1.0)
+    torch.testing.assert_close(turned[:, 5], expected)
+    assert (turned[:, 5] != plain[:, 5]).any(-1).all()
 
 
-def test_a_given_column_and_a_drawn_one_leave_the_same_to_the_last_bit(generator):
-    whole = sample_tokens(generator, LABELS, 9, SEEDS, cfg=2.0, steps=4)
-    assert torch.equal(filled(generator, whole[:, :5], 9), whole)
-    assert torch.equal(filled(generator, whole, 9, draw=[3, 4]), whole)
+def test_a_given_column_and_a_drawn_one_leave_the_same_to_the_last_bit(generator, real):
+    for model in (generator, real):
+        whole = sample_tokens(model, LABELS, 9, SEEDS, cfg=2.0, steps=4)
+        assert torch.equal(filled(model, whole[:, :5], 9), whole)
+        assert torch.equal(filled(model, whole, 9, draw=[3, 4]), whole)
 
 
 def test_columns_drawn_again_leave_the_others_alone(generator):
@@ -213,13 +191,12 @@ def test_another_head_and_another_solver(generator):
 def test_temperature_scales_the_noise(generator):
     """Column 0, whose z does not depend on noise, is the one drawn from scaled noise."""
     options = {"solver": "midpoint", "steps": 3}
-    noise = column_noise(SEEDS, 0, generator.channels)
-    z = generator.encode_classes(LABELS).z0[:, 0]
+    z, noise = generator.encode_classes(LABELS).z0[:, 0], column_noise(SEEDS, 0, 6)
     with torch.no_grad():
         expected = ColumnSampler(generator.head, **options)(z, 0.9 * noise, 1.0)
-    drawn = sample_tokens(generator, LABELS, 4, SEEDS, cfg=1.0, temperature=0.9, **options)
-    plain = sample_tokens(generator, LABELS, 4, SEEDS, cfg=1.0, **options)
-    assert torch.equal(drawn[:, 0], expected) and not torch.equal(drawn[:, 0], plain[:, 0])
+    drawn, plain = (sample_tokens(generator, LABELS, 1, SEEDS, temperature=t, **options)[:, 0]
+                    for t in (0.9, 1.0))
+    assert torch.equal(drawn, expected) and not torch.equal(drawn, plain)
 
 
 def test_held_positions(generator):

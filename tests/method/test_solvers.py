@@ -22,7 +22,7 @@ def test_euler_on_known_fields():
     constant = torch.tensor([0.5, 2.0], dtype=torch.float64)
     torch.testing.assert_close(along(euler, lambda x, t: constant, x, time_grid(10)), x - constant)
     # dx/dt = x has the solution x(0) = x(1)/e; Euler's is x(1)·(1 − 1/n)^n
-    torch.testing.assert_close(along(euler, lambda x, t: x, x, time_grid(50)), x * (1 - 1 / 50) ** 50)
+    torch.testing.assert_close(along(euler, lambda x, t: x, x, time_grid(50)), x * 0.98 ** 50)
 
 
 def test_euler_carries_noise_to_the_data_when_the_velocity_is_exact():
@@ -36,27 +36,12 @@ def test_euler_carries_noise_to_the_data_when_the_velocity_is_exact():
 @pytest.mark.parametrize("shift", (1.0, 2.5))
 @pytest.mark.parametrize("solver, order", (("euler", 1), ("midpoint", 2), ("heun", 2)))
 def test_order_of_convergence(solver, order, shift):
-    """dx/dt = x·cos(5t) + t: twice the steps, 2^order times smaller an error.
-
-    The exact x(0) comes from 4096 steps of the classical fourth-order Runge-Kutta method.
-    """
+    """Twice the steps, 2^order times smaller an error; here x(t) = 1/(2 + sin 5t)."""
     def field(x, t):
-        return x * math.cos(5 * t) + t
+        return -5 * math.cos(5 * t) * x * x
 
-    def rk4(x, n):
-        h = -1 / n
-        for k in range(n, 0, -1):
-            t = k / n
-            a = field(x, t)
-            b = field(x + h / 2 * a, t + h / 2)
-            c = field(x + h / 2 * b, t + h / 2)
-            x = x + h / 6 * (a + 2 * b + 2 * c + field(x + h * c, t + h))
-        return x
-
-    truth = rk4(1.5, 4096)
-    coarse, fine = (abs(along(SOLVERS[solver].step, field, 1.5, time_grid(n, shift)) - truth)
-                    for n in (256, 512))
-    # the next term of the error's expansion is of the order 1/256: far under 0.1
+    coarse, fine = (abs(along(SOLVERS[solver].step, field, 1 / (2 + math.sin(5)),
+                              time_grid(n, shift)) - 0.5) for n in (512, 1024))
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
 
 

@@ -155,24 +155,30 @@ def test_a_strip(tmp_path, line):
         History(tmp_path, row)
 
 
+@pytest.fixture(scope="module")
+def drawn(runs, tmp_path_factory):
+    """A token file, t.pt, and a scroll, s."""
+    folder = tmp_path_factory.mktemp("drawn")
+    for more in ("--count 1 --save-tokens t.pt", "--scroll 6 --out s --tile-columns 4"):
+        call("sample.py", "--checkpoint", runs / "runs/generator/last.pt", "--steps", 1,
+             "--classes", 0, *more.split(), cwd=folder)
+    return folder
+
+
 @pytest.mark.parametrize("name, value", (
     ("tokens", lambda x: x.to_sparse()), ("labels", lambda x: x.to_sparse()),
     ("seeds", lambda x: x - 9), ("options", 3),
     ("tokens", lambda x: torch.zeros(1).expand(1, 2**30, x.shape[2]))))
-def test_a_token_file(runs, tmp_path, name, value):
-    model = load_generator(runs / "runs/generator/last.pt")
-    call("sample.py", "--checkpoint", runs / "runs/generator/last.pt", "--steps", 1, "--count", 1,
-         "--classes", 0, "--save-tokens", tmp_path / "t.pt", cwd=tmp_path)
-    change(tmp_path / "t.pt", name, value)
+def test_a_token_file(runs, drawn, tmp_path, name, value):
+    path = shutil.copy(drawn / "t.pt", tmp_path)
+    change(path, name, value)
     with pytest.raises(UserError, match="t.pt is damaged"):
-        open_picture(str(tmp_path / "t.pt"), model)
+        open_picture(path, load_generator(runs / "runs/generator/last.pt"))
 
 
-def test_a_token_file_in_several_parts(runs, tmp_path):
+def test_a_token_file_in_several_parts(runs, drawn, tmp_path):
     """Python's zipfile.is_zipfile raises for it."""
-    content = {"equimini": "tokens", "format": 1, "tokens": torch.ones(1, 2, 3)}
-    torch.save(content, tmp_path / "t.pt")
-    data = bytearray((tmp_path / "t.pt").read_bytes())
+    data = bytearray((drawn / "t.pt").read_bytes())
     data[data.rindex(b"PK\6\7") + 16] = 2  # disks, in the locator of the list of members
     (tmp_path / "t.pt").write_bytes(data)
     with pytest.raises(UserError, match="t.pt is damaged"):
@@ -185,13 +191,13 @@ def test_a_token_file_in_several_parts(runs, tmp_path):
     ("decoder.tokens", None),
     ("decoder.tokens", lambda x: x[:, :, :1]), ("rest", lambda x: x[:, :, :4]), ("done", "x"),
     ("settings", 3), ("settings.steps", [])))
-def test_a_scroll(runs, tmp_path, place, value):
-    words = ("--checkpoint", runs / "runs/generator/last.pt", "--steps", 1, "--out", tmp_path / "s",
-             "--tile-columns", 4, "--classes", 0)
-    call("sample.py", *words, "--scroll", 6, cwd=tmp_path)
+def test_a_scroll(runs, drawn, tmp_path, place, value):
+    shutil.copytree(drawn / "s", tmp_path / "s")
     change(tmp_path / "s/state.pt", place, value)
-    assert re.search("state.pt|checkpoint's",
-                     mistake("sample.py", *words, "--scroll", 8, "--resume", cwd=tmp_path))
+    said = mistake("sample.py", "--checkpoint", runs / "runs/generator/last.pt", "--steps", 1,
+                   "--classes", 0, *"--scroll 8 --out s --tile-columns 4 --resume".split(),
+                   cwd=tmp_path)
+    assert re.search("state.pt|checkpoint's", said)
 
 
 def test_texts_and_switches_of_a_configuration():

@@ -19,7 +19,6 @@ from equimini.pretrained.vision_transformer import (DinoFeatures, DinoV2Teacher,
 from equimini.training.tokenizer_losses import make_distance, make_teacher
 from equimini.utils.errors import UserError
 from tests.conftest import randomize
-from tests.method.test_losses import TwoMaps
 
 VGG_CONVS = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256),
              14: (256, 256), 17: (512, 256), 19: (512, 512), 21: (512, 512), 24: (512, 512),
@@ -36,13 +35,11 @@ def optional(name):
 
 def vgg_layout():
     """The keys and shapes of vgg16-397923af.pth (the classifier's in small), random values."""
-    state = {}
+    state = {f"classifier.{i}.{name}": torch.zeros(2, 2) for i in (0, 3, 6)
+             for name in ("weight", "bias")}
     for i, (c_out, c_in) in VGG_CONVS.items():
         state[f"features.{i}.weight"] = torch.randn(c_out, c_in, 3, 3) * (2 / 9 / c_in) ** 0.5
         state[f"features.{i}.bias"] = torch.randn(c_out) * 0.1
-    for i in (0, 3, 6):
-        state |= {f"classifier.{i}.weight": torch.zeros(2, 2), f"classifier.{i}.bias":
-                  torch.zeros(2)}
     return state
 
 
@@ -56,19 +53,15 @@ def vit_layout(width, patch, positions, depth=12, scale=False):
     """Those of dino_deitsmall16_pretrain.pth, or (scale) of dinov2_vitb14_pretrain.pth."""
     shapes = {"cls_token": (1, 1, width), "pos_embed": (1, positions, width),
               "patch_embed.proj.weight": (width, 3, patch, patch),
-              "patch_embed.proj.bias": (width,), "norm.weight": (width,), "norm.bias": (width,)}
-    if scale:
-        shapes["mask_token"] = (1, width)
-    for n in range(depth):
-        block = {"norm1.weight": (width,), "norm1.bias": (width,),
-                 "attn.qkv.weight": (3 * width, width), "attn.qkv.bias": (3 * width,),
-                 "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
-                 "norm2.weight": (width,), "norm2.bias": (width,),
-                 "mlp.fc1.weight": (4 * width, width), "mlp.fc1.bias": (4 * width,),
-                 "mlp.fc2.weight": (width, 4 * width), "mlp.fc2.bias": (width,)}
-        if scale:
-            block |= {"ls1.gamma": (width,), "ls2.gamma": (width,)}
-        shapes |= {f"blocks.{n}.{k}": v for k, v in block.items()}
+              "patch_embed.proj.bias": (width,), "norm.weight": (width,), "norm.bias": (width,),
+              **({"mask_token": (1, width)} if scale else {})}
+    linears = {"attn.qkv": (3 * width, width), "attn.proj": (width, width),
+               "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+    block = {f"{name}.weight": shape for name, shape in linears.items()}
+    block |= {f"{name}.bias": shape[:1] for name, shape in linears.items()}
+    vectors = ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias")
+    block |= dict.fromkeys(vectors + ("ls1.gamma", "ls2.gamma") * scale, (width,))
+    shapes |= {f"blocks.{n}.{k}": v for n in range(depth) for k, v in block.items()}
     torch.manual_seed(0)
     return {k: torch.randn(s) / math.sqrt(max(1, math.prod(s[1:]))) for k, s in shapes.items()}
 
@@ -200,24 +193,12 @@ def test_lpips_is_its_definition_and_its_gradient_reaches_the_second_image(files
     torch.testing.assert_close(a[0], b[0])  # one image's does not depend on the batch
 
 
-def test_lpips_equals_torchvision_and_lpips(files):
+def test_lpips_equals_the_package_lpips(files):
     optional("torchvision")
     package = optional("lpips")
     net = weights.load_lpips(f"{files}/vgg.pt,{files}/lin.pt")
     theirs = package.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval()
     vgg, lin = (torch.load(files / n, weights_only=True) for n in ("vgg.pt", "lin.pt"))
-    features = importlib.import_module("torchvision").models.vgg16(weights=None).features
-    features.load_state_dict({k.removeprefix("features."): v for k, v in vgg.items()
-                              if k.startswith("features.")})
-    mine, x = net.vgg(torch.rand(1, 3, 33, 48)), torch.rand(2, 3, 48, 64) * 2 - 1
-    h, expected = x, []
-    for i, layer in enumerate(features):
-        h = layer(h)
-        if i in Vgg16.after:
-            expected.append(h.clone())
-    for a, b in zip(net.vgg(x), expected):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert len(mine) == 5
     slices = [f"net.slice{n + 1}.{i}.{part}" for n, group in enumerate(
         ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))) for i in group
         for part in ("weight", "bias")]
@@ -226,7 +207,7 @@ def test_lpips_equals_torchvision_and_lpips(files):
     assert not unknown and not [k for k in missing if k.startswith("net.")]
     for k, layer in enumerate(theirs.lins):  # the module list shares them
         assert torch.equal(layer.model[-1].weight, lin[f"lin{k}.model.1.weight"])
-    y = torch.rand(2, 3, 48, 64) * 2 - 1
+    x, y = torch.rand(2, 2, 3, 48, 64) * 2 - 1
     torch.testing.assert_close(net(x, y), theirs(x, y).flatten(), rtol=1e-4, atol=1e-6)
 
 
@@ -320,29 +301,26 @@ def test_imagenet_normalization():
 
 
 @pytest.mark.parametrize("rows, columns", ((4, 4), (4, 12), (3, 5), (1, 2)))
-def test_teachers_match_the_latent_map_for_any_image(tmp_path, rows, columns):
+def test_teachers_match_the_latent_map_for_any_image(maps_file, rows, columns):
     """As many values as the semantic map has, whatever the images' height and width."""
-    torch.jit.script(TwoMaps()).save(str(tmp_path / "maps.pt"))
     images = torch.rand(2, 3, 8 * rows, 8 * columns) * 2 - 1
-    teacher = ScriptTeacher(script_maps(str(tmp_path / "maps.pt")), -1, images)
+    teacher = ScriptTeacher(script_maps(maps_file), -1, images)
     target = teacher(images, rows, columns)
     assert target.shape == (2, 3, rows, columns) and teacher.channels == 3
     torch.testing.assert_close(target.mean(1), torch.zeros(2, rows, columns), atol=1e-5, rtol=0)
     vit = randomize(VisionTransformer(14, 24, 2, 3, grid=5, layer_scale=True))
-    assert DinoV2Teacher(vit)(images, rows, columns).shape == (2, 24, rows, columns)
-    # tokens are row-major: what is at the top right of the picture is at the top right of the map
     plain = DinoV2Teacher(vit)(images, rows, columns)
+    assert plain.shape == (2, 24, rows, columns)
+    # tokens are row-major: what is at the top right of the picture is at the top right of the map
     changed = images.clone()
     changed[:, :, :8, -8:] = 1
     difference = (DinoV2Teacher(vit)(changed, rows, columns) - plain).abs().sum(1)
     assert (difference[:, 0, -1] >= difference.flatten(1).amax(1)).all()
 
 
-def test_one_file_is_one_network_and_runs_once_on_the_originals(tmp_path):
-    torch.jit.script(TwoMaps()).save(str(tmp_path / "maps.pt"))
-    path, x = str(tmp_path / "maps.pt"), torch.rand(2, 3, 8, 8)
-    distance = FeatureDistance(path)
-    teacher = ScriptTeacher(script_maps(path), 1, x)
+def test_one_file_is_one_network_and_runs_once_on_the_originals(maps_file):
+    x, distance = torch.rand(2, 3, 8, 8), FeatureDistance(maps_file)
+    teacher = ScriptTeacher(script_maps(maps_file), 1, x)
     assert distance.net is teacher.maps
     distance(x, x + 0.1)
     kept = distance.net.last[1]
@@ -352,24 +330,25 @@ def test_one_file_is_one_network_and_runs_once_on_the_originals(tmp_path):
     assert distance.net.last[1] is not kept
 
 
-def test_networks_are_asked_for_in_words(tmp_path):
-    x, paper = torch.zeros(1, 3, 32, 32), TokenizerTraining(perceptual="required",
-                                                            align="required")
-    with pytest.raises(UserError, match="--lpips-weights.*--perceptual-net.*--perceptual none"):
-        make_distance(paper, x)
-    with pytest.raises(UserError, match="--dinov2-weights.*--align-net.*--align none"):
-        make_teacher(paper, x)
-    assert make_distance(TokenizerTraining(), x) is None
-    assert make_teacher(TokenizerTraining(), x) is None
-    torch.jit.script(TwoMaps()).save(str(tmp_path / "maps.pt"))
-    net = str(tmp_path / "maps.pt")
-    assert isinstance(make_distance(TokenizerTraining(perceptual_net=net), x), FeatureDistance)
-    with pytest.raises(UserError, match="without a use"):
-        make_distance(TokenizerTraining(perceptual="none", perceptual_net=net), x)
-    with pytest.raises(UserError, match="not both"):
-        make_distance(TokenizerTraining(lpips_weights="x", perceptual_net=net), x)
-    with pytest.raises(UserError, match="--align-map.*2 maps"):
-        make_teacher(TokenizerTraining(align_net=net, align_map=5), x)
+@pytest.mark.parametrize("make, settings, text", (
+    (make_distance, dict(perceptual="required"),
+     "--lpips-weights.*--perceptual-net.*--perceptual none"),
+    (make_teacher, dict(align="required"), "--dinov2-weights.*--align-net.*--align none"),
+    (make_distance, dict(perceptual="none", perceptual_net="maps.pt"), "without a use"),
+    (make_distance, dict(lpips_weights="x", perceptual_net="maps.pt"), "not both"),
+    (make_teacher, dict(align_net="maps.pt", align_map=5), "--align-map.*2 maps")))
+def test_networks_are_asked_for_in_words(maps_file, tmp_path, monkeypatch, make, settings, text):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=text):
+        make(TokenizerTraining(**settings), torch.zeros(1, 3, 32, 32))
+
+
+def test_networks_are_made_if_they_are_given(maps_file):
+    x = torch.zeros(1, 3, 32, 32)
+    for make in (make_distance, make_teacher):
+        assert make(TokenizerTraining(), x) is None
+    given = TokenizerTraining(perceptual_net=maps_file)
+    assert isinstance(make_distance(given, x), FeatureDistance)
 
 
 def test_pictures_too_small_for_vgg_are_an_error(files):

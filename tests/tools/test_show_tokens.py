@@ -6,17 +6,8 @@ import torch
 from PIL import Image
 
 from equimini.show import tokens as show
-from equimini.utils import checkpoint
 from equimini.utils.errors import UserError
 from tests.conftest import SMALL_TOKENIZER
-
-
-@pytest.fixture
-def saved(tokenizer, tmp_path):
-    path = tmp_path / "tokenizer.pt"
-    checkpoint.save(path, "tokenizer", {
-        "config": {"model": {**vars(SMALL_TOKENIZER)}}, "ema": tokenizer.state_dict()})
-    return path
 
 
 def test_tokens_are_revealed_from_left_to_right(tokenizer):
@@ -48,10 +39,10 @@ def test_the_shift_test_compares_the_same_columns():
 
 
 @pytest.mark.parametrize("suffix", (".webp", ".gif"))
-def test_the_command(saved, picture_folder, tmp_path, suffix, capsys):
+def test_the_command(saved_tokenizer, picture_folder, tmp_path, suffix, capsys):
     out, moving = tmp_path / "strip.png", tmp_path / f"moving{suffix}"
     image = picture_folder / "cat/0.png"  # 40 x 70 pixels: 56 wide at a height of 32
-    show.main(["--checkpoint", str(saved), "--image", str(image), "--out", str(out),
+    show.main(["--checkpoint", str(saved_tokenizer), "--image", str(image), "--out", str(out),
                "--animation", str(moving), "--pictures", "4", "--shifts", "1,3,20"])
     sheet = Image.open(out)
     assert sheet.height >= 2 * 32 and sheet.width > 4 * 56
@@ -65,13 +56,11 @@ def test_the_command(saved, picture_folder, tmp_path, suffix, capsys):
 
 
 @pytest.mark.parametrize("arguments, text", (
-    (["--image", "IMAGE", "--out", "x.jpg"], ".png"),
-    (["--image", "IMAGE", "--animation", "x.mp4"], ".webp"),
-    (["--image", "nowhere.png"], "nowhere.png"),
-    ([], "nothing"),
-    (["--image", "IMAGE", "--checkpoint", "none.pt"], "none.pt")))
-def test_mistakes(saved, picture_folder, arguments, text, monkeypatch, tmp_path):
+    ("--image pictures/cat/0.png --out x.jpg", ".png"),
+    ("--image pictures/cat/0.png --animation x.mp4", ".webp"),
+    ("--image nowhere.png", "nowhere.png"), ("", "nothing"),
+    ("--image pictures/cat/0.png --checkpoint none.pt", "none.pt")))
+def test_mistakes(saved_tokenizer, picture_folder, arguments, text, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    image = str(picture_folder / "cat/0.png")
     with pytest.raises(UserError, match=text):
-        show.main(["--checkpoint", str(saved), *(image if a == "IMAGE" else a for a in arguments)])
+        show.main(["--checkpoint", "t.pt", *arguments.split()])
