@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import pickle
 import shutil
 import sys
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable, TypeVar
@@ -65,16 +67,14 @@ def load_newest(path: Path, kind: str) -> dict[str, Any]:
     try:
         return load(path, kind)
     except UserError as first:
-        for i in range(1, 1000):
+        for i in itertools.count(1):
             if not older(path, i).exists():
                 raise
-            try:
+            with suppress(UserError):
                 content = load(older(path, i), kind)
-            except UserError:
-                continue
-            print(f"{first}; continuing from the one before it, {older(path, i)}", file=sys.stderr)
-            return content
-        raise
+                print(f"{first}; continuing from the one before it, {older(path, i)}",
+                      file=sys.stderr)
+                return content
 
 
 def find(path: Path | str) -> Path:
@@ -113,16 +113,14 @@ def _read(path: Path | str, kind: str) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # reads every record and compares its checksum
-        if damaged:
-            raise UserError(f"{path} is damaged: {damaged} does not match its checksum")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not an equimini checkpoint (it holds more than tensors and "
                         "plain values, which is not read)") from None
-    except UserError:
-        raise
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{path} is damaged or no checkpoint: {first_line(error)}") from None
+    if damaged:
+        raise UserError(f"{path} is damaged: {damaged} does not match its checksum")
     if not isinstance(content, dict) or "equimini" not in content:
         raise UserError(f"{path} is not an equimini checkpoint")
     if content["equimini"] != kind:
@@ -143,11 +141,9 @@ def beside(path: Path | str, name: str) -> Path:
 
 
 def _whole(values: Any) -> bool:
-    """Whether all tensors in a nest of dicts and lists are dense, and their elements in the file."""
-    if isinstance(values, dict):
-        return all(map(_whole, values.values()))
-    if isinstance(values, (list, tuple)):
-        return all(map(_whole, values))
+    """Whether all tensors in nested dicts and lists are dense, with all elements in the file."""
+    if isinstance(values, (dict, list, tuple)):
+        return all(map(_whole, values.values() if isinstance(values, dict) else values))
     return not isinstance(values, Tensor) or values.layout is torch.strided and (
         values.numel() * values.element_size() <= values.untyped_storage().nbytes())
 
@@ -256,7 +252,7 @@ def tokenizer_inside(content: dict[str, Any], path: Any) -> Tokenizer:
 
 def load_any_tokenizer(path: Path | str, device: str | torch.device = "cpu",
                        ema: bool = True) -> Tokenizer:
-    """The tokenizer of a checkpoint of either kind (a generator's holds its tokenizer, EMA only)."""
+    """The tokenizer of a checkpoint of either kind (a generator's holds its own, EMA only)."""
     try:
         return load_tokenizer(path, device, ema)
     except UserError as first:

@@ -46,12 +46,14 @@ def spelled(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
-def command(program: str, doc: str, defaults: Checked, **more: Any) -> argparse.ArgumentParser:
+def command(program: str, doc: str, defaults: Checked | None = None,
+            **more: Any) -> argparse.ArgumentParser:
     """The parser of `python -m program`: the first line of its module's docstring, and one flag
     per field of `defaults`; more: of ArgumentParser."""
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=doc.split("\n")[0],
                                      allow_abbrev=False, **more)
-    add_flags(parser, defaults, "options")
+    if defaults:
+        add_flags(parser, defaults, "options")
     return parser
 
 
@@ -121,7 +123,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def output_folder(path: str) -> Path:
+def output_folder(path: Path | str) -> Path:
     """Create the folder `path`; raises UserError if it cannot be written."""
     folder = Path(path)
     try:

@@ -147,11 +147,8 @@ def total(sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
     """
     flat = _sendable(torch.cat([v.detach().flatten() for v in sums.values()]))
     sum_tensors([flat])
-    numbers, result = iter(flat.tolist()), {}
-    for name, v in sums.items():
-        values = [next(numbers) for _ in range(v.numel())]
-        result[name] = values if v.dim() else values[0]
-    return result
+    parts = flat.cpu().split([v.numel() for v in sums.values()])
+    return {name: part.view_as(v).tolist() for (name, v), part in zip(sums.items(), parts)}
 
 
 def copy_from_main(*modules: nn.Module) -> None:

@@ -47,8 +47,8 @@ _locks: list[int] = []  # open files of `locked`
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Holds a lock on the folder, which ends with this process, however that ends.
 
-    If another process holds it, it waits, or raises UserError.  Where folders cannot be locked (Windows, some
-    network disks) there is none.
+    If another process holds it, it waits, or raises UserError.  Where folders cannot be locked
+    (Windows, some network disks) there is none.
     """
     number = os.open(folder, os.O_RDONLY) if fcntl else None
     try:

@@ -63,7 +63,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # what puts a picture of this EXIF orientation upright
-DEPTHS = (8, 10, 12, 16, 24, 32)  # bits of a value, of which the first that fits is taken
+DEPTHS = (8, 10, 12, 16, 24, 32)  # bits of a value
 
 
 def read_rgb(path: Path | str | BinaryIO, side: int | None = None) -> Image.Image:
@@ -103,22 +103,19 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _to_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Pixels of many bits, or floating-point, as uint8, by the largest of them.
+    """Pixels of many bits, or floating-point, as uint8; the first of DEPTHS that fits is theirs.
 
-    Whole numbers are taken as 8, 10, 12, 16, 24 or 32 bits, whichever fits.  Floating-point ones
-    are 0…1 if no value exceeds 2 (some are a little above 1), else as whole numbers are.
+    Floating-point ones are 0…1 if no value exceeds 2 (some are a little above 1).
     """
+    if not np.isfinite(pixels).all():
+        raise ValueError("it holds NaN or infinity")
+    top = float(pixels.max())
+    depth = next((d for d in DEPTHS if top < 2**d), DEPTHS[-1])
     if pixels.dtype.kind == "f":
-        if not np.isfinite(pixels).all():
-            raise ValueError("it holds NaN or infinity")
-        top = pixels.max()
-        if top <= 2:
-            return (pixels * 255).round().clip(0, 255).astype(np.uint8)
-        depth = next((d for d in DEPTHS if top < 2**d), DEPTHS[-1])
-        return (pixels * (255 / (2**depth - 1))).round().clip(0, 255).astype(np.uint8)
-    pixels = pixels.astype(np.int64)
-    depth = next((d for d in DEPTHS if pixels.max() < 2**d), DEPTHS[-1])
-    return (pixels >> (depth - 8)).clip(0, 255).astype(np.uint8)
+        pixels = (pixels * (255 / (1 if top <= 2 else 2**depth - 1))).round()
+    else:
+        pixels = pixels.astype(np.int64) >> (depth - 8)
+    return pixels.clip(0, 255).astype(np.uint8)
 
 
 def scale_to_fit(image: Image.Image, height: int, width: int | None = None) -> Image.Image:

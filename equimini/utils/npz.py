@@ -67,28 +67,22 @@ def open_npz(path: Path | str, what: str) -> np.lib.npyio.NpzFile:
 def map_array(path: Path | str, name: str) -> np.ndarray:
     """An array of an .npz as a memory map, or, where it is compressed, read into memory.
 
-    Raises OSError, ValueError, KeyError or BadZipFile for a damaged file.
+    Raises ValueError for a file that is missing or damaged, or has no such array.
     """
     try:
-        return _map_array(path, name)
-    except (OSError, KeyError, zipfile.BadZipFile):
-        raise
+        with zipfile.ZipFile(path) as archive:
+            entry = archive.getinfo(f"{name}.npy")
+            with archive.open(entry) as member:
+                version = np.lib.format.read_magic(member)
+                read = (np.lib.format.read_array_header_1_0 if version == (1, 0)
+                        else np.lib.format.read_array_header_2_0)
+                shape, fortran, kind = read(member)
+                begin = member.tell()
+            archive.fp.seek(entry.header_offset + 26)  # its own header: lengths of name and extras
+            begin += entry.header_offset + 30 + sum(struct.unpack("<HH", archive.fp.read(4)))
+        if entry.compress_type != zipfile.ZIP_STORED or kind.hasobject:
+            with np.load(path) as file:
+                return file[name]
+        return np.memmap(path, kind, "r", begin, shape, "F" if fortran else "C")
     except Exception as error:  # numpy reads a header as Python, and zipfile raises many kinds
         raise ValueError(first_line(error)) from None
-
-
-def _map_array(path: Path | str, name: str) -> np.ndarray:
-    with zipfile.ZipFile(path) as archive:
-        entry = archive.getinfo(f"{name}.npy")
-        with archive.open(entry) as member:
-            version = np.lib.format.read_magic(member)
-            read = (np.lib.format.read_array_header_1_0 if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0)
-            shape, fortran, kind = read(member)
-            begin = member.tell()
-        archive.fp.seek(entry.header_offset + 26)  # its own header: lengths of name and extras
-        begin += entry.header_offset + 30 + sum(struct.unpack("<HH", archive.fp.read(4)))
-    if entry.compress_type != zipfile.ZIP_STORED or kind.hasobject:
-        with np.load(path) as file:
-            return file[name]
-    return np.memmap(path, kind, "r", begin, shape, "F" if fortran else "C")
