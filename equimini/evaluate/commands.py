@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import zipfile
 from dataclasses import fields, replace
 from io import BytesIO
 from pathlib import Path
@@ -28,7 +27,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from equimini import load_generator
-from equimini.autoencoder import Tokenizer, TokenizerConfig
+from equimini.autoencoder import TokenizerConfig
 from equimini.evaluate.feature_networks import FeatureNetwork, load_network
 from equimini.evaluate.feature_shards import (SHARD, SHOWN, RealPictures, Reconstructions, Samples,
                                               measure, read_all)
@@ -46,7 +45,7 @@ from equimini.training.options import BUILT_IN, DataConfig
 from equimini.training.split import as_trained, open_pictures
 from equimini.utils import distributed
 from equimini.utils.checkpoint import find, load_any_tokenizer, tokenizer_hash, weights_hash
-from equimini.utils.command_line import add_flags, output_folder, override
+from equimini.utils.command_line import add_flags, command, output_folder, override
 from equimini.utils.errors import UserError, first_line
 from equimini.utils.files import claim, file_hash, remove_leftovers
 from equimini.utils.images import grid, read_rgb, save_png, to_float
@@ -74,8 +73,7 @@ class Bench:
 
     def measured(self, data: Dataset, n: int, label: str) -> RealPictures:
         """The same, with their features computed.  Raises UserError for too few pictures."""
-        if len(data) < 4:
-            raise UserError(f"the {label} has {len(data)} pictures; it takes at least 4")
+        enough(data, f"the {label}")
         pictures = self.real(data, n)
         measure(pictures, self.net, label)
         return pictures
@@ -101,12 +99,8 @@ class ModelBench(Bench):
                 self.published = source
             else:
                 self.held_out = source
-        for data, name in ((self.train, "--data"), (self.held_out, "the reference")):
-            if len(data) < 4:
-                raise UserError(f"{name} has {len(data)} pictures; it takes at least 4")
-
-    def reconstructed(self, pictures: RealPictures, tokenizer: Tokenizer) -> Reconstructions:
-        return Reconstructions(pictures, self.net.sha256, tokenizer, self.distances)
+        enough(self.train, "--data")
+        enough(self.held_out, "the reference")
 
     def checkpoint(self) -> dict[str, str]:
         return {"file": Path(self.cfg.checkpoint).name,
@@ -117,6 +111,11 @@ class ModelBench(Bench):
         return self.published or score_reference(
             self.measured(self.held_out, n, "reference"),
             self.cfg.reference or self.cfg.val_data or f"held out of {self.cfg.data}")
+
+
+def enough(data: Dataset, what: str) -> None:
+    if len(data) < 4:
+        raise UserError(f"{what} has {len(data)} pictures; it takes at least 4")
 
 
 def scales(text: str) -> list[float]:
@@ -166,15 +165,15 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
             claim(bench.out, plan, "samples", "choose another --out, or add --overwrite")
     sets = {}
     for scale in found:
-        keep = (output_folder(str(bench.out / f"images/cfg-{scale}"))
-                if cfg.keep_images or cfg.npz else None)
+        keep = (output_folder(bench.out / f"images/cfg-{scale}") if cfg.keep_images or cfg.npz
+                else None)
         sets[scale] = Samples(model, cfg.n, columns, cfg.sample_seed, sampling(cfg, scale),
                               bench.out / f"samples/cfg-{scale}", cfg.batch_size, keep)
         measure(sets[scale], bench.net, f"samples, cfg {scale:g}")
         if cfg.npz and distributed.is_main():
             save_npz(sets[scale], bench.out / f"cfg-{scale}.npz")
     floor = bench.measured(bench.train, cfg.n, "floor: training pictures")
-    limit = bench.reconstructed(floor, model.tokenizer)
+    limit = Reconstructions(floor, model.tokenizer, bench.distances)
     measure(limit, bench.net, "limit: reconstructions")
     reference = bench.reference(cfg.reference_n)
     if distributed.is_main():
@@ -234,7 +233,7 @@ def evaluate_tokenizer(cfg: EvaluateConfig, device: torch.device) -> None:
         raise UserError(f"--reference {cfg.reference} has pictures of {found} pixels; the "
                         f"tokenizer takes {bench.pixels}")
     originals = bench.real(bench.held_out, cfg.n)
-    decoded = bench.reconstructed(originals, tokenizer)
+    decoded = Reconstructions(originals, tokenizer, bench.distances)
     measure(decoded, bench.net, "reconstructions")
     floor = bench.measured(bench.train, cfg.n, "floor: training pictures")
     reference = bench.reference(cfg.n)
@@ -254,13 +253,15 @@ def finish(bench: Bench, kind: str, rows: list[dict], reference: Reference,
            measured: dict[str, str], settings: dict[str, Any], floor: RealPictures | None = None,
            remarks: Sequence[str] = ()) -> None:
     """Write and print the report; measured: the file, its SHA-256, and which of its weights."""
+    net = bench.net
     write_report({
-        "what": kind, "distance": distance_name(bench.net, rows[0]["n"], kind),
-        "checkpoint": measured, "network": bench.net.describe(), "reference": reference.about,
-        "settings": settings,
+        "what": kind, "distance": distance_name(net, rows[0]["n"], kind), "checkpoint": measured,
+        "network": {"name": net.name, "sha256": net.sha256, "hash_verified": net.verified,
+                    "published_inception": net.is_inception},
+        "reference": reference.about, "settings": settings,
         "distances": {name: sha256 for name, (sha256, _) in bench.distances.items()},
         "pixels": bench.pixels, "results": rows,
-        "notes": [*notes(rows, reference, bench.net, bench.pixels, floor), *remarks]}, bench.out)
+        "notes": [*notes(rows, reference, net, bench.pixels, floor), *remarks]}, bench.out)
 
 
 def picture_size(path: str, run: DataConfig) -> tuple[int, int] | None:
@@ -270,7 +271,7 @@ def picture_size(path: str, run: DataConfig) -> tuple[int, int] | None:
     if path.endswith(".npz"):
         try:
             return map_array(path, "arr_0").shape[1:3]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except ValueError:
             return None  # statistics, or a file whose fault `open_source` names
     source = open_pictures(run, path)
     try:
@@ -308,30 +309,29 @@ def evaluate_images(cfg: ImagesEvaluation, device: torch.device, samples: str) -
         about = given.about
         row = {"n": None, "frechet_distance": frechet_distance(given.gaussian, reference.gaussian)}
     else:
-        about, row = score_reference(pictures, samples).about, compare(read_all(pictures), reference)
+        about = score_reference(pictures, samples).about
+        row = compare(read_all(pictures), reference)
     bench.pixels = about.get("pixels", "no")
     finish(bench, "images", [{"set": "samples", **row}], reference,
            {"file": samples, "sha256": about["sha256"]}, {})
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m equimini.evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = command("equimini.evaluate", __doc__)
     commands = parser.add_subparsers(required=True, metavar="generator|tokenizer|images")
     for defaults, function in ((GENERATOR, evaluate_generator), (TOKENIZER, evaluate_tokenizer),
                                (IMAGES, evaluate_images)):
-        name = function.__name__.removeprefix("evaluate_")
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__,
-                                      allow_abbrev=False)
-        add_flags(command, defaults, "options")
-        command.set_defaults(function=function, defaults=defaults)
+        about, name = function.__doc__, function.__name__.removeprefix("evaluate_")
+        one = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        add_flags(one, defaults, "options")
+        one.set_defaults(function=function, defaults=defaults)
         if name == "images":
-            command.add_argument("pictures", metavar="SAMPLES", nargs=1, help="pictures to "
-                                 "measure: a folder, an archive, or an .npz")
+            one.add_argument("pictures", metavar="SAMPLES", nargs=1, help="pictures to measure: a "
+                             "folder, an archive, or an .npz")
         else:
-            command.add_argument("--samples", dest="n", type=int, metavar="N",
-                                 default=argparse.SUPPRESS, help="the same as --n, which torchrun "
-                                 "takes for one of its own options")
+            one.add_argument("--samples", dest="n", type=int, metavar="N",
+                             default=argparse.SUPPRESS, help="the same as --n, which torchrun "
+                             "takes for one of its own options")
     args = parser.parse_args(argv)
     cfg = override(args.defaults, args)
     device = distributed.local_device(cfg.device)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from equimini.pretrained.published_weights import INCEPTION, fetch
-from equimini.utils.errors import UserError, first_line
+from equimini.pretrained.torchscript import load_script
+from equimini.utils.errors import UserError
 from equimini.utils.files import file_hash
 
 AT_A_TIME = 4  # pictures on a CPU: what a layer writes is then still in its cache for the next one
@@ -43,8 +44,7 @@ class FeatureNetwork:
         for x in self.parts(pictures):
             self.both = self.both or self.fastest(x)
             parts.append(self.both(x))
-        features, probabilities = map(self.joined, zip(*parts))
-        return features, probabilities
+        return tuple(map(self.joined, zip(*parts)))
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
@@ -91,10 +91,6 @@ class FeatureNetwork:
                             f"{', '.join(how)}, got {getattr(out, 'shape', type(out).__name__)}")
         return out
 
-    def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "sha256": self.sha256, "hash_verified": self.verified,
-                "published_inception": self.is_inception}
-
 
 class Features(nn.Module):
     """The network's call for features alone."""
@@ -139,8 +135,7 @@ def load_network(source: str, sha256: str = "",
                  device: str | torch.device = "cpu") -> FeatureNetwork:
     """A network from a TorchScript file, or, for 'download', the published Inception.
 
-    sha256: the hash that the file must have; empty: that of the published Inception for a download,
-    none for a file.
+    sha256: that the file must have; empty: the published Inception's for a download, else any.
     """
     if not source:
         raise UserError("--network is needed: the path of a TorchScript feature network, or "
@@ -157,10 +152,5 @@ def load_network(source: str, sha256: str = "",
     found = file_hash(path)
     if expected and found != expected:
         raise UserError(f"the feature network {path} has the SHA-256 {found}, expected {expected}")
-    try:
-        net = torch.jit.load(str(path), map_location=device).eval()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"cannot load the feature network {path} as TorchScript: "
-                        f"{first_line(error)}") from None
-    return FeatureNetwork(net, path.stem, found, torch.device(device),
-                          verified=bool(expected) or found == INCEPTION.sha256)
+    return FeatureNetwork(load_script(path, "feature network", device), path.stem, found,
+                          torch.device(device), bool(expected) or found == INCEPTION.sha256)

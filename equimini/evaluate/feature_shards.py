@@ -89,11 +89,10 @@ class RealPictures:
 class Reconstructions(RealPictures):
     """What a tokenizer makes of real pictures (from the mode μ), with PSNR, SSIM and distances."""
 
-    def __init__(self, originals: RealPictures, network: str, tokenizer: Tokenizer,
+    def __init__(self, originals: RealPictures, tokenizer: Tokenizer,
                  distances: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]]) -> None:
         """distances: by name, a network's hash and a function of (x, x̂) that gives (B,)."""
-        super().__init__(originals.data, originals.n, network, originals.cache,
-                         originals.batch_size, originals.workers)
+        vars(self).update(vars(originals))  # the same data, order and hashes
         self.tokenizer, self.distances = tokenizer, distances
         used = " ".join(f"{name} {sha256}" for name, (sha256, _) in distances.items())
         self.process += f" decoded {tokenizer_hash(tokenizer)} {used}"
@@ -130,16 +129,15 @@ class Samples:
             labels, seeds = zip(*jobs)
             tokens = self.model.sample_tokens(labels, self.columns, seeds, self.options)
             pictures = to_pixels(self.model.decode(tokens))
-            for i, picture in enumerate(pictures):
-                if self.keep:
-                    save_png(picture.permute(1, 2, 0).numpy(), self.png(k + i))
+            for i, picture in enumerate(pictures if self.keep else ()):
+                save_png(picture.permute(1, 2, 0).numpy(), self.png(k + i))
             yield pictures, {}
 
     def path(self, first: int, last: int) -> Path:
         """The shortest file that holds these pictures; the one to write if there is none."""
-        found = [(int(p.stem.split("-")[1]), p) for p in self.folder.glob(f"{first:08d}-*.npz")]
-        longer = [(end, p) for end, p in found if end >= last]
-        return min(longer)[1] if longer else self.folder / f"{first:08d}-{last:08d}.npz"
+        longer = [path for path in self.folder.glob(f"{first:08d}-*.npz")
+                  if int(path.stem.split("-")[1]) >= last]  # all numbers have eight digits
+        return min(longer, default=self.folder / f"{first:08d}-{last:08d}.npz")
 
     def complete(self, first: int, last: int) -> bool:
         return self.path(first, last).exists() and not (self.keep and any(
@@ -216,6 +214,5 @@ def read(pictures: PictureSet) -> Iterator[dict[str, Tensor]]:
 
 def read_all(pictures: PictureSet) -> dict[str, Tensor]:
     parts = list(read(pictures))
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]
-              if name != "shown"}
-    return {**joined, "shown": parts[0]["shown"]}
+    return {name: first if name == "shown" else torch.cat([part[name] for part in parts])
+            for name, first in parts[0].items()}

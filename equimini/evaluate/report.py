@@ -60,44 +60,36 @@ def distance_name(net: FeatureNetwork, n: int | None, kind: str = "generator") -
 def notes(rows: list[dict], reference: Reference, net: FeatureNetwork, pixels: str,
           floor: RealPictures | None = None) -> list[str]:
     """What a reader must know to read the numbers rightly.  pixels: of the pictures measured."""
-    found, n, d, about = [], rows[0]["n"], len(reference.gaussian.mean), reference.about
-    if not net.is_inception:
-        found.append("the network is not the published Inception: these distances are not FIDs, "
-                     "and compare only with others of the same network")
-    if not net.verified:
-        found.append("the network's file was not checked against a known hash (--network-sha256)")
-    if n and n < 50_000:
-        found.append(f"{n} pictures, not 50,000: the plain distance is too large, the more so the "
-                     "fewer" + ("; compare it with the floor's" if floor else ""))
-    if n and n < 2 * d:
-        found.append(f"{n} pictures are fewer than twice the {d} features: the extrapolation "
-                     "removes only a part of that" + (
-                         "; what it leaves of the floor shows how much" if floor else ""))
-    if n and reference.features is None:
-        found.append("the reference is known by its statistics only: no KID, and the "
-                     "extrapolation does not correct for the reference's own size")
-    if n and "inception_score" not in rows[0]:
-        found.append("no Inception Score: what the network gives with no_output_bias=True are no "
-                     "probabilities (rows of numbers from 0 that sum to 1)")
-    if about.get("not_used"):
-        found.append(f"reference: {', '.join(about['not_used'])} in the file are not used")
-    if about.get("pixels", pixels) != pixels:
-        found.append(f"the reference's pictures have {about['pixels']} pixels, not {pixels}")
-    for counts in (*rows, {"set": "reference", **about}):
-        found += [f"{counts['set']}: {text.format(counts[k])}" for k, text in FAULTS.items()
-                  if k in counts]
-    if floor and floor.n != n:
-        found.append(f"the floor has {floor.n} pictures, not {n}, because --data has no more: its "
-                     "plain distance does not compare with the others")
+    n, d, about = rows[0]["n"], len(reference.gaussian.mean), reference.about
+    unused, size = about.get("not_used", ()), about.get("pixels", pixels)
     shared = len(reference.hashes.intersection(floor.hashes(0, floor.n))) if floor else 0
-    if shared:
-        found.append(f"{shared} of the floor's pictures are also in the reference: the floor is "
-                     "too low")
-    return found
+    cases = [
+        (not net.is_inception, "the network is not the published Inception: these distances are "
+         "not FIDs, and compare only with others of the same network"),
+        (not net.verified, "the network's file was not checked against a known hash "
+         "(--network-sha256)"),
+        (n and n < 50_000, f"{n} pictures, not 50,000: the plain distance is too large, the more "
+         "so the fewer" + ("; compare it with the floor's" if floor else "")),
+        (n and n < 2 * d, f"{n} pictures are fewer than twice the {d} features: the extrapolation "
+         "removes only a part of that" + (
+             "; what it leaves of the floor shows how much" if floor else "")),
+        (n and reference.features is None, "the reference is known by its statistics only: no KID, "
+         "and the extrapolation does not correct for the reference's own size"),
+        (n and "inception_score" not in rows[0], "no Inception Score: what the network gives with "
+         "no_output_bias=True are no probabilities (rows of numbers from 0 that sum to 1)"),
+        (unused, f"reference: {', '.join(unused)} in the file are not used"),
+        (size != pixels, f"the reference's pictures have {size} pixels, not {pixels}"),
+        *((k in counts, f"{counts['set']}: {text.format(counts.get(k))}")
+          for counts in (*rows, {"set": "reference", **about}) for k, text in FAULTS.items()),
+        (floor and floor.n != n, f"the floor has {floor and floor.n} pictures, not {n}, because "
+         "--data has no more: its plain distance does not compare with the others"),
+        (shared, f"{shared} of the floor's pictures are also in the reference: the floor is too "
+         "low")]
+    return [text for applies, text in cases if applies]
 
 
 def write_report(report: dict[str, Any], out: Path) -> None:
-    """report.json, and the same as text.  Numbers that are not finite become null: JSON has none."""
+    """report.json, and the same as text.  Numbers that are not finite become null, as in JSON."""
     report["results"] = [{k: None if isinstance(v, float) and not math.isfinite(v) else v
                           for k, v in row.items()} for row in report["results"]]
     write_text(out / "report.json", json.dumps(report, indent=1, allow_nan=False))
@@ -125,8 +117,7 @@ def print_report(report: dict[str, Any]) -> None:
     print("settings    " + ", ".join(f"{k} {v}" for k, v in report["settings"].items()))
     print(f"distance    {report['distance']}\n")
     print_table(report["results"])
-    for note in report["notes"]:
-        print(f"- {note}")
+    print("".join(f"- {note}\n" for note in report["notes"]), end="")
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

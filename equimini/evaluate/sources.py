@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,8 +42,8 @@ class NpzPictures(Dataset):
     def __init__(self, path: str, what: str) -> None:
         try:
             self.pixels = map_array(path, "arr_0")
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{what}: the file is damaged ({first_line(error)})") from None
+        except ValueError as error:
+            raise UserError(f"{what}: the file is damaged ({error})") from None
         shape = self.pixels.shape
         if self.pixels.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
             raise UserError(f"{what}: its arr_0 is {self.pixels.dtype} {shape}, not uint8 "
@@ -72,8 +71,8 @@ def open_source(spec: str, option: str, features: int, run: DataConfig,
     of the network.  Raises UserError.
     """
     if spec.endswith(".npz"):
-        return _open_npz(spec, f"{option} {spec} must be an .npz with mu and sigma (statistics), or "
-                         "with arr_0 (pictures)", features)
+        return _open_npz(spec, f"{option} {spec} must be an .npz with mu and sigma (statistics), "
+                         "or with arr_0 (pictures)", features)
     if spec in BUILT_IN:
         return load_data(replace(run, data=spec, val_data=""), shape)[1]
     source = open_pictures(run, spec)

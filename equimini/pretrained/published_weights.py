@@ -50,27 +50,10 @@ INCEPTION = Published(  # the digest: k_diffusion/evaluation.py of the package k
 
 
 def fetch(published: Published, option: str) -> Path:
-    """The file in torch.hub's folder, downloaded first if it is not; option: the flag of its place."""
+    """The file in torch.hub's folder, downloaded if it is not there; option: the flag for it."""
     if not published.path.exists():
         download(published.url, published.path, published.sha256, option)
     return published.path
-
-
-def verify(path: Path, published: Published) -> None:
-    """Compare the file's SHA-256 with the published one.
-
-    Raises UserError where a file under the publisher's name has another digest.  A file under
-    another name may be the user's own; there, and where none is published, the digest is printed.
-    """
-    sha = file_hash(path)
-    if published.sha256 and sha.startswith(published.sha256):
-        return
-    original = path.name in (published.name, published.url.rsplit("/", 1)[-1])
-    if published.sha256 and original:
-        raise UserError(f"{path} is damaged or not the published file: its SHA-256 is {sha}, that "
-                        f"of {published.url} begins with {published.sha256}")
-    reason = "its publisher names none" if original else "not the published file's name"
-    print(f"{path}: SHA-256 {sha}, not verified ({reason})", file=sys.stderr)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -110,12 +93,23 @@ def load_published(module: nn.Module, weights: dict[str, Tensor], path: object, 
 
 
 def located(spec: str, published: Published, option: str) -> Path:
-    """The verified file for a flag's value, a path or 'download'; raises UserError."""
+    """The file for a flag's value, a path or 'download', its SHA-256 compared with the published.
+
+    Raises UserError where a file under the publisher's name has another digest.  A file under
+    another name may be the user's own; there, and where none is published, the digest is printed.
+    """
     path = fetch(published, option) if spec == "download" else Path(spec)
     if not path.is_file():
         raise UserError(f"{option}: there is no file {path}; fetch {published.url}, or give "
                         "'download'")
-    verify(path, published)
+    sha, original = file_hash(path), path.name in (published.name, published.url.rsplit("/", 1)[-1])
+    if published.sha256 and sha.startswith(published.sha256):
+        return path
+    if published.sha256 and original:
+        raise UserError(f"{path} is damaged or not the published file: its SHA-256 is {sha}, that "
+                        f"of {published.url} begins with {published.sha256}")
+    reason = "its publisher names none" if original else "not the published file's name"
+    print(f"{path}: SHA-256 {sha}, not verified ({reason})", file=sys.stderr)
     return path
 
 
@@ -168,16 +162,14 @@ def load_lpips(spec: str) -> Lpips:
 
 def load_dino(spec: str) -> VisionTransformer:
     """DINO ViT-S/16 from --dino-weights (a file or 'download'); raises UserError."""
-    return _load_vit(dino_vits16(), spec, DINO, "--dino-weights", "DINO ViT-S/16")
+    return _load_vit(dino_vits16(), located(spec, DINO, "--dino-weights"), "DINO ViT-S/16")
 
 
 def load_dinov2(spec: str) -> VisionTransformer:
     """DINOv2 ViT-B/14 from --dinov2-weights (a file or 'download'); raises UserError."""
-    return _load_vit(dinov2_vitb14(), spec, DINOV2, "--dinov2-weights", "DINOv2 ViT-B/14")
+    return _load_vit(dinov2_vitb14(), located(spec, DINOV2, "--dinov2-weights"), "DINOv2 ViT-B/14")
 
 
-def _load_vit(vit: VisionTransformer, spec: str, published: Published, option: str,
-              what: str) -> VisionTransformer:
-    path = located(spec, published, option)
+def _load_vit(vit: VisionTransformer, path: Path, what: str) -> VisionTransformer:
     load_published(vit, read_tensors(path), path, what, ignored=("mask_token",))
     return vit

@@ -31,10 +31,17 @@ class FeatureDistance(nn.Module):
     def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
         """Distance per image, (B,); gradients flow into x_hat only."""
         maps = self.net.of_originals(x)
-        total = 0.0
-        for a, b in zip(maps, self.net(x_hat)):
-            total = total + (unit(a) - unit(b)).square().sum(1).mean((1, 2))
-        return total / len(maps)
+        return sum((unit(a) - unit(b)).square().sum(1).mean((1, 2))
+                   for a, b in zip(maps, self.net(x_hat))) / len(maps)
+
+
+def load_script(path: str | Path, what: str, device: str | torch.device = "cpu") -> nn.Module:
+    """A TorchScript file's network, frozen; what: what to call it in an error."""
+    try:
+        return frozen(torch.jit.load(str(path), map_location=device))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"cannot load the {what} {path} as TorchScript: "
+                        f"{first_line(error)}") from None
 
 
 class ScriptMaps(nn.Module):
@@ -43,11 +50,7 @@ class ScriptMaps(nn.Module):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path, self.last = path, (None, None)
-        try:
-            self.net = frozen(torch.jit.load(path, map_location="cpu"))
-        except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"cannot load the network {path} as TorchScript: "
-                            f"{first_line(error)}") from None
+        self.net = load_script(path, "network")
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = self.net(images)

@@ -7,6 +7,7 @@ Parameters carry the publishers' names, so that the published files load as they
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -54,31 +55,6 @@ def resize_matrix(n: int, m: int, mode: str) -> Tensor:
     return F.interpolate(torch.eye(n)[None, None], (m, n), mode=mode)[0, 0]
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over (B, N, C)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, linear, four times as wide inside."""
-
-    def __init__(self, width: int, tanh_gelu: bool) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.gelu = nn.GELU("tanh" if tanh_gelu else "none")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.gelu(self.fc1(x)))
-
-
 class LayerScale(nn.Module):
     """A learned factor per channel."""
 
@@ -91,17 +67,25 @@ class LayerScale(nn.Module):
 
 
 class VitBlock(nn.Module):
-    """Attention and MLP, each after a LayerNorm and added to its input."""
+    """Attention and MLP over (B, N, C), each after a LayerNorm and added to its input."""
 
     def __init__(self, width: int, heads: int, tanh_gelu: bool, layer_scale: bool) -> None:
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width, heads)
-        self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), Mlp(width, tanh_gelu)
-        self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
-        self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
+        self.heads = heads
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width),
+                                   "proj": nn.Linear(width, width)})
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(width, 4 * width), gelu=nn.GELU("tanh" if tanh_gelu else "none"),
+            fc2=nn.Linear(4 * width, width)))
+        self.ls1, self.ls2 = (LayerScale(width) if layer_scale else nn.Identity()
+                              for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
+        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.ls1(self.attn["proj"](seen))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -135,15 +119,12 @@ class VisionTransformer(nn.Module):
         resized = F.interpolate(square, (rows, columns), mode="bicubic", antialias=True)
         return torch.cat((first, resized.flatten(2).mT), 1)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) to the first block's input (B, 1 + N, C)."""
-        patches = self.patch_embed["proj"](x)
-        tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), patches.flatten(2).mT), 1)
-        return tokens + self.positions(*patches.shape[2:])
-
     def intermediate(self, x: Tensor, after: tuple[int, ...]) -> list[Tensor]:
-        """Token sequences (B, 1 + N, C): the embedding's, and those after the given blocks."""
-        x = self.embed(x)
+        """Of normalised images (B, 3, H, W) the embedding (B, 1 + N, C), and what the given blocks
+        make of it; the class token is first."""
+        patches = self.patch_embed["proj"](x)
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), patches.flatten(2).mT), 1)
+        x = x + self.positions(*patches.shape[2:])
         found = [x]
         for i, block in enumerate(self.blocks[:max(after) + 1]):
             x = block(x)
@@ -152,11 +133,8 @@ class VisionTransformer(nn.Module):
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images to (B, 1 + N, C), after the final norm; the class token is first."""
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        """Normalised images to (B, 1 + N, C), after the final norm."""
+        return self.norm(self.intermediate(x, (len(self.blocks) - 1,))[-1])
 
 
 def dino_vits16() -> VisionTransformer:

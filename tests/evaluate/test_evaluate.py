@@ -20,6 +20,7 @@ from equimini.autoencoder import Tokenizer
 from equimini.evaluate import commands as evaluate
 from equimini.evaluate import feature_networks, feature_shards, sources
 from equimini.evaluate.feature_networks import FeatureNetwork, both_in_one, load_network
+from equimini.evaluate.metrics import Gaussian, frechet_distance
 from equimini.evaluate.report import distance_name
 from equimini.pretrained.published_weights import INCEPTION, load_lpips
 from equimini.sampling.image_generator import ImageGenerator
@@ -27,7 +28,7 @@ from equimini.utils import checkpoint
 from equimini.utils.checkpoint import tokenizer_content
 from equimini.utils.errors import UserError
 from equimini.utils.files import download, file_hash
-from equimini.utils.images import to_float, to_pixels
+from equimini.utils.images import load_image, to_float, to_pixels
 from tests.conftest import SMALL_GENERATOR
 from tests.method.test_losses import TwoMaps
 from tests.tools.test_pretrained import lpips_layout, vgg_layout
@@ -38,10 +39,26 @@ ROOT = Path(__file__).parents[2]
 class TinyNet(torch.nn.Module):
     """Called as the Inception: 12 features (means of quarters), 5 classes."""
 
+    def __init__(self, logits: bool = False) -> None:
+        super().__init__()
+        self.logits = logits  # without the softmax
+
     def forward(self, img: torch.Tensor, return_features: bool = False,
                 no_output_bias: bool = False) -> torch.Tensor:
         x = torch.nn.functional.adaptive_avg_pool2d(img.float() / 255, [2, 2]).flatten(1)
-        return x if return_features else torch.softmax(20 * x[:, :5], 1)
+        if return_features:
+            return x
+        return 20 * x[:, :5] - 10 if self.logits else torch.softmax(20 * x[:, :5], 1)
+
+
+def features(folder):
+    """TinyNet's of the pictures in a folder, scaled and cropped as the evaluation does."""
+    x = []
+    for path in sorted(Path(folder).rglob("*.png")):
+        image = np.asarray(load_image(path, 32, 32))
+        left = (image.shape[1] - 32) // 2
+        x.append(torch.from_numpy(image[:, left:left + 32].copy()).permute(2, 0, 1))
+    return TinyNet()(torch.stack(x), return_features=True)
 
 
 @pytest.fixture
@@ -116,24 +133,13 @@ def test_a_sweep_reports_everything_and_draws_it(folder, capsys):
 
 def test_numbers_are_those_of_the_pictures(folder):
     """The kept files, the floor's and the reference's, through the formulas by hand."""
-    from equimini.evaluate.metrics import Gaussian, frechet_distance
-    from equimini.utils.images import load_image
     call(*GENERATOR, "--out", "a", "--keep-images", "--cfg", "2")
-
-    def features(paths):
-        x = []
-        for path in paths:
-            image = np.asarray(load_image(path, 32, 32))
-            left = (image.shape[1] - 32) // 2
-            x.append(torch.from_numpy(image[:, left:left + 32].copy()).permute(2, 0, 1))
-        return TinyNet()(torch.stack(x), return_features=True)
-
-    reference = Gaussian.fit(features(sorted(Path("val").rglob("*.png"))))
-    samples = Gaussian.fit(features(sorted(Path("a/images/cfg-2.0").iterdir())))
+    reference = Gaussian.fit(features("val"))
+    samples = Gaussian.fit(features("a/images/cfg-2.0"))
     assert row(report("a"), "samples")["frechet_distance"] == pytest.approx(
         frechet_distance(samples, reference), rel=1e-4)  # features are float32
     call(*GENERATOR, "--n", 36, "--out", "b")  # all training pictures
-    floor = Gaussian.fit(features(sorted(Path("train").rglob("*.png"))))
+    floor = Gaussian.fit(features("train"))
     assert row(report("b"), "floor")["frechet_distance"] == pytest.approx(
         frechet_distance(floor, reference), rel=1e-4)
 
@@ -243,11 +249,7 @@ def test_reference_features_are_kept_by_content(folder, monkeypatch):
 
 def test_statistics_from_an_npz(folder, capsys):
     call(*GENERATOR, "--out", "a")
-    x = []
-    for path in sorted(Path("val").rglob("*.png")):
-        image = np.asarray(Image.open(path).resize((38, 32), Image.Resampling.BICUBIC))[:, 3:35]
-        x.append(TinyNet()(torch.from_numpy(image.copy()).permute(2, 0, 1)[None], True)[0].double())
-    x = torch.stack(x)
+    x = features("val").double()
     np.savez("stats.npz", mu=x.mean(0), sigma=torch.cov(x.T))
     call(*GENERATOR, "--reference", "stats.npz", "--out", "b")
     for name in ("samples", "floor", "tokenizer"):
@@ -352,17 +354,8 @@ def test_a_perfect_tokenizer_is_at_distance_zero(folder, monkeypatch, kept):
     assert perfect["feature_distance"] < 1e-6 and perfect["psnr"] > 90
 
 
-class Logits(TinyNet):
-    """A network without the softmax."""
-
-    def forward(self, img: torch.Tensor, return_features: bool = False,
-                no_output_bias: bool = False) -> torch.Tensor:
-        x = torch.nn.functional.adaptive_avg_pool2d(img.float() / 255, [2, 2]).flatten(1)
-        return x if return_features else 20 * x[:, :5] - 10
-
-
 def test_no_inception_score_of_what_is_no_probability(folder):
-    torch.jit.script(Logits()).save("logits.pt")
+    torch.jit.script(TinyNet(logits=True)).save("logits.pt")
     call("tokenizer", "--checkpoint", "tokenizer.pt", *DATA, "--network", "logits.pt", "--out", "a")
     found = report("a")
     assert "inception_score" not in found["results"][0] and "kid" in found["results"][0]
@@ -377,17 +370,11 @@ def test_a_report_is_json_whatever_the_numbers(folder, monkeypatch, capsys):
     assert found["results"][0]["kid"] is None and found["results"][0]["frechet_distance"] is None
 
 
-def samples_folder(count=9, size=(30, 20)):
-    """Pictures of one size, as files and as an array."""
-    pixels = np.random.default_rng(1).integers(0, 256, (count, size[1], size[0], 3), np.uint8)
+def test_images_of_any_kind_are_compared(folder, capsys):
+    pixels = np.random.default_rng(1).integers(0, 256, (9, 20, 30, 3), np.uint8)
     Path("drawn").mkdir()
     for i, picture in enumerate(pixels):
         Image.fromarray(picture).save(f"drawn/{i}.png")
-    return pixels
-
-
-def test_images_of_any_kind_are_compared(folder, capsys):
-    pixels = samples_folder()
     np.savez("stored.npz", arr_0=pixels, arr_1=np.zeros(9, np.int64))
     np.savez_compressed("compressed.npz", pixels)
     x = TinyNet()(torch.from_numpy(pixels).permute(0, 3, 1, 2), True).double()

@@ -21,15 +21,6 @@ def rotation(d, seed=0):
     return torch.linalg.qr(draw(d, d, seed))[0]
 
 
-def with_moments(mean, covariance, n=50, seed=0):
-    """n samples whose mean and unbiased covariance are exactly these (rank-deficient ones, too)."""
-    x = draw(n, len(mean), seed)
-    x = x - x.mean(0)
-    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / (n - 1))).T  # white
-    values, vectors = torch.linalg.eigh(covariance)
-    return x @ (vectors * values.clamp_min(0).sqrt()).T + mean
-
-
 def test_frechet_distance_of_gaussians_with_a_common_basis():
     """Covariances that commute: ‖μ_a − μ_b‖² + Σ (√λ_a − √λ_b)²."""
     q, mean = rotation(5), torch.tensor([1.0, -2.0, 0.0, 3.0, 0.5], dtype=torch.float64)
@@ -76,14 +67,6 @@ def test_equal_sets_are_at_distance_zero_and_shifted_ones_at_the_shift():
     assert frechet_distance(Gaussian.fit(x), Gaussian.fit(x + 2)) == pytest.approx(4 * 12)
     few = draw(5, 300)
     assert frechet_distance(Gaussian.fit(few), Gaussian.fit(few)) < 1e-11
-
-
-def test_samples_with_exact_moments_give_the_closed_form():
-    mean, covariance = torch.ones(3, dtype=torch.float64), torch.tensor(
-        [[2.0, 2.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)  # rank 2
-    a, b = with_moments(mean, covariance), with_moments(-mean, 4 * covariance, seed=1)
-    expected = 12 + covariance.trace().item()  # Σ (√λ − 2√λ)² = Σ λ
-    assert frechet_distance(Gaussian.fit(a), Gaussian.fit(b)) == pytest.approx(expected, rel=1e-7)
 
 
 def test_one_pass_equals_the_whole_in_any_order_and_batches():
@@ -143,27 +126,9 @@ def test_pairs_are_halved_together():
         extrapolated_distance(x[:3], x)
 
 
-def test_kid_is_unbiased_and_sees_a_shift():
-    """For x, y ~ N(0, I), N(m, I) in one dimension E (xy + 1)³ is a polynomial in m."""
-    pairs = [(draw(40, 1, 2 * i), draw(60, 1, 2 * i + 1)) for i in range(60)]
-    for shift in (0.0, 0.5):
-        values = [kernel_distance(a, b + shift, subsets=20)[0] for a, b in pairs]
-        mean, error = mean_and_error(values)
-        # E (xy+1)³ = 1 + 3 E xy + 3 E x²y² + E x³y³
-        moments = [(0, 1, 0), (shift, 1 + shift**2, shift**3 + 3 * shift)]
-
-        def kernel(p, q):
-            return 1 + 3 * p[0] * q[0] + 3 * p[1] * q[1] + p[2] * q[2]
-
-        a, b = moments
-        expected = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
-        assert abs(mean - expected) < 4 * error, shift
-
-
 def test_kid_is_the_plain_double_sum_and_leaves_pairs_out():
-    a, b = draw(8, 3, 1), draw(8, 3, 2)
-    value, spread = kernel_distance(a, b, subsets=3, size=100)
-    assert math.isfinite(value) and spread > 0
+    """On whole sets; on random subsets it is that on average, as the sum is unbiased."""
+    a, b = draw(8, 3, 1), draw(8, 3, 2, shift=1.0)
 
     def k(x, y):
         return (float(x @ y) / 3 + 1) ** 3
@@ -174,6 +139,8 @@ def test_kid_is_the_plain_double_sum_and_leaves_pairs_out():
         pairs = [k(a[i], b[j]) for i in range(8) for j in range(8) if not paired or i != j]
         expected = sum(within) - 2 * sum(pairs) / len(pairs)
         assert _mmd2(a, b, paired).item() == pytest.approx(expected, rel=1e-12)
+        mean, spread = kernel_distance(a, b, paired, subsets=400)
+        assert abs(mean - expected) < 4 * spread / 400**0.5
     assert kernel_distance(a, a, paired=True)[0] == pytest.approx(0, abs=1e-12)
     with pytest.raises(ValueError, match="at least 4"):
         kernel_distance(a[:3], b)
