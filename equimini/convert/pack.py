@@ -15,7 +15,6 @@ those of a head, say, that was trained alone.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from equimini import load_generator
 from equimini.utils import checkpoint
 from equimini.utils.checkpoint import tokenizer_content, tokenizer_inside, weights_hash
-from equimini.utils.command_line import output_folder, run
+from equimini.utils.command_line import command, output_folder, run
 from equimini.utils.errors import UserError
 
 LARGEST = 65504.0  # float16
@@ -56,15 +55,15 @@ def recipe(config: dict[str, Any]) -> dict[str, Any]:
 
 def check_sizes(files: dict[Path, dict[str, Tensor]], each: float, together: float) -> None:
     """Raise UserError where weights exceed the limits, in MB; before anything is written."""
-    sizes = {path: sum(2 * t.numel() for t in weights.values()) / 1e6
-             for path, weights in files.items()}
-    for path, size in sizes.items():
+    total = 0.0
+    for path, weights in files.items():
+        size = sum(2 * t.numel() for t in weights.values()) / 1e6
+        total += size
         if size > each:
-            raise UserError(f"{path} would be {size:.1f} MB; the limit is {each:g} "
-                            "(--file-mb)")
-    if sum(sizes.values()) > together:
-        raise UserError(f"the files would be {sum(sizes.values()):.1f} MB together; at most "
-                        f"{together:g} are allowed (--total-mb)")
+            raise UserError(f"{path} would be {size:.1f} MB; the limit is {each:g} (--file-mb)")
+    if total > together:
+        raise UserError(f"the files would be {total:.1f} MB together; at most {together:g} are "
+                        "allowed (--total-mb)")
 
 
 def pack(source: Path, out: Path, file_mb: float = 15, total_mb: float = 30,
@@ -110,20 +109,19 @@ def pack_onto(base: Path, content: dict[str, Any], source: Path, out: Path) -> P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m equimini.convert.pack", allow_abbrev=False,
-                                     description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="checkpoint of a trained generator")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, .pt")
-    parser.add_argument("--tokenizer", default="", metavar="TEXT", help="checkpoint of a tokenizer "
-                        "with a fine-tuned decoder, to pack in place of the generator's own")
-    parser.add_argument("--base", default="", metavar="TEXT", help="packed generator beside --out; "
-                        "weights that it has are left out")
-    parser.add_argument("--file-mb", type=float, default=15, metavar="X",
-                        help="largest size of a file, in MB [15]")
-    parser.add_argument("--total-mb", type=float, default=30, metavar="X",
-                        help="largest size of both files together, in MB [30]")
+    parser = command("equimini.convert.pack", __doc__)
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="checkpoint of a trained generator")
+    add("--out", type=Path, required=True, help="file to write, .pt")
+    add("--tokenizer", default="", metavar="TEXT", help="checkpoint of a tokenizer with a "
+        "fine-tuned decoder, to pack in place of the generator's own")
+    add("--base", default="", metavar="TEXT",
+        help="packed generator beside --out; weights that it has are left out")
+    add("--file-mb", type=float, default=15, metavar="X", help="largest size of a file, in MB [15]")
+    add("--total-mb", type=float, default=30, metavar="X",
+        help="largest size of both files together, in MB [30]")
     args = parser.parse_args()
-    output_folder(str(args.out.parent))
+    output_folder(args.out.parent)
     paths = pack(args.checkpoint, args.out, args.file_mb, args.total_mb, args.tokenizer,
                  args.base)
     images = [load_generator(path, tokenizer_path=tokenizer).sample([0], steps=25)

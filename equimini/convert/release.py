@@ -219,8 +219,8 @@ def convert_tokenizer(file: ForeignFile, args: argparse.Namespace) -> dict[str, 
     scale = LATENT_SCALE if args.latent_scale is None else args.latent_scale
     if not 0 < scale < math.inf:
         raise UserError(f"--latent-scale must be a number above 0, got {scale}")
-    tensors = tensors_under(file, "state_dict")
-    config, keys = plan_tokenizer(shapes_of(tensors), args.raw)
+    tensors, shapes = tensors_under(file, "state_dict")
+    config, keys = plan_tokenizer(shapes, args.raw)
     weights = read_weights(file, tensors, keys)
     weights["latent_mean"] = torch.zeros(config.token_channels)
     weights["latent_std"] = torch.full((config.token_channels,), 1 / scale)
@@ -235,29 +235,26 @@ def convert_generator(file: ForeignFile, args: argparse.Namespace) -> dict[str, 
     if args.tokenizer is None:
         raise UserError("--tokenizer is needed: a generator's checkpoint also holds its tokenizer")
     tokenizer = checkpoint.load_tokenizer(args.tokenizer)
-    tensors = tensors_under(file, "model" if args.raw else "model_ema")
-    config, keys = plan_generator(shapes_of(tensors), args.heads, args.window)
-    channels, theirs = tensors[keys["x_in.weight"]].shape[1], tokenizer.config.token_channels
+    tensors, shapes = tensors_under(file, "model" if args.raw else "model_ema")
+    config, keys = plan_generator(shapes, args.heads, args.window)
+    channels, theirs = shapes[keys["x_in.weight"]][1], tokenizer.config.token_channels
     if channels != theirs or not tokenizer.has_statistics:
         raise UserError(f"{args.tokenizer} does not go with it: " + (
             f"its tokens have {theirs} channels, the generator's {channels}"
             if channels != theirs else "its latents' statistics have not been measured"))
     return {"config": {"preset": "converted", "model": asdict(config)},
-            "classes": class_names(args.class_names, tensors[keys["class_table.weight"]].shape[0]),
-            "tokenizer": {"config": asdict(tokenizer.config), "weights": tokenizer.state_dict()},
+            "classes": class_names(args.class_names, shapes[keys["class_table.weight"]][0]),
+            "tokenizer": checkpoint.tokenizer_content(tokenizer),
             "ema": read_weights(file, tensors, keys)}
 
 
-def tensors_under(file: ForeignFile, name: str) -> dict[str, Stored | None]:
-    """The tensors of one dict in the file; None where there is something else."""
+def tensors_under(file: ForeignFile, name: str) -> tuple[dict[str, Stored | None], Shapes]:
+    """The tensors of one dict in the file, and their shapes; None for anything else in it."""
     values = file.content.get(name)
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"it has no weights under '{name}'")
-    return {key: stored(value) for key, value in values.items()}
-
-
-def shapes_of(tensors: dict[str, Stored | None]) -> Shapes:
-    return {key: tensor and tensor.shape for key, tensor in tensors.items()}
+    tensors = {key: stored(value) for key, value in values.items()}
+    return tensors, {key: tensor and tensor.shape for key, tensor in tensors.items()}
 
 
 def class_names(path: str | None, count: int) -> list[str]:
@@ -278,19 +275,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m equimini.convert", description=__doc__.split("\n\nThe method")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("file", help="checkpoint of the authors: a tokenizer or a generator")
-    parser.add_argument("--out", required=True, help="checkpoint to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    parser.add_argument("--raw", action="store_true", help="take the raw weights, not the EMA's")
-    parser.add_argument("--latent-scale", type=float, metavar="X", help="tokenizer: 1 / standard "
-                        f"deviation of its latents [{LATENT_SCALE}]")
-    parser.add_argument("--tokenizer", metavar="PT", help="generator: its converted tokenizer")
-    parser.add_argument("--heads", type=int, metavar="N",
-                        help="generator: attention heads [width/64; 16 at width 1280]")
-    parser.add_argument("--window", type=int, metavar="N", help="generator: columns that a "
-                        "column attends to, itself counted [4]")
-    parser.add_argument("--class-names", metavar="TXT", help="generator: file with the classes' "
-                        "names, one a line [class 0, class 1, …]")
+    add = parser.add_argument
+    add("file", help="checkpoint of the authors: a tokenizer or a generator")
+    add("--out", required=True, help="checkpoint to write")
+    add("--overwrite", action="store_true", help="replace --out if it exists")
+    add("--raw", action="store_true", help="take the raw weights, not the EMA's")
+    add("--latent-scale", type=float, metavar="X",
+        help=f"tokenizer: 1 / standard deviation of its latents [{LATENT_SCALE}]")
+    add("--tokenizer", metavar="PT", help="generator: its converted tokenizer")
+    add("--heads", type=int, metavar="N",
+        help="generator: attention heads [width/64; 16 at width 1280]")
+    add("--window", type=int, metavar="N",
+        help="generator: columns that a column attends to, itself counted [4]")
+    add("--class-names", metavar="TXT",
+        help="generator: file with the classes' names, one a line [class 0, class 1, …]")
     args = parser.parse_args(argv)
     out = Path(args.out)
     if out.exists() and not (args.overwrite and out.is_file()):
@@ -301,12 +299,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {out} is one of the files to read")
     with ForeignFile(args.file) as file:
         top = file.content if isinstance(file.content, dict) else {}
-        kind = "tokenizer" if "state_dict" in top else "generator"
+        kind, convert = (("tokenizer", convert_tokenizer) if "state_dict" in top else
+                         ("generator", convert_generator))
         if not top.keys() & {"state_dict", "model", "model_ema"}:
             raise UserError(f"{args.file} holds neither 'state_dict' (a tokenizer) nor 'model_ema' "
                             "(a generator)")
         try:
-            convert = convert_tokenizer if kind == "tokenizer" else convert_generator
             content = convert(file, args)
         except UserError as error:
             raise UserError(f"{args.file}: {error}; nothing was written") from None

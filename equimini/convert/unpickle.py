@@ -16,7 +16,6 @@ import math
 import pickle
 import struct
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -59,24 +58,15 @@ class Node(dict):
     extend = add = append
 
 
-class _Storage(NamedTuple):  # a tuple, because a pickle cannot change one
-    """Stands for the storage of tensors."""
+class Stored(NamedTuple):  # a tuple, because a pickle cannot change one
+    """A tensor in the file, or a storage of tensors: where its elements are, none read yet."""
 
     dtype: torch.dtype | None
-    key: str
-    numel: Any
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in the file: where its elements are, none of them read yet."""
-
-    dtype: torch.dtype
     key: str  # of its storage
     numel: int  # of its storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    offset: int = 0
+    shape: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
 
 
 class _Unpickler(pickle.Unpickler):
@@ -95,15 +85,10 @@ class _Unpickler(pickle.Unpickler):
         name, kind, key, _, numel, *view = pid  # _: the device it was on
         if name != "storage" or view not in ([], [None]):
             raise pickle.UnpicklingError("it holds a view of a storage, as torch before 0.4 wrote")
-        storage = _Storage(_dtype(kind), str(key), numel)
-        self.storages[storage.key] = storage.dtype
-        return storage
-
-
-def _dtype(kind: Any) -> torch.dtype | None:
-    """Of a storage class such as torch.HalfStorage."""
-    module, _, name = getattr(kind, "path", "").rpartition("Storage")[0].rpartition(".")
-    return DTYPES.get(name) if module in ("torch", "torch.storage") else None
+        module, _, name = getattr(kind, "path", "").rpartition("Storage")[0].rpartition(".")
+        dtype = DTYPES.get(name) if module in ("torch", "torch.storage") else None
+        self.storages[str(key)] = dtype
+        return Stored(dtype, str(key), numel)
 
 
 def stored(value: Any) -> Stored | None:
@@ -116,8 +101,8 @@ def stored(value: Any) -> Stored | None:
             case "torch._tensor._rebuild_from_type_v2", (type() as make, _, tuple(args), *_):
                 value = make(*args)  # a Node again: make is a class of Nodes
             case ("torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor"), (
-                    _Storage() as storage, offset, tuple(shape), tuple(stride), *_):
-                tensor = Stored(*storage, offset, shape, stride)
+                    Stored() as storage, offset, tuple(shape), tuple(stride), *_):
+                tensor = storage._replace(offset=offset, shape=shape, stride=stride)
                 return tensor if _sound(tensor) else None
             case _:
                 return None

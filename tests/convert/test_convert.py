@@ -597,14 +597,11 @@ class Writer(pickle.Pickler):
     """Writes data.pkl with storages of our own invention."""
 
     def persistent_id(self, obj):
-        return obj.pid if isinstance(obj, Storage) else None
+        return tuple(obj) if isinstance(obj, Storage) else None
 
 
-class Storage:
+class Storage(tuple):
     """A reference to a storage in a hand-made file."""
-
-    def __init__(self, *pid):
-        self.pid = pid
 
 
 def hand_made(path, content, **storages):
@@ -620,7 +617,7 @@ def hand_made(path, content, **storages):
 
 def tensor(offset, size, stride, numel=6, key="s", kind=torch.FloatStorage, view=None):
     """A tensor's pickle with numbers of our choice."""
-    storage = Storage("storage", kind, key, "cpu", numel, *([] if view is None else [view]))
+    storage = Storage(("storage", kind, key, "cpu", numel, *([] if view is None else [view])))
     return Call(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {})
 
 
