@@ -2,4 +2,5 @@
 
 from equimini.utils.command_line import run, subcommand
 
-run(lambda: subcommand("equimini.show", ["drift", "neighbours", "run", "seams", "tokens", "versions"]))
+run(lambda: subcommand("equimini.show", ["drift", "neighbours", "run", "seams", "tokens",
+                                         "versions"]))

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -57,8 +56,8 @@ Statistics = dict[str, Tensor]  # name: value of every column, (N,)
 class DriftConfig(Checked):
     checkpoint: str = flag("runs/generator/last.pt", "checkpoint of a trained generator")
     tokens: str = flag("", "token file to measure instead of drawing")
-    positions: str = flag("hold", "positions that cross-attention sees: hold, grow (see sample.py), "
-                          "or both with a comma")
+    positions: str = flag("hold", "positions that cross-attention sees: hold, grow (see "
+                          "sample.py), or both with a comma")
     columns: int = flag(128, "length of the pictures, in columns", min=4)
     lead_in: int = flag(0, "columns drawn before the pictures and cut off", min=0)
     count: int = flag(24, "pictures, of the classes in turn", min=1)
@@ -83,16 +82,16 @@ def column_statistics(tokens: Tensor, images: Tensor, f: int) -> Statistics:
     saturation = (rgb.amax(1) - rgb.amin(1)) / rgb.amax(1).clamp_min(1e-3)  # (B, H, N·f)
     x = torch.nn.functional.pad(light.diff(dim=2).abs().mean((0, 1)), (0, 1))
     x = x.unflatten(0, (-1, f))  # border f−1 is the one to the next column
-    inside = torch.full((len(x),), f)
+    inside = torch.full((len(x),), f, device=x.device)
     inside[-1] = f - 1  # the last column has no next one
     tint = (images - images[:, 1:2]).mean((0, 2)).unflatten(1, (-1, f)).mean(-1) * 127.5  # (3, N)
-    return {"token": tokens.square().mean((0, 2)).sqrt().cpu(),
-            "contrast": columns.std((1, 3)).mean(0).cpu(), "gradient x": x.sum(1).cpu() / inside,
-            "gradient y": columns.diff(dim=1).abs().mean((0, 1, 3)).cpu(),
-            "brightness": mean.mean(0).cpu(),
-            "variety": mean.std(0, correction=0).cpu(),
-            "saturation": 100 * saturation.mean((0, 1)).unflatten(0, (-1, f)).mean(-1).cpu(),
-            "red": tint[0].cpu(), "blue": tint[2].cpu()}
+    found = {"token": tokens.square().mean((0, 2)).sqrt(), "contrast": columns.std((1, 3)).mean(0),
+             "gradient x": x.sum(1) / inside,
+             "gradient y": columns.diff(dim=1).abs().mean((0, 1, 3)), "brightness": mean.mean(0),
+             "variety": mean.std(0, correction=0),
+             "saturation": 100 * saturation.mean((0, 1)).unflatten(0, (-1, f)).mean(-1),
+             "red": tint[0], "blue": tint[2]}
+    return {name: values.cpu() for name, values in found.items()}
 
 
 def repetition(tokens: Tensor, labels: Tensor) -> float:
@@ -152,14 +151,13 @@ def table(measured: dict[str, Statistics]) -> str:
 
 def draw(cfg: DriftConfig, model: ImageGenerator, positions: str) -> tuple[Tensor, Tensor]:
     """The panoramas' tokens, (count, columns, C), and their classes, (count, columns)."""
-    labels = torch.arange(cfg.count) % len(model.classes)
-    seeds = range(cfg.seed, cfg.seed + cfg.count)
-    n = cfg.lead_in + cfg.columns
-    drawn = model.draw(labels[:, None].expand(-1, n), seeds, SamplingOptions(
+    labels, n = torch.arange(cfg.count) % len(model.classes), cfg.lead_in + cfg.columns
+    options = SamplingOptions(
         cfg=cfg.cfg, cfg_schedule=cfg.cfg_schedule, solver=cfg.solver, steps=cfg.steps,
-        positions=positions, temperature=cfg.temperature))
-    tokens = torch.stack(list(tqdm(drawn, desc=positions, total=n))[cfg.lead_in:], 1)
-    return tokens, labels[:, None].expand(-1, cfg.columns)
+        positions=positions, temperature=cfg.temperature)
+    tokens = model.sample_tokens(labels.tolist(), n, range(cfg.seed, cfg.seed + cfg.count), options,
+                                 lambda drawn: tqdm(drawn, positions, n))
+    return tokens[:, cfg.lead_in:], labels[:, None].expand(-1, cfg.columns)
 
 
 @torch.no_grad()
@@ -191,9 +189,7 @@ def main(argv: list[str]) -> None:
     for name, value in repeated.items():
         print(f"repetition  {name}  {value:.3f} (1: none)")
     for key in next(iter(measured.values())):
-        series = {name: [(k, float(v)) for k, v in enumerate(s[key])]
-                  for name, s in measured.items()}
-        curves(out / f"{key.replace(' ', '-')}.png", series, "column", key,
-               f"{key} of column k")
-    save_png(grid(rows, names), Path(out) / "pictures.png")
+        series = {name: list(enumerate(s[key].tolist())) for name, s in measured.items()}
+        curves(out / f"{key.replace(' ', '-')}.png", series, "column", key, f"{key} of column k")
+    save_png(grid(rows, names), out / "pictures.png")
     print(f"plots and pictures: {out}")

@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
     cfg = parse("equimini.show neighbours", __doc__, NeighboursConfig(out="neighbours.png"),
                 argv)
     out, device = Path(cfg.out), pick_device(cfg.device)
-    output_folder(str(out.parent))
+    output_folder(out.parent)
     model = load_generator(cfg.checkpoint, device)
     train, val, _ = load_data(as_trained(cfg, cfg.checkpoint), model.tokenizer.config)
     train.augment = False  # centre crops

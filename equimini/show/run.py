@@ -127,11 +127,11 @@ def draw_loss(axes: Any, run: RunLog, smooth: int, style: dict[str, Any]) -> Non
 
 def scalar(key: str, least: float = -math.inf, noisy: bool = False) -> Callable[..., None]:
     def draw(axes: Any, run: RunLog, smooth: int, style: dict[str, Any]) -> None:
-        steps, values = run.curve(key, least)
+        curve = run.curve(key, least)
         if noisy:
-            draw_noisy(axes, (steps, values), smooth, style)
+            draw_noisy(axes, curve, smooth, style)
         else:
-            axes.plot(steps, values, marker="." if len(steps) < 30 else "", **style)
+            axes.plot(*curve, marker="." if len(curve[0]) < 30 else "", **style)
     return draw
 
 
@@ -180,14 +180,11 @@ def figure(runs: list[RunLog], smooth: int = 0) -> Any:
     if not drawn:
         raise UserError("the logs hold nothing to draw")
     place(sheet, drawn)
-    sheet.legend(handles=[_handle(run.label, style) for run, style in zip(runs, styles)],
+    from matplotlib.lines import Line2D
+    sheet.legend(handles=[Line2D([], [], label=run.label, **style)
+                          for run, style in zip(runs, styles)],
                  loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
     return sheet
-
-
-def _handle(label: str, style: dict[str, Any]) -> Any:
-    from matplotlib.lines import Line2D
-    return Line2D([], [], label=label, **style)
 
 
 def place(sheet: Any, drawn: int) -> None:
@@ -211,8 +208,7 @@ def finish(axes: Any, title: str, xlabel: str, log: bool, alone: bool) -> None:
     if not alone and "per" in title and xlabel != "step":  # colours are of runs, styles of stages
         for stage, (_, style) in STAGES.items():
             axes.plot([], [], style, color="grey", label=stage)
-        shown = axes.lines[-len(STAGES):]
-        axes.legend(handles=shown, fontsize="small")
+        axes.legend(handles=axes.lines[-len(STAGES):], fontsize="small")
     elif axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
 
@@ -246,7 +242,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--out must end in .png, got {cfg.out}")
     runs = [RunLog(folder, label) for folder, label in zip(args.folders, labels(args.folders))]
     sheet = figure(runs, cfg.smooth)
-    output_folder(str(out.parent))
+    output_folder(out.parent)
     with replacing(out) as file:
         sheet.savefig(file, format="png", dpi=110)
     print("\n".join(map(summary, runs)) + f"\npicture: {out}")

@@ -72,7 +72,7 @@ def seam_borders(windows: Windows, columns: int, f: int) -> list[int]:
 def seam_ratio(images: Tensor, borders: list[int], f: int) -> float:
     """Mean gradient across `borders`, over that across the others at the same place mod f."""
     light = brightness(images)
-    gradient = (light[..., 1:] - light[..., :-1]).abs().mean((0, 1))
+    gradient = light.diff().abs().mean((0, 1))
     at = torch.zeros(len(gradient), dtype=torch.bool)
     at[borders] = True
     total = matched = 0.0
@@ -135,7 +135,8 @@ def main(argv: list[str]) -> None:
         classes = [i % len(model.classes) for i in range(cfg.count)]
         tokens = model.sample_tokens(
             classes, cfg.columns, range(cfg.count),
-            SamplingOptions(cfg=cfg.cfg, solver="midpoint", steps=cfg.steps), lambda drawn: tqdm(drawn, "columns", cfg.columns))
+            SamplingOptions(cfg=cfg.cfg, solver="midpoint", steps=cfg.steps),
+            lambda drawn: tqdm(drawn, "columns", cfg.columns))
     f, n = model.tokenizer.config.f, tokens.shape[1]
     whole = model.decode_whole(tokens)
     if cfg.ring:

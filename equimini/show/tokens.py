@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.animation and animation.suffix.lower() not in (".webp", ".gif"):
         raise UserError(f"--animation must end in .webp or .gif, got {cfg.animation}")
     for path in (out, animation):
-        output_folder(str(path.parent))
+        output_folder(path.parent)
     device = pick_device(cfg.device)
     tokenizer = load_any_tokenizer(cfg.checkpoint, device)
     check_statistics(tokenizer, cfg.checkpoint)

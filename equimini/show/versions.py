@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +15,7 @@ import torch
 from equimini import __version__
 from equimini.attention import implementation, why_reference
 from equimini.sampling import few_rows
+from equimini.utils.command_line import command
 from equimini.utils.machine import processor
 
 
@@ -27,18 +27,17 @@ def lines() -> Iterator[str]:
     yield "; ".join(f"{name}: {installed(name)}" for name in ("numpy", "pillow", "matplotlib"))
     yield (f"processor: {processor()}, {torch.get_num_threads()} threads, torch uses "
            f"{torch.backends.cpu.get_cpu_capability()}")
-    if not torch.cuda.is_available():
-        yield "GPU: torch sees none"
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        yield (f"GPU {i}: {torch.cuda.get_device_name(i)}, compute capability "
-               f"{'.'.join(map(str, torch.cuda.get_device_capability(i)))}")
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    yield from [f"GPU {i}: {torch.cuda.get_device_name(i)}, compute capability "
+                f"{'.'.join(map(str, torch.cuda.get_device_capability(i)))}"
+                for i in gpus] or ["GPU: torch sees none"]
     for device in ("cpu", "cuda"):
         why = why_reference(device)
         yield f"attention on {device}: {implementation(device)}{f' ({why})' if why else ''}"
     yield f"sampling on cpu: {'C++' if few_rows.compiled() else 'oneDNN, or plain PyTorch'}"
     if kernels := sys.modules.get("equimini._kernels"):
-        yield (f"compiled kernels: {kernels.__file__}, for -march={kernels.march}"
-               + (f" and GPUs of compute capability {kernels.gpus.replace('/', ', ')}" if kernels.gpus else ""))
+        gpus = kernels.gpus and f" and GPUs of compute capability {kernels.gpus.replace('/', ', ')}"
+        yield f"compiled kernels: {kernels.__file__}, for -march={kernels.march}{gpus}"
 
 
 def installed(name: str) -> str:
@@ -49,6 +48,5 @@ def installed(name: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    argparse.ArgumentParser(prog="python -m equimini.show versions",
-                            description=__doc__.split("\n")[0]).parse_args(argv)
+    command("equimini.show versions", __doc__).parse_args(argv)
     print("\n".join(lines()))
