@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from equimini.attention import implementation, window_attention
 from equimini.bench.attention_peers import PEERS, Attend, in_jax
 from equimini.bench.timing import copy_bandwidth, median_seconds, replayed_seconds
 from equimini.rope import rope_tables, rotate
+from equimini.utils.command_line import command
 from equimini.utils.errors import UserError, first_line
 from equimini.utils.machine import machine
 
@@ -35,22 +37,6 @@ SHAPES = {
             (1, 4096, 16, 64, 256)],
 }
 ERRORS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # that peers may have
-
-
-def our_own(n: int, d: int, window: int, rope: bool, device: str) -> Attend:
-    """The operator, which rotates q and k itself."""
-    tables = rotation(n, d, device) if rope else None
-    return lambda q, k, v: window_attention(q, k, v, window, rope=tables)
-
-
-def with_rope(peer: Attend, n: int, d: int, device: str) -> Attend:
-    """A peer after the usual rotation of q and k."""
-    tables = rotation(n, d, device)
-    return lambda q, k, v: peer(rotate(q, tables), rotate(k, tables), v)
-
-
-def rotation(n: int, d: int, device: str) -> tuple[Tensor, ...]:
-    return tuple(t.to(device) for t in rope_tables(torch.arange(n), d))
 
 
 def moved_bytes(shape: tuple[int, ...], dtype: torch.dtype, backward: bool, device: str) -> int:
@@ -68,7 +54,9 @@ def attention_case(shape: tuple[int, ...], device: str, dtype: torch.dtype, band
     ours first, then one peer after the other (some compile for minutes)."""
     b, n, h, d, window = shape
     inputs = {rope: torch.randn(b, n, 3, h, d, device=device, dtype=dtype) for rope in rotations}
-    ours: dict[tuple[bool, bool], float] = {}  # seconds, by rope and backward
+    tables = tuple(t.to(device) for t in rope_tables(torch.arange(n), d))
+    right: dict[tuple[bool, bool], list[Tensor]] = {}  # results and seconds, by rope and backward
+    ours: dict[tuple[bool, bool], float] = {}
 
     def row(name: str, rope: bool, backward: bool, seconds: float) -> dict[str, Any]:
         size = moved_bytes(shape, dtype, backward, device)
@@ -78,9 +66,8 @@ def attention_case(shape: tuple[int, ...], device: str, dtype: torch.dtype, band
                 "ms": seconds * 1e3, "times_slower": seconds / ours[rope, backward],
                 **(own if name == "equimini" else {})}
 
-    right = {}
-    for rope, qkv in inputs.items():
-        attend = our_own(n, d, window, rope, device)
+    for rope, qkv in inputs.items():  # the operator rotates q and k itself
+        attend = partial(window_attention, window=window, rope=tables if rope else None)
         for backward in (False, True):
             right[rope, backward] = results(attend, qkv, backward)
             ours[rope, backward] = contest(attend, qkv, backward, device)
@@ -88,15 +75,16 @@ def attention_case(shape: tuple[int, ...], device: str, dtype: torch.dtype, band
     for name in peers:
         try:
             if name == "cudnn":
-                for backward, seconds in enumerate(jax_seconds(inputs[False], window, right)):
-                    yield row(name, False, bool(backward), seconds)
+                found, seconds = in_jax(inputs[False], like_output(inputs[False]), window)
+                same(found, right[False, False] + right[False, True])
+                yield from (row(name, False, bool(k), seconds[k]) for k in range(2))
                 continue
             peer = PEERS[name](b, n, window, device)
         except Exception as error:
             left_out(name, error)
             continue
         for rope, qkv in inputs.items():
-            attend = with_rope(peer, n, d, device) if rope else peer
+            attend = with_rope(peer, tables) if rope else peer
             for backward in (False, True):
                 try:
                     same(results(attend, qkv, backward), right[rope, backward])
@@ -105,17 +93,19 @@ def attention_case(shape: tuple[int, ...], device: str, dtype: torch.dtype, band
                     left_out(name, error)
 
 
+def with_rope(peer: Attend, tables: tuple[Tensor, ...]) -> Attend:
+    """A peer after the usual rotation of q and k."""
+    return lambda q, k, v: peer(rotate(q, tables), rotate(k, tables), v)
+
+
 def left_out(name: str, error: Exception) -> None:
     print(f"# {name} does not run here: {first_line(error)}", file=sys.stderr)
 
 
 def results(attend: Attend, qkv: Tensor, backward: bool) -> list[Tensor]:
     """The output, or the gradients of q, k and v under the same random one."""
-    if not backward:
-        with torch.no_grad():
-            return [attend(*qkv.unbind(2))]
-    inputs = [x.detach().requires_grad_() for x in qkv.unbind(2)]
-    return list(torch.autograd.grad(attend(*inputs), inputs, like_output(qkv)))
+    found = one_pass(attend, qkv, backward)()
+    return list(found) if backward else [found]
 
 
 def like_output(qkv: Tensor) -> Tensor:
@@ -129,14 +119,6 @@ def same(found: list[Tensor], right: list[Tensor]) -> None:
         error = float((x.double() - y.double()).norm() / y.double().norm())
         if not error <= ERRORS[y.dtype]:
             raise UserError(f"it gives another result, {error:.2g} off")
-
-
-def jax_seconds(qkv: Tensor, window: int,
-                right: dict[tuple[bool, bool], list[Tensor]]) -> list[float]:
-    """Seconds of cuDNN's forward and backward; raises UserError where it cannot, or is wrong."""
-    found, seconds = in_jax(qkv, like_output(qkv), window)
-    same(found, right[False, False] + right[False, True])
-    return seconds
 
 
 def contest(attend: Attend, qkv: Tensor, backward: bool, device: str) -> float:
@@ -197,18 +179,15 @@ def attention_line(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m equimini.bench attention",
-                                     description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="cuda where there is a GPU")
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"],
-                        help="one or more; bfloat16 on cuda, float32 on a CPU")
-    parser.add_argument("--shape", type=int, nargs=5, metavar=("B", "N", "H", "D", "W"),
-                        help="one shape in place of the usual ones")
-    peers = [*PEERS, "cudnn"]
-    parser.add_argument("--peers", nargs="*", choices=peers, default=peers, metavar="PEER",
-                        help=f"what to compare with, of {', '.join(peers)}; none: nothing [all]")
-    parser.add_argument("--no-rope", dest="rope", action="store_false",
-                        help="leave out the rows with rotation")
-    parser.add_argument("--json", action="store_true", help="print lines of JSON")
+    parser, peers = command("equimini.bench attention", __doc__), [*PEERS, "cudnn"]
+    add = parser.add_argument
+    add("--device", choices=["cpu", "cuda"], help="cuda where there is a GPU")
+    add("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"],
+        help="one or more; bfloat16 on cuda, float32 on a CPU")
+    add("--shape", type=int, nargs=5, metavar=("B", "N", "H", "D", "W"),
+        help="one shape in place of the usual ones")
+    add("--peers", nargs="*", choices=peers, default=peers, metavar="PEER",
+        help=f"what to compare with, of {', '.join(peers)}; none: nothing [all]")
+    add("--no-rope", dest="rope", action="store_false", help="leave out the rows with rotation")
+    add("--json", action="store_true", help="print lines of JSON")
     compare(parser.parse_args(argv))

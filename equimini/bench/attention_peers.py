@@ -27,47 +27,37 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 aten = torch.ops.aten
 
 
+def _heads_first(attend: Callable[..., Tensor], **how: object) -> Attend:
+    """A function of (B, H, N, D) as one of (B, N, H, D)."""
+    return lambda q, k, v: attend(*(x.transpose(1, 2) for x in (q, k, v)), **how).transpose(1, 2)
+
+
 def sdpa(b: int, n: int, window: int, device: str) -> Attend:
     """Torch's scaled_dot_product_attention with the window as a mask."""
-    mask = window_mask(n, n, window, device)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
-
-    return attend
+    return _heads_first(F.scaled_dot_product_attention, attn_mask=window_mask(n, n, window, device))
 
 
-def flex(b: int, n: int, window: int, device: str) -> Attend:
-    """Compiled FlexAttention; its mask keeps the same W keys (many examples keep W + 1)."""
-    compiled, mask = _flex(n, lambda b, h, i, j: (i >= j) & (i - j < window), device)
+def flex(b: int, n: int, window: int, device: str, parts: int = 1) -> Attend:
+    """Compiled FlexAttention; its mask keeps the same W keys (many examples keep W + 1).
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(*heads, block_mask=mask).transpose(1, 2)
+    parts: how many sequences of equal length the n tokens are.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return attend
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        near = (i >= j) & (i - j < window)
+        return near & (i - j <= i % (n // parts)) if parts > 1 else near
+
+    _prepare_to_compile()
+    mask = create_block_mask(visible, None, None, n, n, device=device,
+                             _compile=device == "cuda")  # else n × n lies in memory
+    return _heads_first(torch.compile(flex_attention, dynamic=False), block_mask=mask)
 
 
 def flex_folded(b: int, n: int, window: int, device: str) -> Attend:
     """FlexAttention over the whole batch as one sequence, whose short parts share its blocks."""
-    compiled, mask = _flex(
-        b * n, lambda b, h, i, j: (i >= j) & (i - j < window) & (i - j <= i % n), device)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = (x.flatten(0, 1)[None].transpose(1, 2) for x in (q, k, v))  # (1, H, B·N, D)
-        return compiled(*heads, block_mask=mask)[0].transpose(0, 1).unflatten(0, (b, n))
-
-    return attend
-
-
-def _flex(length: int, visible: Callable, device: str) -> tuple[Callable, object]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    _prepare_to_compile()
-    mask = create_block_mask(visible, None, None, length, length, device=device,
-                             _compile=device == "cuda")  # else length × length lies in memory
-    return torch.compile(flex_attention, dynamic=False), mask
+    attend = flex(1, b * n, window, device, parts=b)
+    return lambda q, k, v: attend(*(x.flatten(0, 1)[None] for x in (q, k, v))).view_as(q)
 
 
 def shifts(b: int, n: int, window: int, device: str) -> Attend:
@@ -94,28 +84,6 @@ def _prepare_to_compile() -> None:
     torch._functorch.config.donated_buffer = False  # a backward pass is timed again and again
 
 
-class Flash2(torch.autograd.Function):
-    """FlashAttention-2 as torch ships it, with its own local window."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        n = q.shape[1]
-        out, lse, *random, _ = aten._flash_attention_forward(
-            q, k, v, None, None, n, n, 0.0, False, False,
-            window_size_left=window - 1, window_size_right=0)
-        ctx.save_for_backward(q, k, v, out, lse, *random)
-        ctx.window = window
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        q, k, v, out, lse, *random = ctx.saved_tensors
-        n = q.shape[1]
-        return *aten._flash_attention_backward(
-            grad, q, k, v, out, lse, None, None, n, n, 0.0, False, *random,
-            window_size_left=ctx.window - 1, window_size_right=0), None
-
-
 class Efficient(torch.autograd.Function):
     """Memory-efficient attention (xFormers' kernels in torch): its window counts the token."""
 
@@ -137,17 +105,27 @@ class Efficient(torch.autograd.Function):
             Efficient.CAUSAL, False, window_size=ctx.window)[:3], None
 
 
-def _on_gpus(function: type[torch.autograd.Function]) -> Callable[..., Attend]:
-    def make(b: int, n: int, window: int, device: str) -> Attend:
-        if device not in ("cuda", "meta"):
-            raise UserError("its kernels are for CUDA alone")
-        return lambda q, k, v: function.apply(q, k, v, window)
-    return make
+def efficient(b: int, n: int, window: int, device: str) -> Attend:
+    _need_cuda(device)
+    return lambda q, k, v: Efficient.apply(q, k, v, window)
+
+
+def flash2(b: int, n: int, window: int, device: str) -> Attend:
+    """FlashAttention-2 as torch ships it, with its own local window."""
+    _need_cuda(device)
+    return lambda q, k, v: aten._flash_attention_forward(
+        q, k, v, None, None, n, n, 0.0, False, False, window_size_left=window - 1,
+        window_size_right=0)[0]
+
+
+def _need_cuda(device: str) -> None:
+    if device not in ("cuda", "meta"):
+        raise UserError("its kernels are for CUDA alone")
 
 
 PEERS: dict[str, Callable[..., Attend]] = {
     "sdpa": sdpa, "flex": flex, "flex-folded": flex_folded, "shifts": shifts,
-    "efficient": _on_gpus(Efficient), "flash2": _on_gpus(Flash2)}
+    "efficient": efficient, "flash2": flash2}
 
 # cuDNN, by way of JAX, in a process of its own: two libraries do not share a GPU's memory well.
 IN_JAX = """

@@ -9,7 +9,6 @@ changes less.  --edits draws a column again and takes it, so many times.
 
 from __future__ import annotations
 
-import resource
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from equimini import load_generator
+from equimini.bench.timing import peak_memory
 from equimini.config import Checked, flag
 from equimini.page.drawing import Studio, read_order
 from equimini.page.server import png
@@ -28,8 +28,6 @@ from equimini.utils.command_line import parse, pick_device
 
 @dataclass(frozen=True)
 class PageBench(Checked):
-    """What to measure."""
-
     checkpoint: str = flag(DRAWN_WITH, "checkpoint of a trained generator, or a model in the box")
     device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")
     repeats: int = flag(7, "of every order", min=1)
@@ -79,6 +77,5 @@ def main(argv: list[str]) -> None:
             studio.choose(0)
             if k + 1 in (10, cfg.edits):
                 size = sum(path.stat().st_size for path in Path(folder).iterdir())
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-                print(f"after {k + 1} edits: {peak:.0f} MiB of memory at most, "
+                print(f"after {k + 1} edits: {peak_memory() / 2**20:.0f} MiB of memory at most, "
                       f"{size / 2**20:.2f} MiB on disk")

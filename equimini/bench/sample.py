@@ -10,6 +10,7 @@ in either.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from contextlib import ExitStack
@@ -26,7 +27,7 @@ from equimini.presets import PRESETS
 from equimini.sampler import ColumnSampler, Guidance, Stream, sample_plainly
 from equimini.sampling.cuda_graphs import GraphedStep, graphed
 from equimini.sampling.packed_weights import PRECISIONS, packed
-from equimini.utils.command_line import pick_device
+from equimini.utils.command_line import command, pick_device
 from equimini.utils.errors import UserError
 from equimini.utils.machine import machine
 
@@ -81,14 +82,12 @@ def contestants(generator: Generator, options: argparse.Namespace, labels: Tenso
                 seeds: list[int]) -> dict[str, Callable[[int, int], Tensor]]:
     """By name, functions of (columns, steps) that draw the batch."""
     def fast(ready: Generator) -> Callable[[int, int], Tensor]:
-        graphs = {}
+        recorded = functools.cache(
+            lambda steps: graphed(ready, ColumnSampler(ready.head, steps), None))
 
         def draw(columns: int, steps: int) -> Tensor:
-            step, sampler = None, ColumnSampler(ready.head, steps)
-            if options.cuda_graphs:
-                if steps not in graphs:
-                    graphs[steps] = graphed(ready, sampler, None)
-                step, sampler = graphs[steps]
+            step, sampler = (recorded(steps) if options.cuda_graphs else
+                             (None, ColumnSampler(ready.head, steps)))
             stream = Stream(ready, labels, seeds, sampler, Guidance(options.cfg, "linear", columns),
                             step=step)
             return torch.stack([stream.draw() for _ in range(columns)], 1)
@@ -165,8 +164,7 @@ def print_table(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m equimini.bench sample",
-                                     description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = command("equimini.bench sample", __doc__)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="small", help="sizes of the generator [small]")
     add("--batch", type=positive, nargs="+", default=[1, 8, 64], help="images at a time [1 8 64]")

@@ -18,7 +18,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,9 +27,8 @@ from tqdm import tqdm
 
 from equimini import load_generator
 from equimini.config import Checked, flag
-from equimini.evaluate.feature_networks import FeatureNetwork, load_network
+from equimini.evaluate.feature_networks import load_network
 from equimini.evaluate.metrics import Gaussian, frechet_distance
-from equimini.generator import Generator
 from equimini.sampler import (SCHEDULES, SOLVERS, ColumnSampler, Guidance, column_noise,
                               evaluation_times, time_grid)
 from equimini.sampling.image_generator import ImageGenerator
@@ -99,20 +98,15 @@ class Case:
         n, cfg = truth.shape[1], self.cfg
         guidance = Guidance(cfg.cfg, cfg.cfg_schedule, n)
         s = truth.new_tensor([guidance.scale(i) for i in range(n)])
+        branches = (False, True) if cfg.cfg != 1 else (False,)
         for (labels, seeds), tokens in zip(self.batches(len(truth)), truth.split(cfg.batch_size)):
-            z = self.contexts(generator, torch.tensor(labels).to(truth.device), tokens)
+            given = torch.tensor(labels, device=truth.device)
+            z = torch.cat([generator.predict(tokens, given, torch.full_like(given, drop).bool())
+                           for drop in branches])  # (branches·B, N, d)
             noise = torch.stack([column_noise(seeds, i, tokens.shape[2]) for i in range(n)], 1)
-            x = draw(z, noise.to(truth).flatten(0, 1), s.repeat(len(tokens)))
-            drawn.append(x.view_as(tokens))
+            column = draw(z.flatten(0, 1), noise.to(truth).flatten(0, 1), s.repeat(len(tokens)))
+            drawn.append(column.view_as(tokens))
         return torch.cat(drawn)
-
-    def contexts(self, generator: Generator, labels: Tensor, tokens: Tensor) -> Tensor:
-        """z of every column, as one batch (branches·B·N, d)."""
-        branches = [torch.zeros_like(labels, dtype=torch.bool)]
-        if self.cfg.cfg != 1:
-            branches.append(~branches[0])
-        z = [generator.predict(tokens, labels, drop) for drop in branches]
-        return torch.cat(z).flatten(0, 1)
 
 
 def settings(cfg: SolverBench) -> list[dict[str, Any]]:
@@ -122,9 +116,9 @@ def settings(cfg: SolverBench) -> list[dict[str, Any]]:
         if solver not in SOLVERS:
             raise UserError(f"--solvers takes {', '.join(SOLVERS)}, got {solver!r}")
         per_step = len(evaluation_times(solver, time_grid(1)))
-        for shift in shifts(cfg.time_shifts):
-            steps = sorted({max(1, n // per_step) for n in cfg.evaluations})
-            found += [{"solver": solver, "time_shift": shift, "steps": n} for n in steps]
+        steps = sorted({max(1, n // per_step) for n in cfg.evaluations})
+        found += [{"solver": solver, "time_shift": shift, "steps": n}
+                  for shift in shifts(cfg.time_shifts) for n in steps]
     return found
 
 
@@ -143,19 +137,18 @@ def rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-def distance_from(net: FeatureNetwork, cfg: SolverBench,
-                  model: ImageGenerator) -> Callable[[Tensor], float]:
+def distance_from(cfg: SolverBench, model: ImageGenerator) -> Callable[[Tensor], float]:
     """The Fréchet distance of tokens' pictures to the pictures of --data, as a function."""
+    net = load_network(cfg.network, device=model.device)
     data = load_data(RunConfig(data=cfg.data, val_data=cfg.data), model.tokenizer.config)[1]
     loader = DataLoader(data, cfg.batch_size, sampler=[(0, i) for i in range(len(data))])
-    real = torch.cat([net.features(x) for x, _, _ in tqdm(loader, desc=f"features of {cfg.data}")])
-    reference = Gaussian.fit(real)
 
-    def distance(tokens: Tensor) -> float:
-        rows = [net.features(to_pixels(model.decode(x))) for x in tokens.split(cfg.batch_size)]
-        return frechet_distance(Gaussian.fit(torch.cat(rows)), reference)
+    def fit(batches: Iterable[Tensor]) -> Gaussian:
+        return Gaussian.fit(torch.cat([net.features(x) for x in batches]))
 
-    return distance
+    reference = fit(x for x, _, _ in tqdm(loader, desc=f"features of {cfg.data}"))
+    return lambda tokens: frechet_distance(
+        fit(to_pixels(model.decode(x)) for x in tokens.split(cfg.batch_size)), reference)
 
 
 def rows_of(case: Case, distance: Callable[[Tensor], float] | None) -> Iterator[dict[str, Any]]:
@@ -182,20 +175,17 @@ def draw_curves(rows: list[dict[str, Any]], out: Path, cfg: SolverBench) -> list
 
     Returns those that were drawn (none without matplotlib).
     """
-    about = {"column_error": ("log10 of the RMS error", "Error of single columns"),
-             "image_error": ("log10 of the RMS error", "Error of whole images"),
-             "frechet": ("Fréchet distance",
-                         f"{cfg.distance_count} images against {Path(cfg.data).name}")}
+    about = {"column_error": "Error of single columns", "image_error": "Error of whole images",
+             "frechet": f"{cfg.distance_count} images against {Path(cfg.data).name}"}
     written = []
-    for name, (ylabel, title) in about.items():
-        if name not in rows[0]:
-            continue
+    for name, title in about.items():
         series: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
+        for row in rows if name in rows[0] else ():
             y = row[name] if name == "frechet" else math.log10(row[name])
             series.setdefault(curve_label(row), []).append((row["evaluations"], y))
+        ylabel = "Fréchet distance" if name == "frechet" else "log10 of the RMS error"
         path = out / f"{name.replace('_', '-')}.png"
-        if not curves(path, series, "head evaluations per column", ylabel, title):
+        if series and not curves(path, series, "head evaluations per column", ylabel, title):
             written.append(path)
     return written
 
@@ -225,9 +215,7 @@ def main(argv: list[str]) -> None:
         raise UserError("a Fréchet distance takes both --network and --data")
     device, out = pick_device(cfg.device), output_folder(cfg.out)
     model = load_generator(cfg.checkpoint, device)
-    distance = None
-    if cfg.network:
-        distance = distance_from(load_network(cfg.network, device=device), cfg, model)
+    distance = distance_from(cfg, model) if cfg.network else None
     case = Case(model, cfg, max(cfg.count, cfg.distance_count) if distance else cfg.count)
 
     if not args.json:

@@ -1,9 +1,13 @@
-"""What all benchmarks share: medians after a warm-up, and the machine's copy bandwidth."""
+"""What benchmarks share: medians after a warm-up, processes of their own, memory, bandwidth."""
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +52,22 @@ def replayed_seconds(calls: list[Callable[[], object]], repeats: int = 20,
             call()
     graph.replay()
     return statistics.median(seconds(graph.replay, "cuda") for _ in range(repeats)) / len(calls)
+
+
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """The result of a function, called in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def peak_memory() -> int:
+    """The largest resident size that this process had, in bytes."""
+    try:  # getrusage's number starts at that of the process that began this one
+        text = Path("/proc/self/status").read_text()
+        return int(text.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _quiet_gpu() -> Callable[[], None]:
