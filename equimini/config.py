@@ -26,11 +26,12 @@ class Checked:
         for f in fields(self):
             value, limits = getattr(self, f.name), f.metadata
             kind, words = KINDS.get(getattr(f.type, "__name__", f.type), (object, ""))
-            several = isinstance(f.default, tuple) and isinstance(value, tuple)
-            flat = value if several else (value,)
+            several = isinstance(f.default, tuple)
+            flat = value if several and isinstance(value, tuple) else (value,)
             name = f.name.replace("_", "-")
-            if any(not isinstance(v, kind) or isinstance(v, bool) and words and kind is not bool
-                   for v in flat):
+            if several and words and flat is not value or any(
+                    not isinstance(v, kind) or isinstance(v, bool) and words and kind is not bool
+                    for v in flat):
                 raise ValueError(f"{name} must be {words}, got {value!r}")
             if "choices" in limits and value not in limits["choices"]:
                 raise ValueError(f"{name} must be one of {', '.join(limits['choices'])}, "

@@ -5,7 +5,8 @@
 Takes columns out of held-out pictures and draws them again, with 1, 4, 16 and 64 candidates.
 Measures how likely the kept right side is afterwards, by the exact likelihood of the flow, and the
 gradient at the right edge of what was drawn.  Before that: whether the estimate that candidates
-are weighed by ranks them as the exact likelihood does.
+are weighed by ranks them as the exact likelihood does.  With --network, and nothing else then: the
+Fréchet distance of many such results to other held-out pictures.
 """
 
 from __future__ import annotations
@@ -13,33 +14,41 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, islice, pairwise, zip_longest
+from typing import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from equimini.config import Checked, flag
+from equimini.evaluate.feature_networks import load_network
+from equimini.evaluate.metrics import Gaussian, frechet_distance
 from equimini.experiments.report import Report, paired_interval, spread
 from equimini.generator import Generator
 from equimini.sampler import time_grid
-from equimini.sampling.edit import Tokens, candidates, paste, resample
+from equimini.sampling.edit import Tokens, paste, resample
 from equimini.sampling.fit import LOOK_AHEAD, log_likelihoods
 from equimini.sampling.image_generator import ImageGenerator, load_generator
 from equimini.sampling.options import SamplingOptions
 from equimini.training.data import load_data
 from equimini.training.options import DataConfig
 from equimini.utils.command_line import output_folder, parse, pick_device
-from equimini.utils.images import grid, save_png, to_float
+from equimini.utils.errors import UserError
+from equimini.utils.images import grid, save_png, to_float, to_pixels
 
 PAPER = ("bad columns are discarded and drawn again (Fig. 6, pictures only); what follows them "
          "fits by luck.")
+TITLE = "Columns that fit on both sides (Fig. 6)"
 FIRST = 6  # column that is taken out
 SHOWN = 10  # gaps in the picture
 APART = 18  # pictures are so many parts of a class apart
 HEAD = ("columns drawn", "candidates", f"log-likelihood of the next {LOOK_AHEAD} kept columns, "
         "less the picture's own, nats", "more than with the first, 95 %", "gradient at the right edge",
         "seconds of processor time")
+PARTS = 20  # of the pictures, each of which is left out once for an interval
+DISTANCES = ("columns drawn", "candidates", "distance to other pictures", "less that of the "
+             "pictures themselves, 95 %", "less than with the first, 95 %")
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,10 @@ class FitsConfig(Checked):
     fits: tuple[int, ...] = flag((1, 4, 16, 64), "candidates; the first is what others are "
                                  "compared with", min=1)
     seeds: int = flag(3, "drawings of every gap", min=1)
+    network: str = flag("", "TorchScript network of the Fréchet distance (the call of the published "
+                        "Inception), or 'download'; then nothing else is measured")
+    measured: int = flag(600, "pictures that are drawn again for it, once each; all others of "
+                         "--data are what they are compared with", min=PARTS)
     cfg: float = flag(2.0, "guidance scale", min=0)
     steps: int = flag(10, "midpoint steps per column", min=1)
     exact_steps: int = flag(10, "midpoint steps of the exact likelihood", min=1)
@@ -114,7 +127,7 @@ def compare_estimates(cfg: FitsConfig, model: ImageGenerator, pictures: list[tup
     """The table of the estimate against the exact likelihood, by distance from the gap."""
     estimated, exact, stop = [], [], FIRST + 1
     for source, label in pictures:
-        versions, _ = candidates(model, source, [FIRST], 1, options, fit=16)
+        versions = resample(model, source, [FIRST], range(16), options)
         z, x = right_side(model.generator, versions.tokens, label, stop)
         estimated.append(torch.stack([log_likelihoods(model.generator.head, z[:, j], x[j], 1, j)
                                       for j in range(len(x))], 1).cpu())
@@ -152,21 +165,22 @@ def measure(cfg: FitsConfig, model: ImageGenerator, pictures: list[tuple[Tokens,
     return {"likely": likely.mean(), "edge": edge.sum() / others.sum(), "seconds": seconds.mean()}
 
 
-def held_out(cfg: FitsConfig, model: ImageGenerator,
-             count: int) -> list[tuple[Tokens, int, Tensor]]:
-    """Pictures of the classes in turn, encoded: tokens, class number, pixels."""
+def held_out(cfg: FitsConfig, model: ImageGenerator) -> Iterator[tuple[Tokens, int, Tensor]]:
+    """All pictures, the classes in turn, encoded: tokens, class number, pixels."""
     data, _, classes = load_data(DataConfig(data=cfg.data), model.tokenizer.config)
     numbers = getattr(data, "labels", np.arange(len(data)) % len(classes))  # built-in: in turn
-    by_class, found = [np.flatnonzero(numbers == c) for c in np.unique(numbers)], []
-    for k in range(count):
-        of_class = by_class[k % len(by_class)]
-        place = k // len(by_class) * max(1, len(of_class) // APART) % len(of_class)
-        image, label = data.view(int(of_class[place]), None, False)
-        pixels, label = to_float(image[None]), model.class_numbers([classes[label]])[0]
-        tokens = model.tokenizer.normalize(model.tokenizer.encode(pixels.to(model.device))).cpu()
-        labels = torch.full(tokens.shape[:2], label)
-        found.append((Tokens(tokens, labels, torch.zeros_like(labels)), label, pixels))
-    return found
+    by_class = []
+    for c in np.unique(numbers):
+        place = np.arange((numbers == c).sum())
+        order = np.lexsort((place, place % max(1, len(place) // APART)))
+        by_class.append(np.flatnonzero(numbers == c)[order])
+    for index in chain.from_iterable(zip_longest(*by_class)):
+        if index is not None:
+            image, label = data.view(int(index), None, False)
+            pixels, label = to_float(image[None]), model.class_numbers([classes[label]])[0]
+            tokens = model.encode(pixels).cpu()
+            labels = torch.full(tokens.shape[:2], label)
+            yield Tokens(tokens, labels, torch.zeros_like(labels)), label, pixels
 
 
 def picture(cfg: FitsConfig, model: ImageGenerator, found: list[tuple[Tokens, int, Tensor]],
@@ -183,13 +197,67 @@ def picture(cfg: FitsConfig, model: ImageGenerator, found: list[tuple[Tokens, in
     return rows
 
 
+def difference(a: Tensor, b: Tensor, reference: Gaussian) -> tuple[float, float, float]:
+    """How much further than b (n, d) the features a are from the reference; the 95 % interval.
+
+    Row i of both belongs to one picture.  The interval is the jackknife's: each of PARTS parts of
+    the pictures is left out once.  That removes what all distances of few pictures have in excess,
+    as far as it goes with 1/n, and so moves the interval a little.
+    """
+    def further(kept: Tensor) -> float:
+        return float(np.subtract(*(frechet_distance(Gaussian.fit(x[kept]), reference)
+                                   for x in (a, b))))
+
+    part = torch.arange(len(a)) * PARTS // len(a)
+    whole = further(part >= 0)
+    return whole, *paired_interval([PARTS * whole - (PARTS - 1) * further(part != k)
+                                    for k in range(PARTS)])
+
+
+def measure_distances(cfg: FitsConfig, model: ImageGenerator,
+                      options: SamplingOptions) -> tuple[list[tuple[str, ...]], int]:
+    """The table of distances, and how many pictures are compared with; all of them decoded."""
+    net, found = load_network(cfg.network, device=model.device), held_out(cfg, model)
+
+    def features(tokens: Iterable[Tensor]) -> Tensor:
+        return torch.cat([net.features(to_pixels(model.decode(x.to(model.device)))) for x in tokens])
+
+    sources = [source for source, *_ in islice(found, cfg.measured)]
+    others = features(source.tokens for source, *_ in found)
+    if len(sources) < PARTS or len(others) < 2:
+        raise UserError(f"--data {cfg.data} has {len(sources) + len(others)} pictures, too few for "
+                        f"--measured {cfg.measured} and others to compare them with")
+    reference, real = Gaussian.fit(others), features(source.tokens for source in sources)
+    table = [DISTANCES, ("", "the pictures", f"{frechet_distance(Gaussian.fit(real), reference):.2f}",
+                         "", "")]
+    for gap in cfg.gaps:
+        first = None
+        for fit in cfg.fits:
+            drawn = features(resample(model, source, range(FIRST, FIRST + gap), [seed], options,
+                                      fit=fit).tokens for seed, source in enumerate(sources))
+            first = drawn if first is None else first
+            table.append((f"{gap}", f"{fit}",
+                          f"{frechet_distance(Gaussian.fit(drawn), reference):.2f}",
+                          "{:.2f} ({:.2f} to {:.2f})".format(*difference(drawn, real, reference)),
+                          "" if first is drawn else
+                          "{:.2f} ({:.2f} to {:.2f})".format(*difference(first, drawn, reference))))
+            print("  ".join(table[-1]), flush=True)
+    return table, len(others)
+
+
+@torch.no_grad()
 def main(argv: list[str]) -> None:
     cfg = parse("equimini.experiments fits", __doc__, FitsConfig(), argv)
     model = load_generator(cfg.checkpoint, pick_device(cfg.device))
-    folder = output_folder(f"{cfg.out}/fits")
     options = SamplingOptions(cfg=cfg.cfg, solver="midpoint", steps=cfg.steps)
-    with torch.no_grad():
-        found = held_out(cfg, model, max(cfg.pictures, SHOWN))
+    if cfg.network:
+        table, others = measure_distances(cfg, model, options)
+        notes = [f"{cfg.measured} pictures, one drawing each, against {others} others; intervals "
+                 f"95 % (jackknife over {PARTS} parts of the pictures)."]
+        return Report(TITLE, PAPER, table, "Fréchet distances; see the intervals.", notes).save(
+            "fits", cfg, output_folder(f"{cfg.out}/fits-distance"))
+    folder = output_folder(f"{cfg.out}/fits")
+    found = [*islice(held_out(cfg, model), max(cfg.pictures, SHOWN))]
     pictures = [(source, label) for source, label, _ in found[:cfg.pictures]]
     gap = cfg.gaps[min(1, len(cfg.gaps) - 1)]
     rows = picture(cfg, model, found[:SHOWN], options, gap)
@@ -216,6 +284,6 @@ def main(argv: list[str]) -> None:
     notes = ["\n".join(f"| {' | '.join(row)} |" for row in (ranks[0], ["---:"] * 4, *ranks[1:])),
              f"{len(pictures)} pictures, {cfg.seeds} seeds; ± over seeds, intervals 95 % (paired "
              "by seed, Student's t)."]
-    Report("Columns that fit on both sides (Fig. 6)", PAPER, table,
+    Report(TITLE, PAPER, table,
            "More candidates make the kept right side more likely; see the intervals.", notes,
            {"runs": values, "ranks": ranks}).save("fits", cfg, folder)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-import time
-import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from threading import Event
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,12 +16,12 @@ from PIL import Image
 from equimini.config import Checked, flag
 from equimini.page.history import History
 from equimini.sampler import SOLVERS
-from equimini.sampling.commands import QUICK, SampleConfig, command_line, recorded
+from equimini.sampling.commands import QUICK, SampleConfig, command_line
 from equimini.sampling.edit import FADE, UNKNOWN, Tokens
 from equimini.sampling.fit import LOOK_AHEAD, reach
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
-from equimini.sampling.strip import (cut, draw_columns, encode, flat, image, painted, preview,
+from equimini.sampling.strip import (cut, encode, fill, flat, mirrored, painted, preview,
                                      row_type)
 from equimini.utils.checkpoint import DRAWN_WITH, latents_hash
 from equimini.utils.errors import UserError
@@ -32,23 +30,26 @@ from equimini.utils.images import load_columns
 
 LONGEST = 20_000  # columns of a strip
 CHUNK = 64  # columns drawn between two saves; to the left, also those that are mirrored
-BEAT = 0.05  # seconds between two previews
+SHOWN = 4  # columns that are shown together while they come; the first one alone
 PIXELS, SHAPE = 40_000_000, 100  # of a photograph, at most; its longer side over the other
 FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"
+DRAWN, AT_ONCE = ("right", "left", "ring", "redraw"), ("choose", "undo", "redo", "new", "photo")
 Piece = dict[str, Any]  # "at" and "pixels" (H, w, 3); "candidate", "done", "columns"
 
 
 @dataclass(frozen=True)
 class Order(Checked):
-    """What to draw, and how; the page sends it as JSON."""
+    """What to do, and how; the page sends it as JSON."""
 
-    do: str = flag("right", "", choices=("right", "left", "ring", "redraw"))
+    do: str = flag("right", "", choices=DRAWN + AT_ONCE)
+    version: int = flag(-1, "of the strip that it is meant for; -1: any", min=-1)
     columns: int = flag(16, "to add", min=1, max=4096)
     start: int = flag(0, "first column to draw again", min=0)
     end: int = flag(0, "behind the last one", min=0)
     later: str = flag("keep", "what lies behind them", choices=("keep", "draw"))
-    classes: tuple = flag((), "class numbers of the drawn columns; none: as they are", min=0)
+    classes: tuple[int, ...] = flag((), "of the drawn columns; none: as they are", min=0)
     candidates: int = flag(4, "for columns drawn again", min=1, max=8)
+    candidate: int = flag(0, "to choose", min=0)
     fit: int = flag(4, "drawings of which one that fits is taken", min=1, max=64)
     seed: int = flag(-1, "-1: one that nothing was drawn with", min=-1, max=2**53)
     cfg: float = flag(2.5, "", min=0, max=100)
@@ -57,23 +58,23 @@ class Order(Checked):
     temperature: float = flag(1.0, "", min=0, max=10)
 
     @property
+    def how(self) -> dict[str, Any]:
+        """Its sampling options; guidance does not depend on how long a strip is or becomes."""
+        return {"cfg": self.cfg, "cfg_schedule": "constant", "solver": self.solver,
+                "steps": self.steps, "temperature": self.temperature}
+
+    @property
     def options(self) -> SamplingOptions:
-        """Guidance does not depend on how long a strip is or becomes."""
-        return SamplingOptions(cfg=self.cfg, cfg_schedule="constant", solver=self.solver,
-                               steps=self.steps, temperature=self.temperature)
+        return SamplingOptions(**self.how)
 
 
 def read_order(values: dict[str, Any]) -> Order:
     """Raises UserError for a field that is unknown, of another kind or out of range."""
-    kinds = typing.get_type_hints(Order) | {"classes": list}
-    for name, value in values.items():
-        if name not in kinds:
-            raise UserError(f"unknown field {name[:50]!r}; an order has {', '.join(kinds)}")
-        good = [type(value)] if type(value) is not int else [int, float]
-        if kinds[name] not in good or name == "classes" and {*map(type, value)} - {int}:
-            raise UserError(f"{name} must be {kinds[name].__name__}, got {str(value)[:50]}")
+    names = [f.name for f in fields(Order)]
+    if unknown := [name for name in values if name not in names]:
+        raise UserError(f"unknown field {unknown[0][:50]!r}; an order has {', '.join(names)}")
     try:
-        return Order(**values | {"classes": tuple(values.get("classes", ()))})
+        return Order(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except ValueError as error:
         raise UserError(str(error)[:200]) from None
 
@@ -86,23 +87,22 @@ class Studio:
         claim(folder, {"tokenizer": latents_hash(model.tokenizer)}, "a strip",
               "give the --checkpoint that it was drawn with, or choose another --out")
         self.strip = History(folder, row_type(model))
-        self.reach = reach(model.generator.config)
         self.waiting: dict[str, Any] = {}  # candidates to choose from
         self.used = -1  # the highest seed of a candidate
-        self.beat = 0.0  # when the next preview is due
 
     def state(self) -> dict[str, Any]:
         """The strip, and what may be asked for."""
-        strip, shape = self.strip, self.model.tokenizer.config
+        strip, shape, waiting = self.strip, self.model.tokenizer.config, self.waiting
         scales = self.model.generator.head.scales
         return {
             "version": strip.version, "f": shape.f, "height": shape.image_size,
             "classes": self.model.classes, "labels": strip.columns["label"].tolist(),
-            "undo": strip.done > 0, "redo": strip.done < len(strip.edits), "ring": self.ring,
+            "undo": strip.done > 0, "redo": strip.done < strip.edits, "ring": self.ring,
             "mirrored": self.model.mirrored, "scales": scales, "quick": {} if scales else QUICK,
             "command": self.command(), "seed": self.next_seed(),
             "checkpoint": Path(self.checkpoint).stem, "candidates": {
-                k: self.waiting[k] for k in ("at", "span", "count")} if self.choosing else None}
+                "at": int(waiting["versions"][0][0][0]), "span": waiting["span"],
+                "count": len(waiting["versions"])} if self.choosing else None}
 
     @property
     def choosing(self) -> bool:
@@ -120,7 +120,11 @@ class Studio:
 
     def check(self, order: Order) -> None:
         """Raise UserError for an order that the present strip does not allow."""
-        n, drawn, head = len(self.strip.columns), order.columns, self.model.generator.head
+        n, drawn = len(self.strip.columns), order.columns
+        if order.version not in (-1, self.strip.version):
+            raise UserError("the strip has changed, in another tab perhaps")
+        if order.do in AT_ONCE:
+            return
         if order.do == "redraw":
             if not order.start < order.end <= n:
                 raise UserError(f"start and end must lie in the strip, which has {n} columns, got "
@@ -137,121 +141,112 @@ class Studio:
                               or max(order.classes) >= len(self.model.classes)):
             raise UserError(f"classes must be {drawn} numbers below {len(self.model.classes)}, got "
                             f"{len(order.classes)}, the largest {max(order.classes)}")
-        order.options.resolved(head)
+        order.options.resolved(self.model.generator.head)
 
     def end(self, order: Order) -> int:
         """Behind the last column that is drawn again."""
         return order.end if order.later == "keep" else len(self.strip.columns)
 
-    def draw(self, order: Order) -> Iterator[Piece]:
-        """Carry out an order; whole columns that were added stay, however it ends."""
+    def draw(self, order: Order, data: bytes = b"") -> Iterator[Piece]:
+        """Whole columns that were added stay, however it ends.  data: of a photograph."""
         self.check(order)
-        self.waiting, self.beat = {}, 0.0
+        if order.do in AT_ONCE:
+            {"choose": lambda: self.choose(order.candidate), "undo": self.strip.undo, "new": self.new,
+             "redo": self.strip.redo, "photo": lambda: self.photo(data)}[order.do]()
+            return
+        self.waiting = {}
         seed = self.next_seed() if order.seed < 0 else order.seed
         yield from (self.redraw if order.do == "redraw" else self.grow)(order, seed)
 
     def grow(self, order: Order, seed: int) -> Iterator[Piece]:
         """Columns at the end, or at the beginning: those that follow the strip seen in a mirror."""
-        left = order.do == "left"
-        for drawn in range(0, order.columns, CHUNK):
-            upto = min(order.columns, drawn + CHUNK)
-            mine = seed + drawn // CHUNK * left  # to the left, each chunk has the same places
-            old = self.mirrored() if left else self.strip.columns
-            given, ring = len(old), order.do == "ring" and upto == order.columns
-            classes = (order.classes[::-1] if left else order.classes)[drawn:upto]
-            rows = self.prepared(old, given, given + upto - drawn, classes, mine)
-            fresh, shown, done = rows["token"][None, given:], 0, 0
-            try:
-                for _, done in draw_columns(self.model, rows, given, fresh, [mine], order.options,
-                                            order.fit, ring):
-                    if self.due():
-                        pixels = self.shown(old, fresh[0, :done], shown)
-                        yield {"at": -done if left else given + shown, "done": drawn + done,
-                               "pixels": pixels[:, ::-1] if left else pixels}
-                        shown = done
-                    if self.stop.is_set():
-                        break
-            finally:  # also where nobody listens any more
-                pieces, rows = [], rows[:given + done]
-                if done:
-                    ring &= done == upto - drawn
-                    near = painted(self.model, rows, given, len(rows), ring)
-                    span = (0, done) if left else (given - drawn, given + done)
-                    pieces = self.save(self.turned(rows, near, done) if left else near, order, mine,
-                                       span, drawn > 0, ring)
-            yield from pieces
-            if self.stop.is_set():
-                break
+        left, old = order.do == "left", self.strip.columns
+        if left:
+            old = mirrored(old[:CHUNK])
+            old["token"] = encode(self.model, old)
+        n, gap = len(old), range(len(old), len(old) + order.columns)
+        rows = self.prepared(old, gap, order.classes[::-1 if left else 1], seed)
+        tokens, work = fill(self.model, rows, gap, [seed], order.options, order.fit,
+                            order.do == "ring")
+        shown = saved = done = 0
 
-    def mirrored(self) -> np.ndarray:
-        """The strip's beginning, seen in a mirror: its pixels are encoded anew."""
-        near = self.strip.columns[:CHUNK][::-1].copy()
-        near["pixels"] = near["pixels"][:, :, ::-1]
-        near["token"] = encode(self.model, image(near))
-        return near
+        def save() -> list[Piece]:
+            """What was drawn since the last time."""
+            ring = order.do == "ring" and done == order.columns
+            rows["token"][n + saved:n + done] = tokens[0, n + saved:n + done]
+            near = painted(self.model, rows[:n + done], n + saved, n + done, ring)
+            if left:
+                near = self.turned(rows[:n + done], n + saved, near)
+            return self.save(near, order, seed, (0, done) if left else (n, n + done), saved > 0, ring)
 
-    def turned(self, rows: np.ndarray, near: tuple[np.ndarray, np.ndarray],
-               done: int) -> tuple[np.ndarray, np.ndarray]:
-        """New columns at the end of mirrored `rows`, painted `near`, as they stand in the strip."""
+        try:
+            for _, done in work:
+                if self.stop.is_set():
+                    break
+                if done - saved == CHUNK < order.columns - saved:
+                    yield from save()
+                    shown = saved = done
+                elif done % SHOWN == 1:
+                    pixels = preview(self.model, tokens, n + shown, n + done)[0]
+                    yield {"at": saved - done if left else n + shown, "done": done,
+                           "pixels": pixels[:, ::-1] if left else pixels}
+                    shown = done
+        finally:  # also where nobody listens any more
+            pieces = save() if done > saved else []
+        yield from pieces
+
+    def turned(self, rows: np.ndarray, first: int,
+               near: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Columns of mirrored `rows`, new from `first` on and painted `near`, as at the strip's left."""
         rows[near[0]] = near[1]
-        rows = rows[::-1].copy()
-        rows["pixels"] = rows["pixels"][:, :, ::-1]
-        rows["token"] = encode(self.model, image(rows))
-        rows["token"][done:] = self.strip.columns["token"][:len(rows) - done]
-        count = min(len(rows), done + FADE)
-        return np.arange(-done, count - done), rows[:count]
+        new, seen = len(rows) - first, mirrored(rows[max(0, first - CHUNK):])
+        seen["token"] = encode(self.model, seen)
+        seen["token"][new:] = self.strip.columns["token"][:len(seen) - new]
+        count = min(len(seen), new + FADE)
+        return np.arange(-new, count - new), seen[:count]
 
     def redraw(self, order: Order, seed: int) -> Iterator[Piece]:
         """Candidates for columns of the strip, which wait to be chosen."""
-        n, start, end = len(self.strip.columns), order.start, self.end(order)
-        seeds = range(seed, seed + order.candidates)
-        near = order.start < self.reach or end + LOOK_AHEAD > n
-        turn = end if self.ring and near else 0  # a ring is turned until these columns are its end
-        rows = self.prepared(self.strip.columns, start, end, order.classes, seed)
-        rows, start, end = np.roll(rows, -turn), (start - turn) % n, end - turn or n
-        fresh = np.empty((len(seeds), end - start, rows["token"].shape[1]), np.float32)
-        self.used, shown, versions = max(self.used, seeds[-1]), 0, []
-        for which, done in draw_columns(self.model, rows, start, fresh, seeds, order.options,
-                                        order.fit, turn > 0):
+        n, span = len(self.strip.columns), (order.start, self.end(order))
+        near = span[0] < reach(self.model.generator.config) or span[1] + LOOK_AHEAD > n
+        turn = span[1] if self.ring and near else 0  # a ring is turned until they are its end
+        rows = self.prepared(self.strip.columns, range(*span), order.classes, seed)
+        rows, start, end = np.roll(rows, -turn), (span[0] - turn) % n, span[1] - turn or n
+        seeds, shown, versions = range(seed, seed + order.candidates), 0, []
+        self.used = max(self.used, seeds[-1])
+        tokens, work = fill(self.model, rows, range(start, end), seeds, order.options, order.fit,
+                            turn > 0)
+        for which, done in work:
             if self.stop.is_set():
                 return
-            if done < end - start and self.due():
+            if done == end - start:
                 for k in which:
-                    yield {"at": (start + turn + shown) % n, "candidate": k, "done": done,
-                           "pixels": self.shown(rows[:start], fresh[k, :done], shown)}
+                    rows["token"][start:end], rows["seed"][start:end] = tokens[k, start:end], seeds[k]
+                    places, near = painted(self.model, rows, start, end, turn > 0)
+                    versions.append(((places + turn) % n, near))
+                    yield {"at": int(versions[k][0][0]), "pixels": flat(near), "candidate": k,
+                           "done": done}
+            elif done % SHOWN == 1:
+                for k, pixels in enumerate(preview(self.model, tokens, start + shown, start + done)):
+                    yield {"at": (start + turn + shown) % n, "pixels": pixels, "candidate": k,
+                           "done": done}
                 shown = done
-            for k in which if done == end - start else ():
-                rows["token"][start:end], rows["seed"][start:end] = fresh[k], seeds[k]
-                places, near = painted(self.model, rows, start, end, turn > 0)
-                versions.append(((places + turn) % n, near))
-                yield {"at": int(versions[k][0][0]), "pixels": flat(near), "candidate": k,
-                       "done": done}
-        self.waiting = {"version": self.strip.version, "at": int(versions[0][0][0]), "order": order,
-                        "span": (order.start, self.end(order)), "count": len(seeds), "seed": seed,
+        self.waiting = {"version": self.strip.version, "order": order, "seed": seed, "span": span,
                         "versions": versions, "do": "turned" if turn else "redraw"}
 
-    def prepared(self, rows: np.ndarray, start: int, end: int, classes: tuple,
+    def prepared(self, rows: np.ndarray, gap: range, classes: Sequence[int],
                  seed: int) -> np.ndarray:
-        """A copy that reaches to `end`, with class and seed of the columns from `start` on."""
-        added = np.zeros(max(0, end - len(rows)), rows.dtype)
+        """A copy that reaches to the gap's end, with class and seed of the gap's columns."""
+        added = np.zeros(max(0, gap.stop - len(rows)), rows.dtype)
         added["label"] = rows["label"][-1] if len(rows) else UNKNOWN
         rows = np.concatenate((rows, added))
+        labels = rows["label"][gap.start:gap.stop]
         if classes:
-            rows["label"][start:end] = classes
-        if (rows["label"][start:end] == UNKNOWN).any():
+            labels[:] = classes
+        if (labels == UNKNOWN).any():
             raise UserError("the strip does not say which class this is; choose one")
-        rows["seed"][start:end] = seed
+        rows["seed"][gap.start:gap.stop] = seed
         return rows
-
-    def due(self) -> bool:
-        """Whether to show what was drawn: the first column at once."""
-        return time.monotonic() >= self.beat
-
-    def shown(self, before: np.ndarray, fresh: np.ndarray, shown: int) -> np.ndarray:
-        """`preview`, and the time of the next one."""
-        pixels = preview(self.model, before, fresh, shown)
-        self.beat = time.monotonic() + BEAT
-        return pixels
 
     def save(self, near: tuple[np.ndarray, np.ndarray], order: Order, seed: int,
              span: tuple[int, int], joined: bool = False, ring: bool = False,
@@ -262,25 +257,23 @@ class Studio:
             at = max(int(places[0]), 0)
             take = max(0, min(len(self.strip.columns), int(places[-1]) + 1) - at)
             self.strip.edit(at, take, rows, joined or bool(pieces), do=do or order.do, span=span,
-                            seed=seed, ring=ring, fit=order.fit, options=recorded(order.options))
+                            seed=seed, ring=ring, fit=order.fit, options=order.how)
             pieces.append({"at": int(places[0]), "pixels": flat(rows),
                            "columns": len(self.strip.columns)})
         return pieces
 
     # what takes no time --------------------------------------------------------------------------
 
-    def candidate(self, k: int) -> np.ndarray:
-        """Pixels of a candidate and of what it fades into."""
-        if not self.choosing or not 0 <= k < self.waiting["count"]:
+    def candidate(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Places and columns of a candidate and of what it fades into."""
+        if not self.choosing or not k < len(self.waiting["versions"]):
             raise UserError("there is no such candidate; draw the columns again")
-        return flat(self.waiting["versions"][k][1])
+        return self.waiting["versions"][k]
 
-    def choose(self, candidate: int) -> None:
+    def choose(self, k: int) -> None:
         """Put one of the candidates in its place."""
-        self.candidate(candidate)
-        w = self.waiting
-        self.save(w["versions"][candidate], w["order"], w["seed"] + candidate, w["span"],
-                  ring=self.ring, do=w["do"])
+        near, w = self.candidate(k), self.waiting
+        self.save(near, w["order"], w["seed"] + k, w["span"], ring=self.ring, do=w["do"])
 
     def new(self) -> None:
         """Begin an empty strip; undo brings the old one back."""
@@ -299,7 +292,8 @@ class Studio:
         shape = self.model.tokenizer.config
         pixels = load_columns(Upload(data), shape.image_size, shape.f, "left")
         rows = np.zeros(pixels.shape[3] // shape.f, self.strip.row)
-        rows["token"], rows["pixels"] = encode(self.model, pixels), cut(pixels, shape.f)
+        rows["pixels"] = cut(pixels, shape.f)
+        rows["token"] = encode(self.model, rows)
         rows["label"] = rows["seed"] = UNKNOWN
         self.strip.edit(0, len(self.strip.columns), rows)
 
@@ -316,21 +310,19 @@ class Studio:
         last, n = self.strip.last(), len(self.strip.columns)
         if "span" not in last:
             return ""
-        first, end = last["span"]
         cfg = SampleConfig(checkpoint=self.checkpoint, save_tokens="again.pt", out="again.png")
         words = [command_line(cfg, SamplingOptions(**last["options"])), f"--seed {last['seed']}"]
-        fit = f" --fit {last['fit']}"
-        if last["do"] == "left":
+        (first, end), do, fit = last["span"], last["do"], f" --fit {last['fit']}"
+        if do == "left":
             words += [f"--continue-left-from start.png --columns {end}", self.classes(end, 0)]
-        elif last["ring"] and last["do"] == "ring":
-            first = len(self.strip.before(step=True))
+        elif do == "ring" and last["ring"]:
+            first = len(self.strip.before())
             words += [f"--continue-from start.pt --ring{fit} --columns {n - first}",
                       self.classes(first, n)]
-        elif last["do"] == "turned":
-            words += [f"--edit strip.pt --ring --resample {first}-{end - 1}{fit}"]
         else:
-            fits = last["do"] == "redraw" and end < n and last["fit"] > 1
-            words += [f"--edit strip.pt --resample {first}-{end - 1}" + fit * fits]
+            fits = do == "turned" or do == "redraw" and end < n and last["fit"] > 1
+            words += [f"--edit strip.pt{' --ring' * (do == 'turned')} --resample {first}-{end - 1}"
+                      + fit * fits]
         return " ".join(words)
 
     def classes(self, first: int, end: int) -> str:

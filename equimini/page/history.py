@@ -1,151 +1,167 @@
-"""The strip on disk: columns that are only added, and a log of where each of them stands.
+"""The strip on disk: history.db, an SQLite database of edits that can be made and taken back.
 
-    columns.bin     one row a column: token, pixels as they are shown, class, seed
-    history.jsonl   one line an edit: {"at": 5, "take": [12, 13], "put": [40, 41], "joined": false,
-                    …how it was drawn}, or {"move": "undo"}, {"move": "redo"}
-
-An edit takes rows out from place `at` on and puts others there; one that is "joined" belongs to
-the step before it.  Rows are written before the line that names them, so an edit is on disk with
-all it needs or not at all.  Memory holds the present strip, and eight bytes an edit.
+An edit replaces `take` columns from place `at` on by `put` others.  Its record holds, compressed,
+{"at", "take", "put", "joined", …how it was drawn} as a line of JSON, and the bytes of the new
+columns less those of the old ones, which serve both ways.  One that is "joined" belongs to the step
+before it.  The first `done` edits hold (the database's user_version says how many), those behind
+them were undone.  A record is on disk as a whole or not at all; memory holds the present strip.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from array import array
-from contextlib import suppress
+import sqlite3
+import tempfile
+import time
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import numpy as np
 
-from equimini.utils.errors import UserError, first_line
+from equimini.utils.errors import UserError, first_line, reading
 
 
 class History:
     """The columns of a strip, (N,) of type `row`, with undo and redo.
 
-    version: lines in the log, so every change raises it.  Raises UserError where the disk is full.
+    version: every change raises it.  Raises UserError for a damaged file, and a full disk.
     """
 
     def __init__(self, folder: Path, row: np.dtype) -> None:
-        self.row, self.store, self.log = row, folder / "columns.bin", folder / "history.jsonl"
-        self.ids: list[int] = []  # the row of each column
-        self.edits = array("q")  # where each edit's line begins; the undone ones come last
-        self.done = self.version = 0  # edits that hold; lines in the log
-        self._read_log()
-        self.columns = self._rows(self.ids)
+        self.path, self.row, self.columns = folder / "history.db", row, np.empty(0, row)
+        self.version = int(time.time())  # none that a page of an earlier server has
+        if not self.path.exists() and (folder / "history.jsonl").exists():
+            convert(folder, row)
+        with reading(self.path):
+            self.db = sqlite3.connect(self.path, check_same_thread=False)
+            self.db.execute("PRAGMA page_size = 65536")  # in 4 KiB there is room for one edit
+            self.db.execute("CREATE TABLE IF NOT EXISTS edits (number INTEGER PRIMARY KEY, "
+                            "record BLOB NOT NULL)")
+            self.edits, = self.db.execute("SELECT COUNT(*) FROM edits").fetchone()
+            self.done, = self.db.execute("PRAGMA user_version").fetchone()
+        for k in range(self.done):
+            self.columns = self._changed(self.columns, k + 1)
 
     def edit(self, at: int, take: int, put: np.ndarray, joined: bool = False, **how: Any) -> None:
-        """Replace `take` columns from place `at` on by the rows `put`."""
-        first = _append(self.store, put.tobytes()) // self.row.itemsize
-        self._write({"at": at, "take": self.ids[at:at + take], "joined": joined,
-                     "put": list(range(first, first + len(put))), **how})
-        self.columns = np.concatenate((self.columns[:at], put, self.columns[at + take:]))
+        """Replace `take` columns from place `at` on by the columns `put`."""
+        rows, packer = max(take, len(put)), zlib.compressobj(9, strategy=zlib.Z_FILTERED)
+        about = {"at": at, "take": take, "put": len(put), "joined": joined, **how}
+        change = _bytes(put, rows) - _bytes(self.columns[at:at + take], rows)
+        record = packer.compress(json.dumps(about).encode() + b"\n" + change.tobytes())
+        columns = np.concatenate((self.columns[:at], put, self.columns[at + take:]))
+        with self._writing(columns, self.done + 1):
+            self.db.execute("DELETE FROM edits WHERE number > ?", (self.done,))
+            self.db.execute("INSERT INTO edits VALUES (?, ?)",
+                            (self.done + 1, record + packer.flush()))
+        self.edits = self.done
 
     def undo(self) -> None:
         """Take a step back, if there is one."""
-        if self.done:
-            self._write({"move": "undo"})
-            self.columns = self._rows(self.ids)
+        with self._writing(*self._earlier()):
+            pass
 
     def redo(self) -> None:
         """Take an undo back, if there was one."""
-        if self.done < len(self.edits):
-            self._write({"move": "redo"})
-            self.columns = self._rows(self.ids)
+        columns, done = self.columns, self.done
+        while done < self.edits and (done == self.done or self._read(done + 1)[0]["joined"]):
+            done += 1
+            columns = self._changed(columns, done)
+        with self._writing(columns, done):
+            pass
 
     def last(self) -> dict[str, Any]:
         """The edit that the present strip ends with; {} where there is none."""
-        return self._line(self.done - 1) if self.done else {}
+        return self._read(self.done)[0] if self.done else {}
 
-    def before(self, step: bool) -> np.ndarray:
-        """The columns that the last edit, or the whole step, found."""
-        ids, done = self.ids.copy(), self.done
-        while done:
+    def before(self) -> np.ndarray:
+        """The columns that the last step found."""
+        return self._earlier()[0]
+
+    def _earlier(self) -> tuple[np.ndarray, int]:
+        columns, done, joined = self.columns, self.done, True
+        while done and joined:
+            columns, joined = self._changed(columns, done, back=True), self._read(done)[0]["joined"]
             done -= 1
-            edit = self._line(done)
-            ids[edit["at"]:edit["at"] + len(edit["put"])] = edit["take"]
-            if not (step and edit["joined"]):
-                break
-        return self._rows(ids)
+        return columns, done
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self._apply(line, _append(self.log, json.dumps(line).encode() + b"\n"))
+    def _read(self, number: int) -> tuple[dict[str, Any], np.ndarray]:
+        """What an edit is, and the difference that it makes."""
+        with reading(self.path):
+            record, = self.db.execute("SELECT record FROM edits WHERE number = ?",
+                                      (number,)).fetchone()
+            about, _, change = zlib.decompress(record).partition(b"\n")
+            about = json.loads(about)
+            rows = max(about["take"], about["put"])
+            return about, np.frombuffer(change, np.uint8).reshape(rows, self.row.itemsize)
 
-    def _apply(self, line: dict[str, Any], begin: int) -> None:
+    def _changed(self, columns: np.ndarray, number: int, back: bool = False) -> np.ndarray:
+        """Columns after an edit; back: before it."""
+        about, change = self._read(number)
+        at, take, put = (about[k] for k in ("at", *("put", "take")[::1 if back else -1]))
+        wide = _bytes(columns[at:at + take], len(change))
+        new = _columns(wide - change if back else wide + change, self.row)[:put]
+        return np.concatenate((columns[:at], new, columns[at + take:]))
+
+    @contextmanager
+    def _writing(self, columns: np.ndarray, done: int) -> Iterator[None]:
+        """Write to the database, all or nothing; then so many edits hold, and these columns."""
+        try:
+            with self.db:
+                yield
+                self.db.execute(f"PRAGMA user_version = {done}")
+        except sqlite3.Error as error:
+            raise UserError(f"cannot write {self.path}: {first_line(error)}; the strip is as it was "
+                            "before") from None
+        self.columns, self.done = columns, done
         self.version += 1
-        if "move" not in line:
-            del self.edits[self.done:]
-            self.edits.append(begin)
-            self._splice(line, "take", "put", 1)
-        elif line["move"] == "undo":
-            while self._splice(self._line(self.done - 1), "put", "take", -1)["joined"]:
-                pass
-        else:
-            self._splice(self._line(self.done), "take", "put", 1)
-            while self.done < len(self.edits) and self._line(self.done)["joined"]:
-                self._splice(self._line(self.done), "take", "put", 1)
-
-    def _splice(self, edit: dict[str, Any], out: str, into: str, step: int) -> dict[str, Any]:
-        self.ids[edit["at"]:edit["at"] + len(edit[out])] = edit[into]
-        self.done += step
-        return edit
-
-    def _line(self, i: int) -> dict[str, Any]:
-        with open(self.log, "rb") as file:
-            file.seek(self.edits[i])
-            return json.loads(file.readline())
-
-    def _rows(self, ids: list[int]) -> np.ndarray:
-        return np.memmap(self.store, self.row, "r")[ids] if ids else np.empty(0, self.row)
-
-    def _fits(self, line: dict[str, Any], rows: int) -> bool:
-        """Whether a line is a change that can be made to the present strip."""
-        if move := line.get("move"):
-            return move == "undo" and self.done > 0 or move == "redo" and self.done < len(self.edits)
-        at, take, put = line["at"], line["take"], line["put"]
-        return (type(at) is int and 0 <= at <= len(self.ids) and type(line["joined"]) is bool
-                and bool(self.done or not line["joined"])
-                and isinstance(take, list) and take == self.ids[at:at + len(take)]
-                and isinstance(put, list) and all(type(k) is int and 0 <= k < rows for k in put))
-
-    def _read_log(self) -> None:
-        """All edits, but for a last line that a kill or a power failure cut off."""
-        for path in (self.store, self.log):
-            path.touch()
-        rows, end = self.store.stat().st_size // self.row.itemsize, 0
-        os.truncate(self.store, rows * self.row.itemsize)
-        with open(self.log, "rb") as file:
-            for line in file:
-                try:
-                    content = json.loads(line)
-                    whole = line.endswith(b"\n") and self._fits(content, rows)
-                except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                    whole = False
-                if not whole and file.read(1):  # to cut here would lose what follows
-                    raise UserError(f"{self.log} is damaged in line {self.version + 1}, and more "
-                                    "lines follow; restore the folder, or choose another --out")
-                if not whole:
-                    break
-                self._apply(content, end)
-                end += len(line)
-        os.truncate(self.log, end)
 
 
-def _append(path: Path, data: bytes) -> int:
-    """Add bytes to a file, all or none; returns where they begin."""
-    begin = -1
-    try:
-        begin = path.stat().st_size
-        with open(path, "ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        with suppress(OSError):  # deleted, or read-only: nothing was added
-            os.truncate(path, begin)
-        raise UserError(f"cannot write {path}: {first_line(error)}; the strip is as it was "
-                        "before") from None
-    return begin
+def _bytes(columns: np.ndarray, rows: int) -> np.ndarray:
+    """Columns as bytes (rows, bytes of a row), zeros behind them, in a form that shrinks well.
+
+    Red and blue are less green, pixels less those above them; all of it is modulo 256, so that
+    differences of two such forms are exact.
+    """
+    wide = np.zeros(rows, columns.dtype)
+    wide[:len(columns)] = columns
+    pixels = wide["pixels"]  # (rows, H, f, 3)
+    pixels[..., ::2] -= pixels[..., 1:2]
+    pixels[:, 1:] -= pixels[:, :-1].copy()
+    return wide.view(np.uint8).reshape(rows, columns.itemsize)
+
+
+def _columns(wide: np.ndarray, row: np.dtype) -> np.ndarray:
+    """The reverse of `_bytes`."""
+    columns = wide.view(row)[:, 0]
+    pixels = columns["pixels"]
+    pixels[:] = pixels.cumsum(1, np.uint8)
+    pixels[..., ::2] += pixels[..., 1:2]
+    return columns
+
+
+def convert(folder: Path, row: np.dtype) -> None:
+    """Make history.db of the files of older strips: columns.bin, all that ever stood in them, and
+    history.jsonl, a log whose lines name columns by their number there."""
+    lines = (folder / "history.jsonl").read_bytes().splitlines(keepends=True)
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        strip, rows = History(Path(made), row), np.fromfile(folder / "columns.bin", row)
+        for k, line in enumerate(lines):
+            try:
+                edit = json.loads(line)
+                if move := edit.get("move"):
+                    {"undo": strip.undo, "redo": strip.redo}[move]()
+                    continue
+                at, take, put = (edit.pop(name) for name in ("at", "take", "put"))
+                if strip.columns[at:at + len(take)].tobytes() != rows[take].tobytes():
+                    raise ValueError("it changes another strip")
+                strip.edit(at, len(take), rows[put], **edit)
+            except Exception as error:  # a damaged line raises many kinds
+                if k + 1 < len(lines):  # the last one a kill may have cut off
+                    raise UserError(f"{folder}/history.jsonl is damaged in line {k + 1} "
+                                    f"({first_line(error)}), and more lines follow; restore it, or "
+                                    "choose another --out") from None
+        strip.db.close()
+        os.replace(strip.path, folder / "history.db")

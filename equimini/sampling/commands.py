@@ -15,9 +15,8 @@ from tqdm import tqdm
 from equimini.config import Checked, flag
 from equimini.sampler import Guidance, column_noise
 from equimini.sampling.class_schedule import ClassSchedule, parse_schedule, schedule_labels
-from equimini.sampling.edit import (Tokens, close_ring, decode_ring, extend, mirror, next_seed,
-                                    open_picture, parse_columns, paste, resample, resample_ring,
-                                    save_tokens)
+from equimini.sampling.edit import (Tokens, decode_ring, extend, mirror, next_seed, open_picture,
+                                    parse_columns, paste, resample, save_tokens)
 from equimini.sampling.fit import FITTED
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
@@ -355,19 +354,15 @@ def draw_edit(cfg: SampleConfig, options: SamplingOptions, args: Namespace, mode
     if cfg.edit:
         order = parse_columns(cfg.resample, given)
         order = list(range(order[0], given)) if args.redraw_later else order
-        if cfg.ring:
-            return order, resample_ring(model, source, order, seeds, options, plan, bar("columns"),
-                                        cfg.fit)
-        return order, resample(model, source, order, seeds, options, plan, bar("columns"), cfg.fit)
+        return order, resample(model, source, order, seeds, options, plan, bar("columns"), cfg.fit,
+                               cfg.ring)
     shape = model.tokenizer.config
     added = length_in_columns(cfg, shape.f, shape.columns, least=1)
     order = range(given, given + added)
     if cfg.continue_left_from:
         source = mirror(model, source, before)
-    if cfg.ring:
-        return order, close_ring(model, source, added, seeds, options, plan, bar("columns"),
-                                 cfg.fit)
-    return order, extend(model, source, added, seeds, options, plan, bar("columns"))
+    return order, extend(model, source, added, seeds, options, plan, bar("columns"), cfg.fit,
+                         cfg.ring)
 
 
 def join_ends(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerator, tokens: Tensor,

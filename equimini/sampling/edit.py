@@ -10,6 +10,7 @@ from the photograph.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from equimini.sampling.class_schedule import ClassSchedule, schedule_labels
-from equimini.sampling.fit import fill_gap, gaps_of, stream_near
+from equimini.sampling.fit import fill_gap, gaps_of
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
 from equimini.sampling.tiled_decoder import Windows
@@ -116,14 +117,8 @@ def open_picture(path: str, model: ImageGenerator, pick: int | None = None,
         return source, model.decode(source.tokens.to(model.device)).cpu()
     if pick is not None:
         raise UserError(f"--pick chooses a picture of a token file; {path} is none")
-    return _encode_file(path, model, keep)
-
-
-@torch.no_grad()
-def _encode_file(path: str, model: ImageGenerator, keep: str) -> tuple[Tokens, Tensor]:
-    shape = model.tokenizer.config
-    pixels = load_columns(path, shape.image_size, shape.f, keep)
-    tokens = model.tokenizer.normalize(model.tokenizer.encode(pixels.to(model.device))).cpu()
+    pixels = load_columns(path, model.tokenizer.config.image_size, model.tokenizer.config.f, keep)
+    tokens = model.encode(pixels).cpu()
     unknown = torch.full(tokens.shape[:2], UNKNOWN)
     return Tokens(tokens, unknown, unknown), pixels
 
@@ -149,49 +144,21 @@ def resample(model: ImageGenerator, source: Tokens, columns: Sequence[int], seed
 
     plan: classes of the drawn columns (their own, where None).  fit: candidates per version and
     gap, of which one is chosen by how well what is kept on the right follows it (fit.py); 1: the
-    first that is drawn.  ring: the picture's beginning follows its end.
-    Raises UserError where a class is needed and not known.
+    first that is drawn.  ring: the picture's beginning follows its end; it is turned until the
+    columns, which must be neighbours, are its end.
+    Raises UserError where a class is needed and not known, and for other columns of a ring.
     """
-    labels = _planned(source, columns, plan)
-    return _draw(model, source, labels, list(columns), seeds, options, progress, fit, ring)
-
-
-def resample_ring(model: ImageGenerator, source: Tokens, columns: Sequence[int],
-                  seeds: Sequence[int], options: SamplingOptions, plan: ClassSchedule | None = None,
-                  progress: Callable[[Iterable], Iterable] = iter, fit: int = 16) -> Tokens:
-    """`resample` for neighbouring columns of a ring, which is turned until they are its end.
-
-    Raises UserError for columns that are no neighbours, or all there are.
-    """
-    n, k = source.tokens.shape[1], len(columns)
-    firsts = [i for i in columns if (i - 1) % n not in columns]
-    if len(firsts) != 1:
-        raise UserError(f"--resample takes neighbouring columns of a ring, such as 5,6 or "
-                        f"{n - 2}-{n - 1},0-1, and not all of them, got {list(columns)}")
-    source = replace(source, labels=_planned(source, columns, plan)[None])
-    turn = n - (firsts[0] + k) % n
-    return resample(model, source.turned(turn), range(n - k, n), seeds, options, None, progress,
-                    fit, ring=True).turned(-turn)
-
-
-def candidates(model: ImageGenerator, source: Tokens, columns: Sequence[int], seed: int,
-               options: SamplingOptions, plan: ClassSchedule | None = None,
-               progress: Callable[[Iterable], Iterable] = iter,
-               fit: int = 16) -> tuple[Tokens, Tensor]:
-    """`fit` versions of one picture (B = 1), neighbouring `columns` drawn again, the best first.
-
-    Returns the versions, and their log weights (fit,), up to a constant: how well what is kept on
-    the right follows.  The order is that of a draw by weight without replacement: version 0 is
-    what `resample` chooses, and the first few are a choice for the eye.
-    """
-    labels, gaps = _planned(source, columns, plan), gaps_of(columns)
-    if len(gaps) != 1:
-        raise ValueError(f"columns must be neighbours, got {list(columns)}")
-    tokens, found = _blank(source, labels, list(columns), [seed] * fit)
-    drawn, weights = fill_gap(model, tokens[0], labels, gaps[0], seed, options, fit,
-                              iter(progress(columns)))
-    tokens[:, list(columns)] = drawn
-    return Tokens(tokens, *found, source.options), weights
+    n, columns, turn = source.tokens.shape[1], list(columns), 0
+    if ring:
+        firsts = [i for i in columns if (i - 1) % n not in columns]
+        if len(firsts) != 1:
+            raise UserError(f"--resample takes neighbouring columns of a ring, such as 5,6 or "
+                            f"{n - 2}-{n - 1},0-1, and not all of them, got {columns}")
+        turn = -(firsts[0] + len(columns)) % n
+    source = replace(source, labels=_planned(source, columns, plan)[None]).turned(turn)
+    columns = sorted((i + turn) % n for i in columns)
+    return _draw(model, source, source.labels[0], columns, seeds, options, progress, fit,
+                 ring).turned(-turn)
 
 
 def _planned(source: Tokens, columns: Sequence[int], plan: ClassSchedule | None) -> Tensor:
@@ -206,35 +173,19 @@ def _planned(source: Tokens, columns: Sequence[int], plan: ClassSchedule | None)
 
 def extend(model: ImageGenerator, source: Tokens, columns: int, seeds: Sequence[int],
            options: SamplingOptions, plan: ClassSchedule | None = None,
-           progress: Callable[[Iterable], Iterable] = iter) -> Tokens:
+           progress: Callable[[Iterable], Iterable] = iter, fit: int = 1,
+           ring: bool = False) -> Tokens:
     """Continue one picture (B = 1) by so many columns on the right, once per seed.
 
-    plan: classes of the new columns (the last one's, where None).  Raises UserError where a class
-    is needed and not known.
+    plan: classes of the new columns (the last one's, where None).  ring: such that the picture's
+    own beginning follows the last one; fit: candidates for that end, as for `resample`.
+    Raises UserError where a class is needed and not known.
     """
-    labels = _prolonged(source, columns, plan)
-    given = source.tokens.shape[1]
-    return _draw(model, source, labels, list(range(given, given + columns)), seeds, options,
-                 progress)
-
-
-def close_ring(model: ImageGenerator, source: Tokens, columns: int, seeds: Sequence[int],
-               options: SamplingOptions, plan: ClassSchedule | None = None,
-               progress: Callable[[Iterable], Iterable] = iter, fit: int = 16) -> Tokens:
-    """`extend`, such that the picture's own beginning follows the last new column.
-
-    fit: candidates for the end, as for `resample`.
-    """
-    labels = _prolonged(source, columns, plan)
-    given = source.tokens.shape[1]
-    return _draw(model, source, labels, list(range(given, given + columns)), seeds, options,
-                 progress, fit, ring=True)
-
-
-def _prolonged(source: Tokens, columns: int, plan: ClassSchedule | None) -> Tensor:
     old = source.labels[0]
     new = old[-1:].expand(columns) if plan is None else schedule_labels(plan, columns)
-    return _known(torch.cat((torch.where(old == UNKNOWN, new[0], old), new)))
+    labels = _known(torch.cat((torch.where(old == UNKNOWN, new[0], old), new)))
+    drawn = list(range(len(old), len(labels)))
+    return _draw(model, source, labels, drawn, seeds, options, progress, fit, ring)
 
 
 def _known(labels: Tensor) -> Tensor:
@@ -243,7 +194,6 @@ def _known(labels: Tensor) -> Tensor:
     return labels
 
 
-@torch.no_grad()
 def mirror(model: ImageGenerator, picture: Tokens, pixels: Tensor) -> Tokens:
     """The picture (B = 1) seen in a mirror: `pixels` (1, 3, H, N·f), mirrored and encoded anew.
 
@@ -253,44 +203,24 @@ def mirror(model: ImageGenerator, picture: Tokens, pixels: Tensor) -> Tokens:
     if not model.mirrored:
         raise UserError("this generator was trained without mirrored pictures (the built-in data "
                         "has none), so it cannot continue pictures to the left")
-    tokens = model.tokenizer.normalize(model.tokenizer.encode(pixels.flip(3).to(model.device)))
-    return Tokens(tokens.cpu(), picture.labels.flip(1), picture.seeds.flip(1), picture.options)
+    return Tokens(model.encode(pixels.flip(3)).cpu(), picture.labels.flip(1),
+                  picture.seeds.flip(1), picture.options)
 
 
 def _draw(model: ImageGenerator, source: Tokens, labels: Tensor, drawn: list[int],
           seeds: Sequence[int], options: SamplingOptions,
-          progress: Callable[[Iterable], Iterable], fit: int = 1, ring: bool = False) -> Tokens:
+          progress: Callable[[Iterable], Iterable], fit: int, ring: bool) -> Tokens:
     """One version of the picture per seed, the columns `drawn` new, of the classes `labels`."""
-    tokens, found = _blank(source, labels, drawn, seeds)
-    if fit > 1:
-        steps = iter(progress([(seed, i) for seed in seeds for i in drawn]))
-        for picture, seed in zip(tokens, seeds):
-            for gap in gaps_of(drawn):
-                k = fit if gap.stop < len(labels) or ring else 1  # nothing follows
-                versions, _ = fill_gap(model, picture, labels, gap, seed, options, k, steps, ring)
-                picture[gap.start:gap.stop] = versions[0]
-        next(steps, None)
-        return Tokens(tokens, *found, source.options)
-    b = len(seeds)
-    stream = stream_near(model, drawn[0], tokens, labels, seeds, options)
-    for i in progress(drawn):
-        while stream.column < i:  # kept columns
-            stream.set_class(labels[stream.column].expand(b))
-            stream.feed(tokens[:, stream.column])
-        stream.set_class(labels[i].expand(b))
-        tokens[:, i] = stream.draw().cpu()
-    return Tokens(tokens, *found, source.options)
-
-
-def _blank(source: Tokens, labels: Tensor, drawn: list[int],
-           seeds: Sequence[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Tokens (B, N, C) of one version per seed, NaN where `drawn`; all labels and seeds."""
     b, n, given = len(seeds), len(labels), source.tokens.shape[1]
     tokens = torch.zeros(b, n, source.tokens.shape[2])
     all_seeds = source.seeds.new_zeros(b, n)
     tokens[:, :given], all_seeds[:, :given] = source.tokens, source.seeds
     tokens[:, drawn], all_seeds[:, drawn] = torch.nan, torch.tensor(seeds)[:, None]
-    return tokens, (labels.expand(b, n).clone(), all_seeds)
+    work = chain.from_iterable(fill_gap(model, tokens, labels, gap, seeds, options, fit, ring)
+                               for gap in gaps_of(drawn))
+    for _ in zip_longest(work, progress(drawn)):  # one step a column, but for ends that are fitted
+        pass
+    return Tokens(tokens, labels.expand(b, n).clone(), all_seeds, source.options)
 
 
 def next_seed(source: Tokens) -> int:

@@ -66,41 +66,30 @@ def log_likelihoods(head: torch.nn.Module, z: Tensor, x: Tensor, seed: int, colu
 
 
 @torch.no_grad()
-def draw_candidates(stream: Stream, labels: Tensor, gap: int, kept: Tensor, seed: int,
-                    steps: Iterator) -> tuple[Tensor, Tensor]:
-    """Candidates (K, gap, C) for the next columns of a stream of K equal rows; log weights (K,).
+def draw_end(model: ImageGenerator, stream: Stream, row: int, labels: Tensor, kept: Tensor,
+             options: SamplingOptions, fit: int, total: int) -> tuple[Tensor, Tensor]:
+    """Candidates (fit, n, C) for the end of a gap, from where row `row` of a stream has come to.
 
-    labels: (gap + R,), the classes of the gap and of the kept columns (R, C) behind it.
-    Candidate 0 has the noise of a picture with this seed.
+    labels: (n + R,), the classes of these columns and of the kept ones (R, C) behind them.
+    total: columns of the whole picture.  Returns also the log weights (fit,).  Candidate 0 has the
+    noise of a picture with this seed.
     """
-    k, drawn = len(stream.seeds), []
-    for label in labels[:gap]:
-        next(steps)
-        stream.set_class(label.expand(k))
-        drawn.append(stream.draw(candidate_noise(seed, stream.column, stream, k)))
-    total = drawn[0].new_zeros(k)
-    for label, x in zip(labels[gap:], kept.to(stream.device)):
-        stream.set_class(label.expand(k))
-        z = stream.feed(x.expand(k, -1))
-        total += torch.cat([log_likelihoods(stream.generator.head, part, x, seed, stream.column - 1)
-                            for part in z[:k].split(64)])  # bounds the memory
-    return torch.stack(drawn, 1), total
-
-
-def draw_ends(model: ImageGenerator, stream: Stream, row: int, labels: Tensor, gap: int,
-              kept: Tensor, seed: int, options: SamplingOptions, fit: int, steps: Iterator,
-              total: int) -> tuple[Tensor, Tensor]:
-    """`draw_candidates`, `fit` of them, from where row `row` of a stream has come to.
-
-    total: columns of the whole picture.
-    """
+    seed, rows = stream.seeds[row], slice(row, None, len(stream.seeds))  # a row of each branch
     wide = model.stream(labels[:1].expand(fit), [seed] * fit, total, options)
-    last, rows = stream.last, slice(row, None, len(stream.seeds))  # a row of each branch
     wide.load_state({"column": stream.column,
-                     "last": None if last is None else last[row].expand(fit, -1),
+                     "last": None if stream.last is None else stream.last[row].expand(fit, -1),
                      "cache": [tuple(a[rows].repeat_interleave(fit, 0) for a in pair)
                                for pair in stream.cache]})
-    return draw_candidates(wide, labels, gap, kept, seed, steps)
+    drawn, weights = [], torch.zeros(fit, device=wide.device)
+    for label in labels[:len(labels) - len(kept)]:
+        wide.set_class(label.expand(fit))
+        drawn.append(wide.draw(candidate_noise(seed, wide.column, wide, fit)))
+    for label, x in zip(labels[len(drawn):], kept.to(wide.device)):
+        wide.set_class(label.expand(fit))
+        z = wide.feed(x.expand(fit, -1))
+        weights += torch.cat([log_likelihoods(wide.generator.head, part, x, seed, wide.column - 1)
+                              for part in z[:fit].split(64)])  # bounds the memory
+    return torch.stack(drawn, 1), weights
 
 
 def candidate_noise(seed: int, column: int, stream: Stream, k: int) -> Tensor:
@@ -110,14 +99,11 @@ def candidate_noise(seed: int, column: int, stream: Stream, k: int) -> Tensor:
     return torch.cat((column_noise([seed], column, c), others)).to(stream.device)
 
 
-def ranking(log_weights: Tensor, seed: int, column: int) -> Tensor:
-    """Candidates in the order of a draw without replacement, by their weights (Gumbel-top-k).
-
-    The first is a draw of one; ranking and weights alike are functions of (seed, column).
-    """
+def choice(log_weights: Tensor, seed: int, column: int) -> Tensor:
+    """A draw by weight of one candidate (the Gumbel-max trick), a function of seed and column."""
     u = uniform((len(log_weights),), [rng("choose", seed, column)])[0].double()
     gumbel = -torch.log(-torch.log(u.clamp(1e-12, 1 - 1e-12)))
-    return (log_weights.cpu().double() + gumbel).argsort(descending=True)
+    return (log_weights.cpu().double() + gumbel).argmax()
 
 
 def stream_near(model: ImageGenerator, column: int, tokens: Tensor, labels: Tensor,
@@ -152,28 +138,28 @@ def _kept_right(tokens: Tensor, start: int, most: int, ring: bool) -> list[int]:
     return right
 
 
-def fill_gap(model: ImageGenerator, tokens: Tensor, labels: Tensor, gap: range, seed: int,
-             options: SamplingOptions, fit: int, steps: Iterator,
-             ring: bool = False) -> tuple[Tensor, Tensor]:
-    """`fit` versions (fit, gap, C) of one gap in tokens (N, C), ranked, and their log weights.
+def fill_gap(model: ImageGenerator, tokens: Tensor, labels: Tensor, gap: range,
+             seeds: Sequence[int], options: SamplingOptions, fit: int = 1,
+             ring: bool = False) -> Iterator[tuple[Sequence[int], int]]:
+    """Draw one gap of a picture into its versions tokens (B, N, C), one a seed.
 
-    tokens: NaN where a column is still to be drawn.  Versions differ in the gap's last columns
-    only, where it is longer than FITTED.  Where nothing kept follows, all weigh the same.
+    tokens: NaN where a column is still to be drawn.  labels: (N,).  Yields which versions have how
+    many of the gap's columns now.  With fit > 1 the last ones (FITTED, at most) are chosen among
+    so many, where kept columns follow; in a ring, the first column follows the last.
     """
-    n = len(labels)
-    right = _kept_right(tokens, gap.stop, min(LOOK_AHEAD, reach(model.generator.config)), ring)
-    first = max(gap.start, gap.stop - FITTED)
-    stream = stream_near(model, gap.start, tokens[None], labels, [seed], options)
+    right = _kept_right(tokens[0], gap.stop, min(LOOK_AHEAD, reach(model.generator.config)), ring)
+    first = max(gap.start, gap.stop - FITTED) if right and fit > 1 else gap.stop
+    stream = stream_near(model, gap.start, tokens, labels, seeds, options)
     while stream.column < first:
         i = stream.column
-        stream.set_class(labels[i:i + 1])
+        stream.set_class(labels[i].expand(len(seeds)))
         if i in gap:
-            next(steps)
-            tokens[i] = stream.draw()[0].cpu()
+            tokens[:, i] = stream.draw().cpu()
+            yield range(len(seeds)), i + 1 - gap.start
         else:
-            stream.feed(tokens[i:i + 1])
-    drawn, weights = draw_ends(model, stream, 0, labels[[*range(first, gap.stop), *right]],
-                               gap.stop - first, tokens[right], seed, options, fit, steps, n)
-    best = ranking(weights, seed, gap.start)
-    same = tokens[gap.start:first].expand(fit, -1, -1)
-    return torch.cat((same, drawn[best].cpu()), 1), weights[best].cpu()
+            stream.feed(tokens[:, i])
+    for k, seed in enumerate(seeds if first < gap.stop else ()):
+        drawn, weights = draw_end(model, stream, k, labels[[*range(first, gap.stop), *right]],
+                                  tokens[k, right], options, fit, len(labels))
+        tokens[k, first:gap.stop] = drawn[choice(weights, seed, gap.start)].cpu()
+        yield [k], len(gap)

@@ -132,6 +132,11 @@ class ImageGenerator:
         return Windows(4 * self.columns, 2 * self.columns, self.columns // 4)
 
     @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, N·f) in [−1, 1] to normalised tokens (B, N, C)."""
+        return self.tokenizer.normalize(self.tokenizer.encode(images.to(self.device)))
+
+    @torch.no_grad()
     def decode(self, tokens: Tensor, windows: Windows | None = None) -> Tensor:
         """Normalised tokens (B, N, C) to images (B, 3, H, N·f) in [−1, 1].
 

@@ -7,16 +7,14 @@ either side, all others stay as they are, to the bit.
 
 from __future__ import annotations
 
-from itertools import groupby, repeat
 from typing import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from equimini.sampler import Stream
 from equimini.sampling.edit import FADE, UNKNOWN, paste
-from equimini.sampling.fit import FITTED, LOOK_AHEAD, draw_ends, ranking, reach, stream_near
+from equimini.sampling.fit import fill_gap
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
 from equimini.utils.images import to_float, to_uint8
@@ -48,72 +46,43 @@ def cut(pixels: Tensor, f: int) -> np.ndarray:
     return np.stack(np.split(to_uint8(pixels)[0], pixels.shape[3] // f, 1))
 
 
-@torch.no_grad()
-def decode(model: ImageGenerator, tokens: np.ndarray) -> Tensor:
-    """Tokens (N, C) to pixels (1, 3, H, N·f)."""
-    x = torch.tensor(tokens, device=model.device)[None]
-    x = x if len(tokens) > 1 else x.repeat(1, 2, 1)  # the decoder takes two at least
-    return model.decode(x)[..., :len(tokens) * model.tokenizer.config.f].cpu()
+def decode(model: ImageGenerator, tokens: Tensor) -> Tensor:
+    """Tokens (B, N, C) to pixels (B, 3, H, N·f), on the CPU; also of one column alone."""
+    n = tokens.shape[1]
+    x = tokens if n > 1 else tokens.repeat(1, 2, 1)  # the decoder takes two at least
+    return model.decode(x.to(model.device))[..., :n * model.tokenizer.config.f].cpu()
 
 
-@torch.no_grad()
-def encode(model: ImageGenerator, pixels: Tensor) -> np.ndarray:
-    """Pixels (1, 3, H, N·f) to tokens (N, C)."""
-    tokenizer = model.tokenizer
-    return tokenizer.normalize(tokenizer.encode(pixels.to(model.device)))[0].cpu().numpy()
+def encode(model: ImageGenerator, strip: np.ndarray) -> np.ndarray:
+    """The tokens (N, C) of a strip's pixels."""
+    return model.encode(image(strip))[0].cpu().numpy()
 
 
-def draw_columns(model: ImageGenerator, strip: np.ndarray, start: int, fresh: np.ndarray,
-                 seeds: Sequence[int], options: SamplingOptions, fit: int = 1,
-                 ring: bool = False) -> Iterator[tuple[Sequence[int], int]]:
-    """Draw the columns from `start` on into fresh (B, n, C), one version a seed.
+def mirrored(strip: np.ndarray) -> np.ndarray:
+    """A strip seen in a mirror; its tokens are those of the other side still."""
+    strip = strip[::-1].copy()
+    strip["pixels"] = strip["pixels"][:, :, ::-1]
+    return strip
 
-    Yields which versions have how many columns now.  Where columns are kept behind them (in a
-    ring: from the beginning on), the last ones are chosen to fit, as `fit.fill_gap` does it for
-    one version alone.
+
+def fill(model: ImageGenerator, strip: np.ndarray, gap: range, seeds: Sequence[int],
+         options: SamplingOptions, fit: int, ring: bool) -> tuple[Tensor, Iterator]:
+    """Tokens (B, N, C) of a strip, one version a seed, and what draws a gap into them (`fill_gap`).
+
+    Columns of no class count as of the gap's first one.
     """
-    total, end, b = len(strip), start + fresh.shape[1], len(seeds)
-    labels, tokens = torch.tensor(strip["label"]), torch.tensor(strip["token"])
-    labels[labels == UNKNOWN] = labels[start]
-    kept = range(end, end + min(LOOK_AHEAD, reach(model.generator.config)))
-    kept = [i % total if ring else i for i in kept if ring or i < total]
-    kept = [i for i in kept if not start <= i < end]
-    first = max(start, end - FITTED) if kept and fit > 1 else end
-    stream = stream_near(model, start, tokens.expand(b, -1, -1), labels, seeds, options)
-    for label, run in groupby(range(stream.column, start), lambda i: int(labels[i])):
-        stream.set_class(torch.full((b,), label))
-        feed_together(stream, tokens[[*run]].expand(b, -1, -1))
-    for i in range(start, first):
-        stream.set_class(labels[i].expand(b))
-        fresh[:, i - start] = stream.draw().cpu()
-        yield range(b), i + 1 - start
-    if first == end:
-        return
-    for k, seed in enumerate(seeds):
-        drawn, weights = draw_ends(model, stream, k, labels[[*range(first, end), *kept]],
-                                   end - first, tokens[kept], seed, options, fit, repeat(None), total)
-        fresh[k, first - start:] = drawn[ranking(weights, seed, start)[0]].cpu()
-        yield [k], end - start
+    labels = torch.tensor(strip["label"])
+    labels[labels == UNKNOWN] = labels[gap.start]
+    tokens = torch.tensor(strip["token"]).repeat(len(seeds), 1, 1)
+    tokens[:, gap.start:gap.stop] = torch.nan
+    return tokens, fill_gap(model, tokens, labels, gap, seeds, options, fit, ring)
 
 
-@torch.no_grad()
-def feed_together(stream: Stream, x: Tensor) -> None:
-    """`stream.feed` for columns x (B, n, C) of one class, in one pass: equal up to rounding."""
-    x = x.to(stream.device)
-    before = x[:, :-1]
-    if stream.column:
-        before = torch.cat((stream.last[:, None], before), 1)
-    if before.shape[1]:
-        stream.step(before.repeat(stream.branches, 1, 1), stream.context,
-                    max(0, stream.column - 1), stream.cache)
-    stream.last, stream.column = x[:, -1], stream.column + x.shape[1]
-
-
-def preview(model: ImageGenerator, before: np.ndarray, fresh: np.ndarray, shown: int) -> np.ndarray:
-    """Pixels (H, w, 3) of columns fresh (n, C) behind a strip, from number `shown` on."""
-    new = len(fresh) - shown
-    tokens = np.concatenate((before["token"][-CONTEXT:], fresh))[-CONTEXT - new:]
-    return to_uint8(decode(model, tokens))[0][:, -new * model.tokenizer.config.f:]
+def preview(model: ImageGenerator, tokens: Tensor, start: int, end: int) -> np.ndarray:
+    """Pixels (B, H, w, 3) of columns start to end of tokens (B, N, C), not seeing their right."""
+    first = max(0, start - CONTEXT)
+    pixels = to_uint8(decode(model, tokens[:, first:end]))
+    return pixels[:, :, (start - first) * model.tokenizer.config.f:]
 
 
 def painted(model: ImageGenerator, strip: np.ndarray, start: int, end: int,
@@ -124,8 +93,8 @@ def painted(model: ImageGenerator, strip: np.ndarray, start: int, end: int,
     places = np.arange(start - around, end + around)
     places = places % n if ring else places[(places >= 0) & (places < n)]
     near, new = strip[places], (places >= start) & (places < end)
-    pixels = paste(image(near), decode(model, near["token"]), torch.from_numpy(new),
-                   model.tokenizer.config.f)
+    pixels = paste(image(near), decode(model, torch.tensor(near["token"])[None]),
+                   torch.from_numpy(new), model.tokenizer.config.f)
     near["pixels"] = cut(pixels, model.tokenizer.config.f)
     first = int(new.argmax())
     shown = slice(max(0, first - FADE), first + end - start + FADE)

@@ -4,7 +4,6 @@ import base64
 import http.client
 import io
 import json
-import os
 import re
 import socket
 import subprocess
@@ -23,7 +22,7 @@ from equimini.page import server as page_server
 from equimini.page.drawing import Studio
 from equimini.page.server import Server
 from equimini.sampling.edit import load_tokens
-from equimini.sampling.strip import flat
+from equimini.sampling.strip import flat, row_type
 from equimini.utils.errors import UserError
 from tests.helpers.scripts import ENVIRONMENT, ROOT, call
 
@@ -49,15 +48,15 @@ class Client:
         link.close()
         return answer.status, json.loads(content) if kind == "application/json" else content
 
-    def post(self, path, **fields):
-        version = self.studio.strip.version
-        return self.ask("POST", f"{path}?version={version}", json.dumps(fields))
-
     def draw(self, **order):
         """The lines that an order is answered with."""
         status, content = self.ask("POST", "/draw", json.dumps(QUICK | order))
-        assert status == 200, content
-        return [json.loads(line) for line in content.splitlines()]
+        return [json.loads(line) for line in content.splitlines()] if status == 200 else [content]
+
+    def do(self, what, **more):
+        """The state after a change that takes no time; where it is refused, {"error"}."""
+        answer = self.draw(do=what, version=self.studio.strip.version, **more)[-1]
+        return answer.get("state", answer)
 
     def close(self):
         self.server.shutdown()
@@ -85,7 +84,7 @@ def test_it_draws_on_shows_what_it_keeps_and_is_found_again(client, model, tmp_p
         shown[:, line["at"] * 4:line["at"] * 4 + piece.shape[1]] = piece
     whole = picture(client.ask("GET", "/strip.png")[1])
     assert np.array_equal(shown, whole)
-    assert np.array_equal(picture(client.ask("GET", "/pixels?from=5&to=9")[1]), whole[:, 20:36])
+    assert np.array_equal(picture(client.ask("GET", "/strip.png?from=5&to=9")[1]), whole[:, 20:36])
     tokens = client.studio.strip.columns["token"]
     labels = torch.tensor([[0] * 30 + [2] * 40])
     drawn = torch.stack(list(model.draw(labels, [3], lines_options(client))), 1)[0]
@@ -107,17 +106,17 @@ def test_candidates_change_their_columns_and_fade_into_two(client):
     state = lines[-1]["state"]
     assert state["candidates"] == {"at": 8, "span": [10, 12], "count": 4}
     third = picture(client.ask("GET", "/candidate?k=2")[1])
-    status, state = client.post("/choose", candidate=2)
-    assert status == 200 and state["candidates"] is None
+    state = client.do("choose", candidate=2)
+    assert state["candidates"] is None
     after = client.studio.strip.columns
     assert np.array_equal(flat(after[8:14]), third)
     changed = (before["token"] != after["token"]).any(1).nonzero()[0].tolist()
     assert changed == [10, 11] and len(set(after["seed"][10:12])) == 1
     kept = [*range(8), *range(14, 30)]
     assert np.array_equal(before["pixels"][kept], after["pixels"][kept])
-    assert client.post("/choose", candidate=0)[0] == 400  # they are gone
+    assert "no such candidate" in client.do("choose")["error"]  # they are gone
     lines = client.draw(do="redraw", start=20, end=21, later="draw", candidates=2)
-    client.post("/choose", candidate=1)
+    client.do("choose", candidate=1)
     assert (client.studio.strip.columns["token"][20:] != after["token"][20:]).any(1).all()
 
 
@@ -133,81 +132,112 @@ def test_to_the_left_kept_columns_stay_and_a_ring_joins(client):
     state = client.draw(do="ring", columns=6, fit=2)[-1]["state"]
     assert state["ring"] and len(state["labels"]) == 31
     assert not np.array_equal(client.studio.strip.columns["pixels"][0], after["pixels"][0])  # faded
-    assert client.post("/undo")[1]["ring"] is False
+    assert client.do("undo")["ring"] is False
     assert np.array_equal(client.studio.strip.columns, after)
     client.studio.model.mirrored = False
     assert "mirrored" in client.ask("POST", "/draw", json.dumps(
         {"do": "left", "columns": 2}))[1]["error"]
 
 
-def test_undo_and_redo_without_end_and_after_a_kill(client, model, tmp_path):
+def test_undo_and_redo_without_end(client, model, tmp_path):
     client.draw(columns=3, classes=[0] * 3)
-    states = [client.studio.strip.columns.copy()]
+    states = [client.studio.strip.columns]
     for k in range(5):
         client.draw(do="redraw", start=1, end=2, candidates=1)
-        client.post("/choose", candidate=0)
-        states.append(client.studio.strip.columns.copy())
-    size = sum((tmp_path / name).stat().st_size for name in ("columns.bin", "history.jsonl"))
+        client.do("choose")
+        states.append(client.studio.strip.columns)
     for state in states[-2::-1]:
-        client.post("/undo")
+        client.do("undo")
         assert np.array_equal(client.studio.strip.columns, state)
-    assert client.post("/undo")[1]["labels"] == [] and client.post("/undo")[0] == 200
+    assert client.do("undo")["labels"] == [] == client.do("undo")["labels"]
     for state in states:
-        client.post("/redo")
+        client.do("redo")
         assert np.array_equal(client.studio.strip.columns, state)
-    grown = sum((tmp_path / name).stat().st_size for name in ("columns.bin", "history.jsonl"))
-    assert grown - size < 1000  # moves are lines
-    with open(tmp_path / "history.jsonl", "ab") as file:  # a line that a kill cut off
-        file.write(b'{"at": 0, "take": [], "pu')
-    with open(tmp_path / "columns.bin", "ab") as file:
-        file.write(b"x" * 100)
     again = Studio(model, tmp_path)
     assert np.array_equal(again.strip.columns, states[-1])
     again.strip.undo()
     assert np.array_equal(Studio(model, tmp_path).strip.columns, states[-2])
     again.strip.edit(0, 1, states[0][:1])
-    assert len(again.strip.edits) == again.strip.done  # nothing to redo
-    assert np.array_equal(Studio(model, tmp_path).strip.columns[1:], states[-2][1:])
+    assert again.strip.edits == again.strip.done == 6  # nothing to redo
+    again = Studio(model, tmp_path).strip
+    assert np.array_equal(again.columns[1:], states[-2][1:])
+    again.edit(2, 1, states[0][:0], joined=True)  # a step of two
+    assert np.array_equal(again.before(), states[-2])
+    again.undo()
+    assert np.array_equal(again.columns, states[-2])
+    again.redo()
+    assert np.array_equal(again.columns[1:], states[-2][1:2])
 
 
-def test_a_damaged_line_before_others_is_an_error_and_loses_nothing(client, model, tmp_path):
-    for _ in range(2):
-        client.draw(columns=2, classes=[0] * 2)
-    log = tmp_path / "history.jsonl"
-    for damage in (b"}", b"7"):
-        bad = damage + log.read_bytes()[1:] if damage == b"}" else damage + b"\n" + log.read_bytes()
-        log.write_bytes(bad)
-        with pytest.raises(UserError, match="history.jsonl is damaged in line 1"):
-            Studio(model, tmp_path)
-        assert log.read_bytes() == bad
+def test_what_an_edit_takes_on_disk(tmp_path):
+    """A column drawn again and chosen, with the model in the box."""
+    client = Client(Studio(load_generator("scenes"), tmp_path))
+    client.draw(columns=24, classes=[1] * 24, steps=1)
+    sizes = [(tmp_path / "history.db").stat().st_size]
+    for k in range(50):
+        client.draw(do="redraw", start=4 + k % 16, end=5 + k % 16, candidates=1, fit=1, steps=1)
+        client.do("choose")
+    client.close()
+    assert ((tmp_path / "history.db").stat().st_size - sizes[0]) / 50 < 3000
 
 
-def test_a_full_disk_leaves_the_strip_as_it_was(client, tmp_path, monkeypatch):
+def old_history(folder, row):
+    """A strip as it was kept at first: all columns in columns.bin, their numbers in a log."""
+    rows = np.zeros(5, row)
+    rows["token"] = np.random.default_rng(0).normal(size=rows["token"].shape)
+    rows["pixels"][..., 0] = np.arange(5)[:, None, None]
+    (folder / "columns.bin").write_bytes(rows.tobytes() + b"cut off")
+    lines = [{"at": 0, "take": [], "put": [0, 1, 2], "joined": False}, {"move": "undo"},
+             {"move": "redo"}, {"at": 1, "take": [1], "put": [3, 4], "joined": True, "fit": 2}]
+    return rows, "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def test_older_histories_open(model, tmp_path):
+    rows, log = old_history(tmp_path, row_type(model))
+    (tmp_path / "history.jsonl").write_text(log + '{"at": 0, "take": [], "pu')  # killed
+    strip = Studio(model, tmp_path).strip
+    assert np.array_equal(strip.columns, rows[[0, 3, 4, 2]]) and strip.last()["fit"] == 2
+    strip.edit(0, 4, rows[[1]])
+    strip = Studio(model, tmp_path).strip
+    assert np.array_equal(strip.columns, rows[[1]])
+    strip.undo()
+    assert np.array_equal(strip.columns, rows[[0, 3, 4, 2]])
+    strip.undo()
+    assert len(strip.columns) == 0 and strip.done == 0
+
+
+@pytest.mark.parametrize("line", (
+    '{"at": "x", "take": [], "put": [0], "joined": false}', '{"at": 0, "take": [], "joined": true}',
+    '{"at": 0, "take": [], "put": ["x"], "joined": false}', '{"at": 0, "take": [5], "put": [0]}',
+    '{"move": "away"}', "[" * 10**5, "3", "}"))
+def test_a_damaged_line_of_an_older_history_loses_nothing(model, tmp_path, line):
+    _, log = old_history(tmp_path, row_type(model))
+    (tmp_path / "history.jsonl").write_text(f"{line}\n{log}")
+    with pytest.raises(UserError, match="history.jsonl is damaged in line 1"):
+        Studio(model, tmp_path)
+    assert (tmp_path / "history.jsonl").read_text() == f"{line}\n{log}"
+    assert not (tmp_path / "history.db").exists()
+
+
+def test_a_full_disk_leaves_the_strip_as_it_was(client, model, tmp_path):
     client.draw(columns=3, classes=[0] * 3)
-    before = [(tmp_path / name).read_bytes() for name in ("columns.bin", "history.jsonl")]
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    status, answer = client.post("/new")
-    assert status == 400 and "No space left" in answer["error"]
-    assert "No space left" in client.draw(columns=2)[-1]["error"]
-    assert [(tmp_path / name).read_bytes() for name in ("columns.bin", "history.jsonl")] == before
-    monkeypatch.setattr(os, "truncate", full)  # nor can what was added be cut off
-    assert client.post("/new")[0] == 400
-    for name in ("columns.bin", "history.jsonl"):
-        (tmp_path / name).unlink()
-    status, answer = client.post("/new")
-    assert status == 400 and "No such file" in answer["error"]
+    client.studio.strip.db.execute("PRAGMA max_page_count = 2")
+    assert "is full" in client.draw(columns=400, classes=[0] * 400)[-1]["error"]
+    strip, again = client.studio.strip, Studio(model, tmp_path).strip
+    assert np.array_equal(strip.columns, again.columns) and 3 <= len(again.columns) < 403
+    assert (strip.done, strip.edits) == (again.done, again.edits)
+    (tmp_path / "history.db").unlink()
+    assert "cannot write" in client.do("new")["error"]
+    assert np.array_equal(strip.columns, again.columns)
 
 
 def test_a_photograph_keeps_its_pixels(client, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 66, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
-    status, state = client.ask("POST", f"/photo?version={client.studio.strip.version}",
+    status, lines = client.ask("POST", f"/photo?version={client.studio.strip.version}",
                                file.getvalue())
+    state = json.loads(lines)["state"]
     assert status == 200 and state["labels"] == [-1] * 16 and state["command"] == ""
     assert np.array_equal(picture(client.ask("GET", "/strip.png")[1]), pixels[:, :64])
     error = client.draw(columns=4)[-1]["error"]
@@ -236,32 +266,34 @@ def test_what_is_refused_changes_nothing(client, tmp_path):
             ("POST", "/draw", text, {}, 400, "JSON"), ("POST", "/draw", "[1]", {}, 400, "JSON"),
             ("POST", "/draw", "[" * 100_000, {}, 400, "JSON"),
             ("POST", "/draw", '{"colour": 1}', {}, 400, "unknown field 'colour'"),
-            ("POST", "/draw", '{"columns": "2"}', {}, 400, "columns must be int"),
+            ("POST", "/draw", '{"columns": "2"}', {}, 400, "columns must be a whole"),
             ("POST", "/draw", '{"columns": 0}', {}, 400, "at least 1"),
-            ("POST", "/draw", '{"columns": true}', {}, 400, "columns must be int"),
+            ("POST", "/draw", '{"columns": true}', {}, 400, "columns must be a whole"),
             ("POST", "/draw", '{"columns": 9999}', {}, 400, "at most 4096"),
             ("POST", "/draw", '{"cfg": NaN}', {}, 400, "cfg must be at least"),
             ("POST", "/draw", '{"solver": "magic"}', {}, 400, "solver must be one of"),
             ("POST", "/draw", '{"solver": "mean-flow"}', {}, 400, "average velocities"),
             ("POST", "/draw", '{"classes": [0, 3], "columns": 2}', {}, 400, "below 3"),
             ("POST", "/draw", '{"classes": [0], "columns": 2}', {}, 400, "must be 2 numbers"),
-            ("POST", "/draw", '{"classes": ["0"], "columns": 1}', {}, 400, "classes must be list"),
-            ("POST", "/draw", '{"classes": 5}', {}, 400, "classes must be list"),
+            ("POST", "/draw", '{"classes": ["0"], "columns": 1}', {}, 400, "classes must be whole"),
+            ("POST", "/draw", '{"classes": 5}', {}, 400, "classes must be whole"),
             ("POST", "/draw", '{"do": "redraw", "start": 3, "end": 5}', {}, 400, "has 4 columns"),
             ("POST", "/draw", " " * 200_000, {}, 413, "too large"),
             ("POST", "/draw", None, {"Transfer-Encoding": "chunked"}, 411, "Content-Length"),
             ("POST", "/draw", "", {"Content-Length": "-5"}, 411, "Content-Length"),
-            ("POST", "/undo" + version, '{"now": 1}', {}, 400, "fields"),
-            ("POST", "/choose" + version, '{"candidate": 0}', {}, 400, "no such candidate"),
-            ("POST", "/choose" + version, '{}', {}, 400, "candidate"),
-            ("POST", "/undo?version=0", "{}", {}, 409, "changed"), ("POST", "/undo", "{}", {}, 409, ""),
+            ("POST", "/draw", '{"do": "choose"}', {}, 400, "no such candidate"),
+            ("POST", "/draw", '{"do": "choose", "candidate": -1}', {}, 400, "at least 0"),
+            ("POST", "/draw", '{"do": "undo", "version": 0}', {}, 400, "changed"),
+            ("POST", "/draw", '{"do": "photo"}', {}, 400, "no picture"),
+            ("POST", "/photo", b"", {}, 400, "version"),
+            ("POST", "/photo?version=0", b"", {}, 400, "changed"),
             ("POST", "/photo" + version, b"no picture", {}, 400, "no picture"),
             ("POST", "/photo" + version, b"%!PS-Adobe-3.0 EPSF-3.0\n", {}, 400, "no picture"),
             ("POST", "/photo" + version, large.getvalue(), {}, 400, "8000x8000"),
             ("POST", "/photo" + version, bomb.getvalue(), {}, 400, "no picture"),
             ("POST", "/photo" + version, large.getvalue()[:900], {}, 400, "picture"),
-            ("GET", "/pixels?from=a&to=2", None, {}, 400, "from must be"),
-            ("GET", "/pixels?from=9&to=12", None, {}, 404, "nothing"),
+            ("GET", "/strip.png?from=a&to=2", None, {}, 400, "from must be"),
+            ("GET", "/strip.png?from=9&to=12", None, {}, 404, "nothing"),
             ("GET", "/../../etc/passwd", None, {}, 404, "there is no"),
             ("GET", "/draw", None, {}, 404, "there is no"), ("POST", "/state", "{}", {}, 404, "no /")):
         found, answer = client.ask(method, path, body, **headers)
@@ -272,7 +304,6 @@ def test_what_is_refused_changes_nothing(client, tmp_path):
 
 def test_slow_and_many_connections_block_nobody(client, monkeypatch):
     monkeypatch.setattr(page_server, "SECONDS", 0.5)
-    monkeypatch.setattr(page_server.Handler, "timeout", 5)
     slow = [socket.create_connection(("127.0.0.1", client.server.server_port)) for _ in range(40)]
     for k in range(4):  # header by header, for ever
         for one in slow:
@@ -310,21 +341,20 @@ def test_stop_a_closed_tab_and_the_queue(client):
     lines.readline()
     two, waiting = start(client, columns=2, classes=[1] * 2)
     assert json.loads(waiting.readline()) == {"waiting": True}
-    assert client.post("/new")[0] == 409
+    three, changed = start(client, do="new", version=client.studio.strip.version)
     assert client.ask("POST", "/stop", "{}")[0] == 200
     assert len(json.loads(lines.readlines()[-1])["state"]["labels"]) < 4000
     labels = json.loads(waiting.readlines()[-1])["state"]["labels"]
     assert labels[-3:] == [0, 1, 1]  # the second one's turn came
-    three, lines = start(client, columns=4000, classes=[0] * 4000)
+    assert "has changed" in json.loads(changed.readlines()[-1])["error"]
+    four, lines = start(client, columns=4000, classes=[0] * 4000)
     lines.readline()
-    for link, file in ((one, None), (two, waiting), (three, lines)):
-        if file:
-            file.close()
-        link.close()
+    for part in (one, two, waiting, three, changed, four, lines):
+        part.close()
     with client.server.turn:  # the tab is closed: its drawing ends, what it drew stays
         n = len(client.studio.strip.columns)
         assert len(labels) < n < 4000
-    assert client.post("/undo")[1]["labels"] == labels
+    assert client.do("undo")["labels"] == labels
 
 
 @pytest.mark.slow  # a server of its own
@@ -339,7 +369,7 @@ def test_sigterm_in_the_middle_of_a_drawing(tmp_path):
     begun.terminate()
     assert begun.wait(60) == 130
     lines.close(), link.close()
-    assert (tmp_path / "page" / "columns.bin").stat().st_size > 0  # what was drawn is kept
+    assert (tmp_path / "page" / "history.db").stat().st_size > 0  # what was drawn is kept
 
 
 def test_a_fault_of_the_program_is_told_and_survived(client, monkeypatch, capfd):
@@ -348,7 +378,7 @@ def test_a_fault_of_the_program_is_told_and_survived(client, monkeypatch, capfd)
         patch.setattr(client.studio.model.tokenizer, "decode", lambda tokens: 1 / 0)
         assert "ZeroDivisionError" in client.draw(columns=2)[-1]["error"]
     assert "Traceback" in capfd.readouterr().err
-    assert client.post("/undo")[0] == 200
+    assert client.do("undo")["labels"] == []
 
 
 def test_a_folder_of_another_tokenizer_is_refused(client, model, tmp_path):
@@ -373,7 +403,7 @@ def test_the_command_draws_the_same_tokens(tmp_path):
                     {"do": "redraw", "start": 12, "end": 13, "candidates": 1, "fit": 3}):
             client.draw(**order | act)
             if act.get("do") == "redraw":
-                client.post("/choose", candidate=act["candidates"] - 1)
+                client.do("choose", candidate=act["candidates"] - 1)
             again, mine = drawn_again(client, model, tmp_path)
             torch.testing.assert_close(again.tokens, mine.tokens, rtol=1e-3, atol=1e-3)
             assert torch.equal(again.labels, mine.labels) and torch.equal(again.seeds, mine.seeds)

@@ -9,9 +9,8 @@ import torch
 
 from equimini.experiments.fits import exact_log_likelihood
 from equimini.generator import Generator, RealEquivariant
-from equimini.sampling.edit import (Tokens, candidates, close_ring, decode_ring, extend, mirror,
-                                    paste, resample, resample_ring)
-from equimini.sampling.fit import fill_gap, log_likelihoods, ranking, reach
+from equimini.sampling.edit import Tokens, decode_ring, extend, mirror, paste, resample
+from equimini.sampling.fit import choice, draw_end, fill_gap, log_likelihoods, reach, stream_near
 from equimini.sampling.options import SamplingOptions
 from equimini.utils.errors import UserError
 from tests.conftest import SMALL_GENERATOR, randomize
@@ -67,9 +66,12 @@ def test_one_candidate_is_what_was_drawn_before(model, drawn):
     expected = stream.draw()
     one = resample(model, drawn, [12], [5, 6], HOW, [(0, 0)], fit=1)
     assert torch.equal(one.tokens[:, 12], expected)
-    versions, _ = candidates(model, drawn, [12], 5, HOW, [(0, 0)], fit=3)
-    distance = (versions.tokens[:, 12] - expected[:1]).abs().amax(1)
-    assert distance.min() < 1e-5 < distance.median()  # the same noise is among them
+    stream = stream_near(model, 12, drawn.tokens, drawn.labels[0], [5], HOW)
+    for i in range(stream.column, 12):
+        stream.feed(drawn.tokens[:, i])
+    found, _ = draw_end(model, stream, 0, drawn.labels[0, :1], drawn.tokens[0, :0], HOW, 3, 16)
+    distance = (found[:, 0] - expected[0]).abs().amax(1)
+    assert distance[0] < 1e-5 < distance[1:].min()  # candidate 0 has the same noise
 
 
 @pytest.mark.parametrize("kind", (Generator, RealEquivariant))
@@ -86,10 +88,9 @@ def test_a_column_plays_a_part_as_far_as_it_reaches(kind, tokenizer):
 
 
 def test_a_candidate_is_chosen_by_weight():
-    firsts = [int(ranking(torch.tensor([0.0, math.log(3), -50]), seed, 2)[0])
-              for seed in range(2000)]
-    assert abs(np.mean(firsts) - 0.75) < 0.04 and 2 not in firsts
-    assert ranking(torch.zeros(4), 1, 2).tolist() == ranking(torch.zeros(4), 1, 2).tolist()
+    taken = [int(choice(torch.tensor([0.0, math.log(3), -50]), seed, 2)) for seed in range(2000)]
+    assert abs(np.mean(taken) - 0.75) < 0.04 and 2 not in taken
+    assert choice(torch.zeros(4), 1, 2) == choice(torch.zeros(4), 1, 2)
 
 
 def test_fits_are_reproducible_and_keep_the_rest(model, drawn):
@@ -105,18 +106,9 @@ def test_fits_are_reproducible_and_keep_the_rest(model, drawn):
     assert torch.equal(last.tokens, resample(model, drawn, [15], [7], HOW).tokens)
 
 
-def test_candidates_come_with_the_chosen_one_first(model, drawn):
-    versions, weights = candidates(model, drawn, [5, 6], 7, HOW, fit=6)
-    assert versions.tokens.shape == (6, 16, 6) and weights.shape == (6,)
-    assert torch.equal(versions.tokens[:1], resample(model, drawn, [5, 6], [7], HOW, fit=6).tokens)
-    with pytest.raises(ValueError, match="neighbours"):
-        candidates(model, drawn, [5, 7], 7, HOW)
-
-
 def test_a_long_gap_differs_at_its_end_only(model, drawn):
-    versions, _ = candidates(model, drawn, range(2, 10), 7, HOW, fit=3)
-    assert (versions.tokens[:, 2:6] == versions.tokens[:1, 2:6]).all()
-    assert (versions.tokens[1, 6:10] != versions.tokens[0, 6:10]).any(-1).all()
+    one, chosen = (resample(model, drawn, range(2, 10), [7], HOW, fit=k).tokens[0] for k in (1, 9))
+    assert torch.equal(one[:6], chosen[:6]) and (one[6:10] != chosen[6:10]).any(1).all()
 
 
 def test_a_better_fit_is_found(model, drawn):
@@ -132,20 +124,21 @@ def test_a_better_fit_is_found(model, drawn):
 
 
 def test_a_ring_keeps_the_picture_and_looks_at_its_beginning(model, drawn):
-    ring = close_ring(model, drawn, 3, [7], HOW, fit=4)
+    ring = extend(model, drawn, 3, [7], HOW, fit=4, ring=True)
     assert torch.equal(ring.tokens[:, :16], drawn.tokens) and ring.tokens.shape[1] == 19
-    gap, end = torch.full((2, 6), torch.nan), range(16, 18)
-    strip = torch.cat((drawn.tokens[0], gap, drawn.tokens[0, :4]))  # the beginning follows it
-    found = [fill_gap(model, tokens, torch.zeros(len(tokens), dtype=torch.long), end, 3, HOW, 4,
-                      iter(range(9)), ring)[1].sort()[0]
-             for tokens, ring in ((strip[:18].clone(), True), (strip, False))]
+    strip = torch.cat((drawn.tokens, torch.full((1, 2, 6), torch.nan), drawn.tokens[:, :4]), 1)
+    found = []
+    for n, is_ring in ((18, True), (22, False)):  # its beginning follows it in either
+        tokens, labels = strip[:, :n].clone(), torch.zeros(n, dtype=torch.long)
+        [*fill_gap(model, tokens, labels, range(16, 18), [3], HOW, 4, is_ring)]
+        found.append(tokens[:, :18])
     torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("fit", (1, 3))
 def test_columns_of_a_ring_see_both_sides_of_its_ends(model, drawn, fit):
     """Drawn again across the ends, they are what is drawn at the end of the turned picture."""
-    found = resample_ring(model, drawn, [0, 1, 14, 15], [7], HOW, [(1, 1), (2, 3)], fit=fit)
+    found = resample(model, drawn, [0, 1, 14, 15], [7], HOW, [(1, 1), (2, 3)], fit=fit, ring=True)
     turned = Tokens(*(x.roll(-2, 1) for x in (drawn.tokens, drawn.labels, drawn.seeds)))
     expected = resample(model, turned, range(12, 16), [7], HOW,
                         [(0, 12), (2, 2), (1, 1), (2, 1)], fit=fit, ring=True)
@@ -155,7 +148,7 @@ def test_columns_of_a_ring_see_both_sides_of_its_ends(model, drawn, fit):
     assert torch.equal(found.tokens[:, 2:14], drawn.tokens[:, 2:14])
     for columns in ([3, 5], range(16)):
         with pytest.raises(UserError, match="neighbouring columns of a ring, such as 5,6 or 14-15"):
-            resample_ring(model, drawn, columns, [7], HOW)
+            resample(model, drawn, columns, [7], HOW, ring=True)
 
 
 def test_a_ring_is_decoded_around_its_ends(model, drawn):

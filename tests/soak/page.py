@@ -43,45 +43,43 @@ def counted(studio: Studio, seen: Counter) -> None:
     """Note how many drawings run at a time."""
     draw, running = studio.draw, []
 
-    def counting(order: Any) -> Any:
+    def counting(*order: Any) -> Any:
         running.append(order)
         seen["at a time"] = max(seen["at a time"], len(running))
         try:
-            yield from draw(order)
+            yield from draw(*order)
         finally:
             running.pop()
 
     studio.draw = counting
 
 
-def change(host: str, path: str, fields: dict) -> dict[str, Any]:
+def change(host: str, fields: dict) -> dict[str, Any]:
     """A change that must succeed sooner or later: the state after it."""
     for _ in range(10_000):
         state = json.loads(ask(host, "GET", "/state")[1] or b"{}")
-        status, body = ask(host, "POST", f"{path}?version={state.get('version')}", fields)
-        if status == 200:
-            last = json.loads(body.splitlines()[-1])
-            if "error" in last:
-                raise SystemExit(f"{path}: {last['error']}")
-            return last.get("state", last)
-        if status not in (0, 409):
-            raise SystemExit(f"{path}: {status} {body[:200]!r}")
+        status, body = ask(host, "POST", "/draw", {"version": state.get("version", 0), **fields})
+        last = json.loads(body.splitlines()[-1]) if body else {"error": "has changed"}
+        if "error" not in last:
+            return last["state"]
+        if "has changed" not in last["error"]:
+            raise SystemExit(f"{fields}: {status} {last['error'][:200]}")
         time.sleep(0.01)
-    raise SystemExit(f"{path}: no answer")
+    raise SystemExit(f"{fields}: no answer")
 
 
 def edit(host: str, studio: Studio, edits: int, draw: random.Random) -> Counter:
     """The edits, each checked; the columns outside an edit must stay as they are."""
-    change(host, "/new", {})
-    done, now = Counter(), change(host, "/draw", {"columns": 64, "classes": [0] * 64, **QUICK})
+    change(host, {"do": "new"})
+    done, now = Counter(), change(host, {"columns": 64, "classes": [0] * 64, **QUICK})
     history, place = [studio.strip.columns.tobytes()], 0
     while sum(done.values()) < edits:
         act = draw.choice(("redraw", "redraw", "undo", "redo"))
         if act == "redraw":
             at = draw.randrange(4, 60)
-            change(host, "/draw", {"do": "redraw", "start": at, "end": at + 1, "candidates": 2,
-                                   "fit": 1, **QUICK})
-            now = change(host, "/choose", {"candidate": draw.randrange(2)})
+            change(host, {"do": "redraw", "start": at, "end": at + 1, "candidates": 2, "fit": 1,
+                          **QUICK})
+            now = change(host, {"do": "choose", "candidate": draw.randrange(2)})
             tokens, before = studio.strip.columns["token"], np.frombuffer(
                 history[place], studio.strip.row)["token"]
             if not np.array_equal(*(np.delete(x, at, 0) for x in (tokens, before))):
@@ -90,7 +88,7 @@ def edit(host: str, studio: Studio, edits: int, draw: random.Random) -> Counter:
             place += 1
         elif act == "undo" and place > 0 or act == "redo" and place + 1 < len(history):
             place += 1 if act == "redo" else -1
-            now = change(host, f"/{act}", {})
+            now = change(host, {"do": act})
         else:
             continue
         done[act] += 1
@@ -106,12 +104,12 @@ def disturb(host: str, stop: threading.Event, draw: random.Random, seen: Counter
         what = draw.choice(("read", "read", "slow", "half", "gone", "wrong", "stale"))
         seen[what] += 1
         if what == "read":
-            ask(host, "GET", "/" + draw.choice(("", "state", "pixels?from=3&to=9", "strip.png",
+            ask(host, "GET", "/" + draw.choice(("", "state", "strip.png?from=3&to=9", "strip.png",
                                                 "strip.pt")))
         elif what == "wrong":
             ask(host, "POST", "/draw", {"columns": draw.choice((-1, "x", 10**9, None))})
         elif what == "stale":
-            ask(host, "POST", "/new?version=-1", {})
+            ask(host, "POST", "/draw", {"do": "new", "version": 0})
         else:
             try:
                 with socket.create_connection(address, timeout=5) as link:
@@ -144,7 +142,7 @@ def kill(kills: int, checkpoint: str, folder: Path, draw: random.Random) -> int:
                                    folder, "--checkpoint", checkpoint], env=ENVIRONMENT,
                                   stdout=subprocess.PIPE, text=True)
         host, begun = server.stdout.readline().split("/")[2], time.time()
-        change(host, "/new", {})
+        change(host, {"do": "new"})
         drawing = threading.Thread(target=ask, args=(host, "POST", "/draw", order))
         drawing.start()
         drawing.join(None if whole is None else draw.uniform(0, seconds))
@@ -209,7 +207,7 @@ def load(args: argparse.Namespace, folder: Path, draw: random.Random) -> None:
     figures("page", begun, edits=sum(done.values()), drawn_at_a_time=seen.pop("at a time"),
             requests_beside=sum(seen.values()), threads_left=left, MiB_grown=f"{grown:.0f}")
     if left:
-        raise SystemExit("threads are left")
+        raise SystemExit(f"threads are left: {threading.enumerate()}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from tests.convert.test_convert import random_tokenizer, tokenizer_file
 from tests.helpers.scripts import GENERATOR, TOKENIZER, call
 from tests.soak.mutations import damage, in_checkpoint, in_json, in_zip
 
-ROW = np.dtype([("token", "f4", 4), ("label", "i4")])
+ROW = np.dtype([("token", "f4", 4), ("pixels", "u1", (4, 2, 3)), ("label", "i4")])
 TEXTS = (
     "", " ", "-1", "0", "1", "2", "3", "64", "100", "1e400", "nan", "-inf", "0x10", "٣", "a:b", ":",
     ",", "1,,2", "5-3", "0-99999999999", "{0..2}", "*", "..", "/", "/dev/null", "x.png", "s/s.npz",
@@ -152,7 +152,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
             val_fraction=0.4)) or 1)
     add("scroll", "walk generator.pt", "walk/state.pt", pt,
         lambda: sample.main([*SCROLL.split(), "--scroll", "14", "--resume"]) or 1)
-    add("strip", "strip", "strip/history.jsonl strip/columns.bin", mixed, read_strip)
+    add("strip", "strip", "strip/history.db", (damage,), read_strip)
     add("picture", "pictures", "pictures/0/0.png pictures/0/2.jpg pictures/0/4.webp", (damage,),
         read_pictures)
     add("command line", "generator.pt tokenizer.pt s pictures", "", (command,), run_command)
@@ -210,10 +210,10 @@ def read_all(source: index.Source) -> int:
 
 def read_strip() -> int:
     history = History(Path("strip"), ROW)
-    history.before(True), history.last()
+    history.before(), history.last()
     for act in (history.undo, history.undo, history.redo):
         act()
-    history.edit(0, min(2, len(history.ids)), np.zeros(1, ROW))
+    history.edit(0, min(2, len(history.columns)), np.zeros(1, ROW))
     History(Path("strip"), ROW)
     return 1
 
