@@ -13,16 +13,17 @@ PyTorch (kernel/operators.py) to which a binary adds C++ for CPUs and CUDA for N
 
 from __future__ import annotations
 
+import functools
 import numbers
-from typing import Any, Callable
+from typing import Any, Callable, TypeVar
 
 import torch
 from torch import Tensor
 
 from equimini.kernel import binary, operators
-from equimini.layers import widened, without_autocast
 from equimini.rope import Rope, rotate
 
+Result = TypeVar("Result")
 implementation, why_reference = binary.implementation, binary.why_reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -102,7 +103,8 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor | None,
              sin: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rotated q and k as (B, H, N, D), in the dtype of sums."""
     n_q, n_k = q.shape[1], k.shape[1]
-    q, k = widened(q), widened(k)
+    compute = torch.promote_types(q.dtype, torch.float32)
+    q, k = q.to(compute), k.to(compute)
     if cos is not None:
         q, k = rotate(q, (cos[n_k - n_q:], sin[n_k - n_q:])), rotate(k, (cos, sin))
     return q.transpose(1, 2), k.transpose(1, 2)
@@ -125,6 +127,18 @@ def _keep(seed: Tensor | None, p: Tensor, dropout_p: float) -> Tensor | float:
     return keep_mask(seed, p.shape, dropout_p).to(p.dtype) / (1 - dropout_p)
 
 
+def _without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function, whose products keep the dtypes that it gives them."""
+    @functools.wraps(function)
+    def call(first: Tensor, *rest: Any) -> Result:
+        if first.device.type == "meta":  # which autocast does not know
+            return function(first, *rest)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *rest)
+    return call
+
+
+@_without_autocast
 def reference_forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None,
                       seed: Tensor | None, window: int, dropout_p: float,
                       scale: float) -> tuple[Tensor, Tensor]:
@@ -137,6 +151,7 @@ def reference_forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: 
     return out.to(v.dtype).contiguous(), lse
 
 
+@_without_autocast
 def reference_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                        cos: Tensor | None, sin: Tensor | None, seed: Tensor | None, window: int,
                        dropout_p: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,6 +176,7 @@ def reference_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     return tuple(x.to(dtype).contiguous() for x in (dq, dk, dv))
 
 
+@_without_autocast
 def reference_tangent(q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor, k_dot: Tensor,
                       v_dot: Tensor, cos: Tensor | None, sin: Tensor | None, seed: Tensor | None,
                       window: int, dropout_p: float, scale: float) -> Tensor:
@@ -181,16 +197,9 @@ def reference_tangent(q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor, k_dot: Ten
     return out.transpose(1, 2).to(dtype).contiguous()
 
 
-def _outside_autocast(name: str) -> Callable[..., Any]:
-    """The function of this name, whose products keep the dtypes that it gives them."""
-    def call(first: Tensor, *rest: Any) -> Any:
-        with without_autocast(first):
-            return globals()[name](first, *rest)  # looked up when called: tests replace it
-    return call
-
-
-operators.fall_back_on(operators.Reference(*map(_outside_autocast, (
-    "reference_forward", "reference_backward", "reference_tangent"))))
+operators.fall_back_on(operators.Reference(  # looked up when called: tests replace them
+    lambda *args: reference_forward(*args), lambda *args: reference_backward(*args),
+    lambda *args: reference_tangent(*args)))
 
 
 # Arguments ---------------------------------------------------------------------------------

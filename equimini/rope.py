@@ -12,8 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from equimini.layers import widened
-
 Rope = tuple[Tensor, Tensor]  # (cos, sin), each (positions, D/2) or (B, positions, D/2), float32
 
 
@@ -41,5 +39,6 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     x; computed in float32 (float64 for float64).
     """
     cos, sin = (table[..., None, :] for table in rope)  # (N, 1, D/2) or (B, N, 1, D/2)
-    a, b = widened(x).unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, H, D/2) each
+    compute = torch.promote_types(x.dtype, torch.float32)
+    a, b = x.to(compute).unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, H, D/2) each
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
