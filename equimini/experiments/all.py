@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from equimini.experiments import (attention, compute, dynamics, extrapolation, grid_vs_columns,
-                                  matrix, transfer, uniformity)
+from equimini.experiments import (attention, compute, dynamics, equivariance, extrapolation,
+                                  grid_vs_columns, matrix, transfer, uniformity)
 from equimini.experiments.common import ExperimentConfig
 from equimini.utils.command_line import parse
 
-EXPERIMENTS = (transfer, attention, dynamics, grid_vs_columns, matrix, extrapolation, uniformity)
+EXPERIMENTS = (equivariance, transfer, attention, dynamics, grid_vs_columns, matrix, extrapolation,
+               uniformity)
 
 
 def main(argv: list[str]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from equimini.config import flag
 from equimini.experiments.common import Lab
 from equimini.experiments.report import Report, per_column, spread, verdict
-from equimini.experiments.samples import Judge, SampledConfig
+from equimini.experiments.samples import Judge, SampledConfig, scales_text
 from equimini.experiments.training_runs import losses
 from equimini.kernel.operators import visible_pairs
 from equimini.utils.command_line import parse
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
              "pairs per layer and image", "guidance", "Fréchet distance")]
     for name, values in found.items():
         rows.append((name, spread(means[name]), spread(over[name], 2, sign=True),
-                     spread(values[:, WINDOW:].mean(1)), str(counts[name]), f"{scales[name]:g}",
+                     spread(values[:, WINDOW:].mean(1)), str(counts[name]), scales_text(scales[name]),
                      spread(distances[name], 3)))
     rows.append(("training pictures, decoded (floor)", "", "", "", "", "", f"{judge.floor:.3f}"))
     each = ", ".join(f"{spread(v, 3)} ({k})" for k, v in distances.items())
@@ -79,14 +79,12 @@ def main(argv: list[str]) -> None:
                f"full causal and {spread(over['real equivariant'], 2, True)} % with real "
                f"equivariant attention; {order(means)}. Samples lie {each} from decoded held-out "
                f"pictures ({judge.name}); "
-               f"{order({k: np.array(v) for k, v in distances.items()})}.")
+               f"{order(distances)}.")
     left_out = curves(lab.folder / "attention.png", {k: per_column(v) for k, v in found.items()},
                       "column", "held-out loss", "Loss per column by attention")
     Report("Attention variants (Table 4)", PAPER, rows, reading, [
         "The loss is taken on real columns before the predicted one; distances also feel how "
-        f"errors add up while sampling. Fréchet distance of {judge.samples} samples to held-out "
-        "pictures, encoded and decoded, since all three share the tokenizer's limit; guidance "
-        "scale chosen for each model from the same sweep; floor: as many training pictures.",
+        f"errors add up while sampling. {judge.how}",
         left_out],
         {"losses": found, "pairs": counts, "distances": distances, "guidance": scales,
          "floor": judge.floor}).write(lab)

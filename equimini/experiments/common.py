@@ -104,11 +104,15 @@ class Lab:
         held_out = ["--val-data", self.cfg.val_data] if self.cfg.val_data else []
         return ["--data", self.cfg.data, *held_out]
 
-    def train(self, kind: str, name: str, steps: int, flags: list[str]) -> TrainingRun:
-        """The training of this kind with these flags, done now if it is not done yet."""
-        flags = ["--preset", "tiny", *flags]
-        folder = self.runs / f"{kind}-{name}-{key([*flags, '--steps', str(steps)])}"
-        run = TrainingRun(kind, folder, steps, flags)
+    def train(self, kind: str, name: str, steps: int, flags: list[str], seed: int,
+              fork: TrainingRun | None = None) -> TrainingRun:
+        """The training of this kind with these flags, done now if it is not done yet.
+
+        fork: the same training stopped earlier, which this one continues.
+        """
+        flags = ["--preset", "tiny", *flags, "--seed", str(seed)]
+        folder = self.runs / f"{kind}-{name}-s{seed}-{key([*flags, '--steps', str(steps)])}"
+        run = TrainingRun(kind, folder, steps, flags, fork)
         run.train("--workers", str(self.cfg.workers), "--device", self.cfg.device, "--val-images",
                   str(self.scale.val_images), "--val-every", str(steps), "--save-every",
                   str(max(1, steps // 4)), "--preview-every", str(steps), "--keep", "1")
@@ -116,15 +120,16 @@ class Lab:
         self.used[folder] = run.record()["cpu_seconds"]
         return run
 
-    def tokenizer(self, layout: str = "columns", data: str = "") -> TrainingRun:
+    def tokenizer(self, layout: str = "columns", data: str = "", seed: int = 0) -> TrainingRun:
         steps = self.cfg.tokenizer_steps or self.scale.tokenizer_steps
         name = layout if not data or data == self.cfg.data else f"{layout}-{Path(data).name}"
         return self.train("tokenizer", name, steps, [
-            *self.scale.tokenizer.split(), "--layout", layout, *self.data_flags(data)])
+            *self.scale.tokenizer.split(), "--layout", layout, *self.data_flags(data)], seed)
 
-    def latents(self, layout: str = "columns", data: str = "") -> tuple[TrainingRun, Path]:
-        """A tokenizer, and the folder of its latents of the pictures."""
-        tokenizer = self.tokenizer(layout, data)
+    def latents(self, layout: str = "columns", data: str = "",
+                seed: int = 0) -> tuple[TrainingRun, Path]:
+        """A tokenizer, and the folder of its latents of the pictures, the same for all seeds."""
+        tokenizer = self.tokenizer(layout, data, seed)
         folder = self.runs / tokenizer.folder.name.replace("tokenizer-", "latents-")
         if not (folder / "meta.json").exists():
             pictures = dict(zip(("data", "val_data"), self.data_flags(data)[1::2]))
@@ -140,22 +145,23 @@ class Lab:
 
     def columns(self, flags: str = "", name: str = "columns", *, layout: str = "columns",
                 data: str = "", steps: int = 0,
-                initial: list[TrainingRun] | None = None) -> list[TrainingRun]:
-        """A generator over cached latents for every seed.
+                initial: list[TrainingRun] | None = None,
+                forks: list[TrainingRun] | None = None) -> list[TrainingRun]:
+        """A generator over cached latents for every seed, which has a tokenizer of its own.
 
         flags: of the variant; without, the paper's model: columns, a window of 4, position
         augmentation.  steps: 0 is the experiment's; initial: the runs, by seed, that they
-        start from (their EMA weights), with a shorter warm-up.
+        start from (their EMA weights), with a shorter warm-up; forks: those that they continue.
         """
-        tokenizer, latents = self.latents(layout, data)
         runs = []
         for seed in range(self.cfg.seeds):
+            tokenizer, latents = self.latents(layout, data, seed)
             start = (["--warmup-steps", "20", "--init-from", str(initial[seed].last)]
                      if initial else [])
-            runs.append(self.train("generator", f"{name}-s{seed}", steps or self.steps, [
+            runs.append(self.train("generator", name, steps or self.steps, [
                 *self.scale.generator.split(), *start, "--latents", str(latents), "--tokenizer",
-                str(tokenizer.last), "--seed", str(seed), "--precision", self.cfg.precision,
-                *flags.split()]))
+                str(tokenizer.last), "--precision", self.cfg.precision, *flags.split()], seed,
+                forks[seed] if forks else None))
         return runs
 
     def grid(self, flags: str = "", name: str = "grid", **options: Any) -> list[TrainingRun]:

@@ -2,10 +2,9 @@
 
     python -m equimini.experiments dynamics --data synthetic
 
-Columns and grid are trained on all subtasks to a tenth of the steps ("early") and to the end
-("late").  From the early weights each is trained for three tenths of the steps on all subtasks, on
-the 4th alone and on the 11th alone; the table shows by how much each subtask's held-out loss is
-then better than early on.
+Columns and grid are trained on all subtasks to several stages.  From the weights there each is
+trained for three tenths of the steps on all subtasks, on the 4th alone and on the 11th alone; the
+table shows by how much each subtask's held-out loss is then better than at that stage.
 """
 
 from __future__ import annotations
@@ -31,21 +30,29 @@ PAPER = ("trained on all subtasks both models gain about 10 % from epoch 10 to 1
 class DynamicsConfig(ExperimentConfig):
     single: tuple[int, ...] = flag((3, 10), "subtasks that are trained alone, counted from 0",
                                    min=0)
+    stages: tuple[int, ...] = flag((2, 10, 30, 100), "where these trainings begin, in percent of "
+                                   "the steps", min=1, max=100)
 
 
-def train(cfg: DynamicsConfig, lab: Lab) -> dict[str, np.ndarray]:
-    """Held-out losses (seeds, N) by 'layout stage', stages early, late, all, and each single."""
+Key = tuple[str, int, str]  # layout, stage, what is trained from there ("": nothing)
+
+
+def train(cfg: DynamicsConfig, lab: Lab) -> dict[Key, np.ndarray]:
+    """Held-out losses (seeds, N)."""
     if max(cfg.single) >= lab.tokens():
         raise UserError(f"--single must be subtasks 0 to {lab.tokens() - 1}, got {max(cfg.single)}")
-    early, more = max(1, lab.steps // 10), max(1, 3 * lab.steps // 10)
-    stages = {"all": ""} | {f"{i + 1} alone": f"--subtasks {i}" for i in cfg.single}
-    found = {}
+    trained = {"all": ""} | {f"{i + 1} alone": f"--subtasks {i}" for i in cfg.single}
+    found: dict[Key, np.ndarray] = {}
     for layout, generators in (("columns", lab.columns), ("grid", lab.grid)):
-        start = generators(name=f"{layout}-early", steps=early)
-        found |= {f"{layout} early": losses(start), f"{layout} late": losses(generators())}
-        for stage, flags in stages.items():
-            found[f"{layout} {stage}"] = losses(generators(
-                flags, f"{layout}-then-{stage.replace(' ', '-')}", steps=more, initial=start))
+        start = None
+        for stage in sorted({*cfg.stages, 100}):
+            name = layout + f"-at-{stage}" * (stage < 100)
+            start = generators(name=name, steps=max(1, lab.steps * stage // 100), forks=start)
+            found[layout, stage, ""] = losses(start)
+            for what, flags in trained.items() if stage in cfg.stages else ():
+                found[layout, stage, what] = losses(generators(
+                    flags, f"{name}-then-{what.replace(' ', '-')}", initial=start,
+                    steps=max(1, 3 * lab.steps // 10)))
     return found
 
 
@@ -53,35 +60,41 @@ def main(argv: list[str]) -> None:
     cfg = parse("equimini.experiments dynamics", __doc__, DynamicsConfig(), argv)
     lab = Lab("dynamics", cfg)
     found = train(cfg, lab)
-    rows = [("model", "then trained on", "gain on it, %", "mean gain on the others, %",
-             "others that gain")]
-    gains = {name: 100 * (1 - values / found[f"{name.split(' ', 1)[0]} early"])  # (seeds, N)
-             for name, values in found.items() if not name.endswith((" early", " late"))}
-    others: dict[str, list[np.ndarray]] = {"columns": [], "grid": []}
-    for name, gain in gains.items():
-        layout, stage = name.split(" ", 1)
-        if stage == "all":
-            rows.append((layout, "all", spread(gain.mean(1), 2, True), "–",
+    rows = [("model", "from, % of the training", "then trained on", "gain on it, %",
+             "mean gain on the others, %", "others that gain")]
+    gains = {k: 100 * (1 - values / found[*k[:2], ""])  # (seeds, N)
+             for k, values in found.items() if k[2]}
+    others: dict[tuple[str, int], list[np.ndarray]] = {}
+    for (layout, stage, what), gain in gains.items():
+        if what == "all":
+            rows.append((layout, str(stage), "all", spread(gain.mean(1), 2, True), "–",
                          f"{(gain.mean(0) > 0).sum()} of {gain.shape[1]}"))
             continue
-        i = int(stage.split()[0]) - 1
+        i = int(what.split()[0]) - 1
         rest = np.delete(gain, i, 1)
-        others[layout].append(rest.mean(1))
-        rows.append((layout, stage, spread(gain[:, i], 2, True), spread(rest.mean(1), 2, True),
+        others.setdefault((layout, stage), []).append(rest.mean(1))
+        rows.append((layout, str(stage), what, spread(gain[:, i], 2, True),
+                     spread(rest.mean(1), 2, True),
                      f"{(rest.mean(0) > 0).sum()} of {rest.shape[1]}"))
-    columns, grid = (np.mean(others[layout], 0) for layout in ("columns", "grid"))
-    reading = (f"Trained on one subtask alone, the others gain {spread(columns, 2, True)} % with "
-               f"columns and {spread(grid, 2, True)} % with the grid; "
-               f"{verdict('columns gain', columns, 2)}, {verdict('the grid loses', -grid, 2)}, "
-               f"{verdict('columns before the grid', columns - grid, 2)}.")
+    means = {k: np.mean(v, 0) for k, v in others.items()}
+    reading = "; ".join(
+        f"from {stage} % of the training {verdict('columns gain', means['columns', stage], 2)}, "
+        f"{verdict('the grid loses', -means['grid', stage], 2)}, " + verdict(
+            "columns before the grid", means["columns", stage] - means["grid", stage], 2)
+        for stage in sorted(cfg.stages))
+    late = max(cfg.stages)
     left_out = [
-        curves(lab.folder / "losses.png", {k: per_column(v) for k, v in found.items()
-                                           if k.endswith((" early", " late"))},
-               "subtask", "held-out loss", "Loss per subtask, early and late in training"),
-        curves(lab.folder / "gains.png", {k: per_column(v) for k, v in gains.items()}, "subtask",
-               "gain over early training, %", "Gain of every subtask, by the subtasks trained")]
-    Report("Training dynamics (Fig. 3)", PAPER, rows, reading, [
-        row_starts(found["grid late"]), *left_out], {"losses": found, "gains": gains}).write(lab)
+        curves(lab.folder / "losses.png", {f"{k[0]}, {k[1]} %": per_column(v) for k, v in
+                                           found.items() if not k[2]},
+               "subtask", "held-out loss", "Loss per subtask, at stages of the training"),
+        curves(lab.folder / "gains.png", {f"{layout} {what}": per_column(v) for (layout, stage, what), v
+                                          in gains.items() if stage == late},
+               "subtask", f"gain over {late} % of the training, %",
+               "Gain of every subtask, by the subtasks trained")]
+    Report("Training dynamics (Fig. 3)", PAPER, rows, f"Trained on one subtask alone, means over "
+           f"the others: {reading}.", [row_starts(found["grid", 100, ""]), *left_out],
+           {"losses": {" ".join(map(str, k)): v for k, v in found.items()},
+            "gains": {" ".join(map(str, k)): v for k, v in gains.items()}}).write(lab)
 
 
 def row_starts(late: np.ndarray) -> str:

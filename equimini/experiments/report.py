@@ -20,8 +20,10 @@ from equimini.utils.machine import machine
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 1, 2, … df
 SEEDS_NOTE = ("Intervals: 95 %, of the mean difference between models of the same seed (paired, "
-              "Student's t); a claim holds if the interval lies above 0. All seeds of a layout "
-              "share one tokenizer, whose own variation is not in them.")
+              "Student's t); a claim holds if the interval lies above 0. Every seed has a "
+              "tokenizer of its own, which its models of one layout share; held-out pictures are "
+              "the same for all, so the intervals leave out their choice. ± is the standard "
+              "deviation over seeds.")
 
 
 @dataclass

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from equimini import load_generator
+from equimini.autoencoder import Tokenizer
 from equimini.config import flag
 from equimini.evaluate.feature_networks import load_network
 from equimini.evaluate.metrics import Gaussian, frechet_distance
@@ -27,8 +30,8 @@ from equimini.utils.errors import UserError
 from equimini.utils.files import write_text
 from equimini.utils.images import to_float, to_pixels
 
-GUIDANCE = (1.0, 1.5, 2.0, 3.0)  # scales that are tried for every model
-EULER_STEPS, BATCH = 25, 64
+GUIDANCE = (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # scales to choose from
+EXACT, BATCH = {"solver": "midpoint", "steps": 16}, 64
 
 
 @dataclass(frozen=True)
@@ -46,64 +49,108 @@ def thumbnails(pictures: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(to_float(pictures), 8).flatten(1)
 
 
+def lowest(value: Callable[[int], float], start: int, count: int) -> int:
+    """The number of 0 … count − 1, found downhill from `start`, neither neighbour of which has a
+    lower value."""
+    at, known = start, functools.cache(value)
+    while (best := min(range(max(0, at - 1), min(count, at + 2)), key=known)) != at:
+        at = best
+    return at
+
+
+@torch.no_grad()
+def reconstructed(images: Tensor, tokenizer: Tokenizer | None) -> Tensor:
+    """Pictures, uint8 (B, 3, H, W), encoded and decoded; None: as they are."""
+    if tokenizer is None:
+        return images
+    x = to_float(images.to(tokenizer.latent_mean.device))
+    return to_pixels(tokenizer.decode(tokenizer.encode(x)))
+
+
 class Judge:
     """Fréchet distances between a model's samples and the held-out pictures.
 
-    decoded: real pictures are encoded and decoded first, which leaves out what the tokenizer loses,
-    for models that share one.  floor: the distance of as many training pictures as a model draws.
+    decoded: real pictures are encoded and decoded first, by the columns' tokenizer of the same
+    seed, which leaves out what it loses, for models that share it.  floor: the distance of as many
+    training pictures as a model draws, at the first seed.
     """
 
     def __init__(self, cfg: SampledConfig, lab: Lab, decoded: bool = False) -> None:
         self.device, self.samples = pick_device(cfg.device), cfg.samples or lab.scale.samples
+        self.lab, self.decoded = lab, decoded
         self.features: Callable[[Tensor], Tensor] = thumbnails
         self.name = "8x8 thumbnails"
         if cfg.network:
             net = load_network(cfg.network, device=self.device)
             self.features, self.name = net.features, net.name
-        trained = lab.tokenizer().last
-        tokenizer = load_tokenizer(trained, self.device)
-        self.tokenizer = tokenizer if decoded else None
-        train, val, _ = load_data(cfg.pictures(trained), tokenizer.config)
-        if min(len(train), len(val)) < 2:
+        first = self.tokenizer("columns", 0)
+        train, self.val, _ = load_data(cfg.pictures(lab.tokenizer().last), first.config)
+        if min(len(train), len(self.val)) < 2:
             raise UserError("a Fréchet distance needs at least two training and two held-out "
                             "pictures; give more as --data, or --val-data")
-        self.real = self.gaussian(val, len(val))
-        self.floor = frechet_distance(self.real, self.gaussian(train, self.samples))
+        self.real = [self.held_out(self.tokenizer("columns", seed) if decoded else None)
+                     for seed in range(cfg.seeds if decoded else 1)]
+        self.floor = frechet_distance(self.real[0], self.gaussian(
+            train, self.samples, first if decoded else None))
 
-    def gaussian(self, data: Dataset, count: int) -> Gaussian:
-        """Fitted to the features of `count` pictures of a data set."""
+    @property
+    def how(self) -> str:
+        """For a report."""
+        return (f"Fréchet distance of {self.samples} samples (features: {self.name}; drawn with "
+                f"{EXACT['steps']} steps of the {EXACT['solver']} method) to held-out pictures"
+                f"{', encoded and decoded' * self.decoded}. Guidance scale of every run: from 1 on "
+                f"downhill over {', '.join(f'{s:g}' for s in GUIDANCE)}, by half as many other "
+                "samples. Floor: as many training pictures.")
+
+    def tokenizer(self, layout: str, seed: int) -> Tokenizer:
+        return load_tokenizer(self.lab.tokenizer(layout, seed=seed).last, self.device)
+
+    def held_out(self, tokenizer: Tokenizer | None = None) -> Gaussian:
+        return self.gaussian(self.val, len(self.val), tokenizer)
+
+    def gaussian(self, data: Dataset, count: int, tokenizer: Tokenizer | None = None) -> Gaussian:
+        """Fitted to the features of `count` pictures of a data set, as this tokenizer shows them."""
         loader = tqdm(fixed_loader(data, BATCH, count), desc="features of real pictures")
-        return Gaussian.fit(torch.cat([self.features(self.seen(images))
+        return Gaussian.fit(torch.cat([self.features(reconstructed(images, tokenizer))
                                        for images, _, _ in loader]))
 
-    @torch.no_grad()
-    def seen(self, images: Tensor) -> Tensor:
-        """Real pictures, uint8 (B, 3, H, W), as the models that are judged could draw them."""
-        if self.tokenizer is None:
-            return images
-        x = to_float(images.to(self.device))
-        return to_pixels(self.tokenizer.decode(self.tokenizer.encode(x)))
+    def limits(self, layout: str, seeds: int) -> np.ndarray:
+        """The distance of the held-out pictures' reconstructions from themselves, by seed."""
+        return np.array([frechet_distance(self.real[0], self.held_out(self.tokenizer(layout, seed)))
+                         for seed in range(seeds)])
 
-    def distance(self, run: TrainingRun, scale: float, count: int, first: int = 0) -> float:
-        """Of `count` samples with seeds `first`, first + 1, …, classes in turn."""
-        reference = "decoded-" if self.tokenizer else ""
-        kept = run.folder / (f"frechet-{reference}{Path(self.name).stem}-{scale:g}-{count}-{first}"
-                             ".json")
+    def distance(self, run: TrainingRun, seed: int, scale: float, count: int,
+                 first: int = 0) -> float:
+        """Of `count` samples with seeds `first`, first + 1, …, classes in turn; seed: the run's."""
+        reference = "decoded-" if self.decoded else ""
+        kept = run.folder / (f"frechet-{'-'.join(map(str, EXACT.values()))}-{reference}"
+                             f"{Path(self.name).stem}-{scale:g}-{count}-{first}.json")
         if kept.exists():
             return json.loads(kept.read_text())
         model, found = load_generator(run.last, self.device), []
         for i in tqdm(range(0, count, BATCH), desc=f"drawing, guidance {scale:g}"):
             seeds = range(first + i, first + min(i + BATCH, count))
             images = model.sample([s % len(model.classes) for s in seeds], seed=seeds[0],
-                                  cfg=scale, steps=EULER_STEPS)
+                                  cfg=scale, **EXACT)
             found.append(self.features(to_pixels(images)))
-        value = frechet_distance(self.real, Gaussian.fit(torch.cat(found)))
+        real = self.real[seed if self.decoded else 0]
+        value = frechet_distance(real, Gaussian.fit(torch.cat(found)))
         write_text(kept, json.dumps(value))
         return value
 
-    def best(self, runs: list[TrainingRun]) -> tuple[float, list[float]]:
-        """The best guidance scale, found on half as many samples of the first run, and the
-        distance at that scale of every run's samples (with other seeds)."""
-        half = max(2, self.samples // 2)
-        scale = min(GUIDANCE, key=lambda s: self.distance(runs[0], s, half, 1_000_000))
-        return scale, [self.distance(run, scale, self.samples) for run in runs]
+    def best(self, runs: list[TrainingRun]) -> tuple[list[float], np.ndarray]:
+        """By seed, the best guidance scale, found on half as many samples, and the distance of
+        others at that scale."""
+        half, scales, at = max(2, self.samples // 2), [], GUIDANCE.index(1.0)
+        for seed, run in enumerate(runs):
+            at = lowest(lambda i: self.distance(run, seed, GUIDANCE[i], half, 1_000_000), at,
+                        len(GUIDANCE))
+            scales.append(GUIDANCE[at])
+        return scales, np.array([self.distance(run, seed, scale, self.samples)
+                                 for seed, (run, scale) in enumerate(zip(runs, scales))])
+
+
+def scales_text(scales: list[float]) -> str:
+    """Guidance scales of the seeds, for a table; an end of the sweep is marked."""
+    return ", ".join(f"{s:g}" + " (an end)" * (s in (GUIDANCE[0], GUIDANCE[-1]))
+                     for s in sorted(set(scales)))

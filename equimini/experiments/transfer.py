@@ -4,7 +4,7 @@
 
 Trains both models on all columns (patches) and on every second one, and compares the held-out
 loss of each subtask.  The rise on subtasks that were never trained, over the model that was
-trained on all of them, is what zero-shot transfer costs.
+trained on all of them, is what zero-shot transfer costs.  Pictures are drawn as well.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from equimini.config import flag
-from equimini.experiments.common import ExperimentConfig, Lab
+from equimini.experiments.common import Lab
 from equimini.experiments.report import Report, per_column, spread, verdict
+from equimini.experiments.samples import Judge, SampledConfig, scales_text
 from equimini.experiments.training_runs import losses
 from equimini.utils.command_line import parse
 from equimini.utils.errors import UserError
@@ -24,7 +25,7 @@ PAPER = ("gFID of columns 5.57 trained on 16 subtasks, 8.99 on 8; of the 2-D gri
 
 
 @dataclass(frozen=True)
-class TransferConfig(ExperimentConfig):
+class TransferConfig(SampledConfig):
     subtasks: tuple[int, ...] = flag((0, 2, 4, 6, 8, 10, 12, 14), "subtasks that the second pair "
                                      "of models is trained on, counted from 0", min=0)
 
@@ -38,23 +39,33 @@ def main(argv: list[str]) -> None:
                         f"{','.join(map(str, cfg.subtasks))}")
     unseen = [i for i in range(n) if i not in trained]
     half = f"--subtasks {','.join(map(str, cfg.subtasks))}"
-    found = {"columns": losses(lab.columns()),  # (seeds, N) each
-             "columns-half": losses(lab.columns(half, "columns-half")),
-             "grid": losses(lab.grid()), "grid-half": losses(lab.grid(half, "grid-half"))}
+    runs = {"columns": lab.columns(), "columns-half": lab.columns(half, "columns-half"),
+            "grid": lab.grid(), "grid-half": lab.grid(half, "grid-half")}
+    found = {name: losses(of) for name, of in runs.items()}  # (seeds, N) each
+    judge, scales, distances = Judge(cfg, lab), {}, {}
+    for name, of in runs.items():
+        scales[name], distances[name] = judge.best(of)
 
-    rows, rises = [("model", "subtasks trained", "loss on these", "loss on the others",
-                    "rise on the others, %")], {}
+    rows = [("model", "subtasks trained", "loss on these", "loss on the others",
+             "rise on the others, %", "guidance", "Fréchet distance")]
+    rises, losts = {}, {}
     for layout in ("columns", "grid"):
         whole, part = found[layout], found[f"{layout}-half"]
         rises[layout] = 100 * (part[:, unseen].mean(1) / whole[:, unseen].mean(1) - 1)
-        for count, values, cost in ((n, whole, "0"),
-                                    (len(trained), part, spread(rises[layout], 2, sign=True))):
-            rows.append((layout, str(count), spread(values[:, trained].mean(1)),
-                         spread(values[:, unseen].mean(1)), cost))
+        losts[layout] = distances[f"{layout}-half"] - distances[layout]
+        for count, name, cost in ((n, layout, "0"), (len(trained), f"{layout}-half",
+                                                     spread(rises[layout], 2, sign=True))):
+            rows.append((layout, str(count), spread(found[name][:, trained].mean(1)),
+                         spread(found[name][:, unseen].mean(1)), cost, scales_text(scales[name]),
+                         spread(distances[name], 3)))
+    rows.append(("training pictures (floor)", "", "", "", "", "", f"{judge.floor:.3f}"))
     reading = (f"On subtasks that were never trained the loss rises by "
                f"{spread(rises['columns'], 1)} % with columns and by {spread(rises['grid'], 1)} % "
                f"with the grid; " + verdict("columns lose less, as in the paper",
-                                            rises["grid"] - rises["columns"], 2) + ".")
+                                            rises["grid"] - rises["columns"], 2) +
+               f". The samples' distance rises by {spread(losts['columns'], 3)} with columns and "
+               f"by {spread(losts['grid'], 3)} with the grid; " + verdict(
+                   "columns lose less, as in the paper", losts["grid"] - losts["columns"]) + ".")
     left_out = curves(
         lab.folder / "transfer.png",
         {f"{layout}, {'half' if part else 'all'} trained": per_column(found[layout + part])
@@ -63,4 +74,5 @@ def main(argv: list[str]) -> None:
         f"Trained on subtasks {', '.join(str(i + 1) for i in trained)}, or on all")
     Report("Zero-shot transfer between subtasks (Table 1)", PAPER, rows, reading, [
         "Losses of columns and grid are of different tokens, so only rises are compared between "
-        "the two.", left_out], {"losses": found, "rises": rises}).write(lab)
+        "the two.", judge.how, left_out], {"losses": found, "rises": rises, "distances": distances,
+                                            "guidance": scales}).write(lab)

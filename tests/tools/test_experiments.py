@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from equimini.experiments import compute
+from equimini.experiments import compute, equivariance, samples
 from equimini.experiments import tokenizer as ablation
 from equimini.experiments import training_runs
 from equimini.experiments.attention import order, pairs
@@ -21,6 +21,8 @@ from equimini.experiments.probe import Probe
 from equimini.experiments.report import markdown, paired_interval, plain, spread, verdict
 from equimini.experiments.training_runs import TrainingRun, losses, run_script
 from equimini.experiments.uniformity import bump
+from equimini.generator import flow_matching_errors
+from equimini.noise import rng
 from equimini.presets import PRESETS, cost
 from equimini.training import loop as training
 from equimini.training.data import load_data
@@ -55,12 +57,14 @@ def in_this_process(monkeypatch):
 
 
 EXPERIMENTS = (("attention", ["--windows", 2], ["attention.png"]),  # options and pictures
-               ("transfer", [], ["transfer.png"]), ("dynamics", [], ["losses.png", "gains.png"]),
+               ("transfer", [], ["transfer.png"]),
+               ("dynamics", ["--stages", 50], ["losses.png", "gains.png"]),
                ("grid-vs-columns", [], ["samples.png"]),
                ("matrix", ["--tune-steps", 1, "--tune-batch", 4, "--measured", 4],
                 ["matrix-columns.png", "matrix-grid.png"]),
                ("extrapolation", ["--times", 2, "--euler-steps", 1, "--measured", 2],
                 ["extrapolation.png", "strips.png"]),
+               ("equivariance", ["--early", 50, "--half", 4], []),
                ("uniformity", ["--centred-data", "data"], ["uniformity.png"]))
 
 
@@ -69,7 +73,7 @@ def test_every_experiment_runs_and_shares_its_trainings(pictures, in_this_proces
                                                         count):
     data = ["--data", "data", "--val-data", "data", "--out", "out"]
     monkeypatch.setattr("equimini.experiments.samples.GUIDANCE", (1.0, 2.0))
-    monkeypatch.setattr("equimini.experiments.samples.EULER_STEPS", 2)
+    monkeypatch.setitem(samples.EXACT, "steps", 1)
     for name, extra, files in EXPERIMENTS[:count]:
         invoke("equimini.experiments", name, *data, *TOY, *extra, cwd=pictures)
         folder = pictures / "out" / name
@@ -82,9 +86,10 @@ def test_every_experiment_runs_and_shares_its_trainings(pictures, in_this_proces
     names = {name.removeprefix("generator-").removesuffix("-s0") for name in done
              if name.endswith("-s0")}
     assert count == 1 or names == {
-        *(f"{layout}{variant}" for layout in ("columns", "grid") for variant in (
-            "", "-half", "-early", "-then-all", "-then-4-alone", "-then-11-alone")),
-        "full", "real", "window-2", "unshifted", "columns-centred"}
+        *(f"{model}{variant}" for _, model, _ in equivariance.MODELS.values()
+          for variant in ("", "-at-50", *["-half"] * ("real" not in model))),
+        *(f"{layout}-at-50-then-{what}" for layout in ("columns", "grid")
+          for what in ("all", "4-alone", "11-alone")), "window-2", "columns-centred"}
 
 
 @pytest.mark.slow
@@ -193,6 +198,35 @@ def test_descent_steps_have_their_length_and_improve_what_is_trained(runs):
     moved = parameters_to_vector(trainer.model.parameters()).detach() - old
     assert (moved.norm() / old.norm()).item() == pytest.approx(1e-3, rel=1e-2)
     assert trainer.validate(batches)["val_loss_per_column"][5] < before[5]
+
+
+def test_gradients_of_subtasks_and_what_they_have_in_common(runs):
+    probe = Probe(runs / "runs/generator/last.pt", torch.device("cpu"))
+    trainer, n = probe.trainer(), probe.tokenizer.config.columns
+    means = torch.randn(2, 3, n, probe.tokenizer.config.token_channels,
+                        generator=torch.Generator().manual_seed(0))
+    labels, indices = torch.zeros(3, dtype=torch.long), torch.arange(3)
+    found = equivariance.gradients(trainer, [(means[0], labels, indices)])
+    draws = trainer.draws([rng("gradients", i) for i in range(3)], *trainer.shape(means[0]))
+    x = trainer.tokens(means[0], draws)
+    flow_matching_errors(trainer.model, x, labels, draws.u, draws.eps).mean().backward()
+    whole = torch.cat([w.grad.flatten() for w in trainer.model.parameters()])  # Eq. 8, all columns
+    assert torch.allclose(found.mean(0), whole, rtol=1e-3, atol=1e-5 * whole.abs().max().item())
+    same = torch.randn(1, 50).expand(4, -1)
+    assert equivariance.agreement(equivariance.cosines(same, same), range(4), [1, 2]) == (
+        pytest.approx(1))
+    c = equivariance.cosines(torch.eye(4) + 0.5, torch.eye(4) + 0.5)  # cosines 2 over 3
+    assert equivariance.agreement(c, range(4), range(4)) == pytest.approx(2 / 3)
+    c[0, 1:] = 0
+    assert equivariance.agreement(c, [0], [2, 3]) == 0
+    rho, p = equivariance.rank_correlation([1, 2, 3, 4], [8, 7, 3, 1])
+    assert (rho, p) == pytest.approx((-1, 2 / 24))
+
+
+@pytest.mark.parametrize("start", range(5))
+def test_guidance_is_searched_downhill(start):
+    assert samples.lowest(lambda i: [3, 2, 1, 2, 9][i], start, 5) == 2
+    assert samples.lowest([4, 3, 2, 1, 0].__getitem__, start, 5) == 4
 
 
 def test_bump_is_the_middle_half_over_the_sides():
