@@ -71,20 +71,18 @@ def main(argv: list[str]) -> None:
              "pairs per layer and image", "guidance", "Fréchet distance")]
     for name, values in found.items():
         rows.append((name, spread(means[name]), spread(over[name], 2, sign=True),
-                     spread(values[:, WINDOW:].mean(1)), str(counts[name]), scales_text(scales[name]),
-                     spread(distances[name], 3)))
+                     spread(values[:, WINDOW:].mean(1)), str(counts[name]),
+                     scales_text(scales[name]), spread(distances[name], 3)))
     rows.append(("training pictures, decoded (floor)", "", "", "", "", "", f"{judge.floor:.3f}"))
     each = ", ".join(f"{spread(v, 3)} ({k})" for k, v in distances.items())
     reading = (f"Over windowed attention the loss is {spread(over['full causal'], 2, True)} % with "
                f"full causal and {spread(over['real equivariant'], 2, True)} % with real "
                f"equivariant attention; {order(means)}. Samples lie {each} from decoded held-out "
-               f"pictures ({judge.name}); "
-               f"{order(distances)}.")
+               f"pictures ({judge.name}); {order(distances)}.")
     left_out = curves(lab.folder / "attention.png", {k: per_column(v) for k, v in found.items()},
                       "column", "held-out loss", "Loss per column by attention")
     Report("Attention variants (Table 4)", PAPER, rows, reading, [
         "The loss is taken on real columns before the predicted one; distances also feel how "
-        f"errors add up while sampling. {judge.how}",
-        left_out],
+        f"errors add up while sampling. {judge.how}", left_out],
         {"losses": found, "pairs": counts, "distances": distances, "guidance": scales,
          "floor": judge.floor}).write(lab)

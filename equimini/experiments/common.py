@@ -42,6 +42,12 @@ SCALES = {
                  "--layers 1 --embed-dim 16 --heads 1 --class-tokens 2 --head-width 16 "
                  "--head-depth 1 --batch-size 4 --preview-steps 1 --preview-cfg 1",
                  4, 20, 64, 8, 8),
+    "small": Scale("--image-size 32 --multipliers 1,2 --base-channels 8 --norm-groups 4 "
+                   "--z-channels 16 --token-channels 32 --batch-size 8 --lr-decay-every 150 "
+                   "--stats-images 512",
+                   "--layers 3 --embed-dim 64 --heads 2 --class-tokens 2 --head-width 64 "
+                   "--head-depth 2 --batch-size 32 --preview-steps 1 --preview-cfg 1",
+                   100, 200, 1024, 256, 256),
     "default": Scale("--lr-decay-every 225", "--layers 4 --embed-dim 128 --heads 4 "
                      "--class-tokens 4 --head-width 128 --head-depth 3 --batch-size 32 "
                      "--preview-steps 5",
@@ -58,7 +64,7 @@ class ExperimentConfig(Checked):
     out: str = flag("runs/experiments", "folder to write to; experiments on the same data share "
                     "their trainings in it")
     scale: str = flag("default", "size of models and trainings: default takes at most half an hour "
-                      "on two cores, large takes a GPU or patience, toy shows nothing",
+                      "on two cores, large takes a GPU or patience, small minutes, toy shows nothing",
                       choices=tuple(SCALES))
     seeds: int = flag(3, "trainings of every variant, which gives the spread", min=1)
     steps: int = flag(0, "training steps of every generator; 0: the scale's", min=0)

@@ -87,8 +87,9 @@ def main(argv: list[str]) -> None:
         curves(lab.folder / "losses.png", {f"{k[0]}, {k[1]} %": per_column(v) for k, v in
                                            found.items() if not k[2]},
                "subtask", "held-out loss", "Loss per subtask, at stages of the training"),
-        curves(lab.folder / "gains.png", {f"{layout} {what}": per_column(v) for (layout, stage, what), v
-                                          in gains.items() if stage == late},
+        curves(lab.folder / "gains.png", {f"{layout} {what}": per_column(v) for
+                                          (layout, stage, what), v in gains.items()
+                                          if stage == late},
                "subtask", f"gain over {late} % of the training, %",
                "Gain of every subtask, by the subtasks trained")]
     Report("Training dynamics (Fig. 3)", PAPER, rows, f"Trained on one subtask alone, means over "

@@ -45,8 +45,8 @@ def main(argv: list[str]) -> None:
     closer, better = (v["grid"] - v["columns"] for v in (distances, limits))
     reading = (f"Samples lie {spread(distances['columns'], 3)} from held-out pictures with columns "
                f"and {spread(distances['grid'], 3)} with the grid ({judge.name}); "
-               f"{verdict('columns are closer, as in the paper', closer)}. Of the tokenizers alone: "
-               f"{verdict('the columns reconstruct closer', better)}.")
+               f"{verdict('columns are closer, as in the paper', closer)}. Of the tokenizers "
+               f"alone: {verdict('the columns reconstruct closer', better)}.")
     Report("Columns against a 2-D grid (Table 3)", PAPER, rows, reading, [
         f"{judge.how} Losses are of different tokens. Reconstructions' distance: of held-out "
         "pictures, encoded and decoded, to themselves, the tokenizer's own limit."],

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from equimini.generator import GeneratorConfig, make_generator
+from equimini.generator import Generator, GeneratorConfig, make_generator
+from equimini.noise import rng
 from equimini.presets import GeneratorTraining
-from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
+from equimini.training.generator_trainer import Draws, GeneratorRun, GeneratorTrainer
 from equimini.training.loaders import fixed_loader
 from equimini.training.step import Stepper
 from equimini.utils import checkpoint
@@ -63,6 +64,24 @@ class Probe:
         """The loss of each column."""
         return self.trainer().validate(batches)["val_loss_per_column"]
 
+    def gradients(self, batches: Iterable[Batch]) -> Tensor:
+        """Of the loss of each column over all weights, (N, weights), summed over the batches.
+
+        The loss is that of `losses`, with noise of its own.
+        """
+        trainer, total = self.trainer(), torch.zeros(())
+        model = trainer.model.eval()
+        weights = list(model.parameters())
+        for means, labels, indices in batches:
+            draws = trainer.draws([rng("gradients", int(i)) for i in indices],
+                                  *trainer.shape(means))
+            draws = Draws(*trainer.on_device(*draws))
+            x, (labels,) = trainer.tokens(means, draws), trainer.on_device(labels)
+            found = [torch.autograd.grad(column_loss(model, x, labels, draws, i), weights,
+                                         materialize_grads=True) for i in range(x.shape[1])]
+            total = total + torch.stack([torch.cat([g.flatten() for g in of]) for of in found])
+        return total
+
     @torch.no_grad()
     def encode(self, data: Dataset, count: int, batch_size: int, label: str,
                seed: int = 0) -> list[Batch]:
@@ -70,3 +89,11 @@ class Probe:
         return [(self.tokenizer.encode(to_float(images.to(self.device))).cpu(), labels, indices)
                 for images, labels, indices in tqdm(
                     fixed_loader(data, batch_size, count, seed=seed), desc=label)]
+
+
+def column_loss(model: Generator, x: Tensor, labels: Tensor, draws: Draws, i: int) -> Tensor:
+    """Eq. 8 of column i alone; x (B, N, C), draws.u (M, B, N), draws.eps (M, B, N, C)."""
+    z = model.predict(x[:, :i + 1], labels)[:, i]  # (B, d)
+    x, eps, t = x[:, i], draws.eps[:, :, i], draws.u[:, :, i] * (1 - 1e-5) + 1e-5
+    v = model.head(torch.lerp(x, eps, t[..., None]), t, z)  # (M, B, C)
+    return (v - (eps - x)).square().mean()

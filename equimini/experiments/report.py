@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import permutations
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -130,6 +131,14 @@ def verdict(claim: str, differences: Sequence[float], digits: int = 3) -> str:
         return f"{claim}: {word} (no interval from one seed, or from what is not finite)"
     return (f"{claim}: {word} (difference {np.mean(differences):+.{digits}f}, interval "
             f"{low:+.{digits}f} to {high:+.{digits}f})")
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Spearman's, and its p: the share of all orders in which it is at least as far from 0."""
+    ranks = [np.argsort(np.argsort(v)) for v in (x, y)]
+    every = [np.corrcoef(ranks[0], order)[0, 1] for order in permutations(ranks[1])]
+    found = np.corrcoef(*ranks)[0, 1]
+    return found, float(np.mean(np.abs(every) > abs(found) - 1e-9))
 
 
 def per_column(losses: np.ndarray) -> list[tuple[float, float]]:

@@ -109,7 +109,7 @@ class Judge:
         return self.gaussian(self.val, len(self.val), tokenizer)
 
     def gaussian(self, data: Dataset, count: int, tokenizer: Tokenizer | None = None) -> Gaussian:
-        """Fitted to the features of `count` pictures of a data set, as this tokenizer shows them."""
+        """Fitted to the features of `count` pictures, as this tokenizer shows them."""
         loader = tqdm(fixed_loader(data, BATCH, count), desc="features of real pictures")
         return Gaussian.fit(torch.cat([self.features(reconstructed(images, tokenizer))
                                        for images, _, _ in loader]))

@@ -18,7 +18,8 @@ from equimini.experiments.common import ExperimentConfig, Lab, key
 from equimini.experiments.extrapolation import Mirrored
 from equimini.experiments.matrix import summary
 from equimini.experiments.probe import Probe
-from equimini.experiments.report import markdown, paired_interval, plain, spread, verdict
+from equimini.experiments.report import (markdown, paired_interval, plain, rank_correlation, spread,
+                                         verdict)
 from equimini.experiments.training_runs import TrainingRun, losses, run_script
 from equimini.experiments.uniformity import bump
 from equimini.generator import flow_matching_errors
@@ -206,11 +207,12 @@ def test_gradients_of_subtasks_and_what_they_have_in_common(runs):
     means = torch.randn(2, 3, n, probe.tokenizer.config.token_channels,
                         generator=torch.Generator().manual_seed(0))
     labels, indices = torch.zeros(3, dtype=torch.long), torch.arange(3)
-    found = equivariance.gradients(trainer, [(means[0], labels, indices)])
+    found = probe.gradients([(means[0], labels, indices)])
     draws = trainer.draws([rng("gradients", i) for i in range(3)], *trainer.shape(means[0]))
     x = trainer.tokens(means[0], draws)
-    flow_matching_errors(trainer.model, x, labels, draws.u, draws.eps).mean().backward()
-    whole = torch.cat([w.grad.flatten() for w in trainer.model.parameters()])  # Eq. 8, all columns
+    loss = flow_matching_errors(trainer.model, x, labels, draws.u, draws.eps).mean()  # Eq. 8
+    whole = parameters_to_vector(torch.autograd.grad(loss, [*trainer.model.parameters()],
+                                                     materialize_grads=True))
     assert torch.allclose(found.mean(0), whole, rtol=1e-3, atol=1e-5 * whole.abs().max().item())
     same = torch.randn(1, 50).expand(4, -1)
     assert equivariance.agreement(equivariance.cosines(same, same), range(4), [1, 2]) == (
@@ -219,7 +221,7 @@ def test_gradients_of_subtasks_and_what_they_have_in_common(runs):
     assert equivariance.agreement(c, range(4), range(4)) == pytest.approx(2 / 3)
     c[0, 1:] = 0
     assert equivariance.agreement(c, [0], [2, 3]) == 0
-    rho, p = equivariance.rank_correlation([1, 2, 3, 4], [8, 7, 3, 1])
+    rho, p = rank_correlation([1, 2, 3, 4], [8, 7, 3, 1])
     assert (rho, p) == pytest.approx((-1, 2 / 24))
 
 
@@ -250,9 +252,18 @@ def test_attention_is_counted():
         assert compute.attention_products(small, 16, window) == 2 * count * 512 * 16
     assert 2 * 16 * 16 * 512 * 16 == 4_194_304  # the paper's 4.2 M
     found = cost(small)
-    page = (ROOT / "docs/paper-in-miniature.md").read_text()
+    report = (ROOT / "docs/experiments/compute.md").read_text()
     assert "| small | {generator:.2f} | 151 | {GFLOPs:.2f} | {GMACs:.2f} | 5.41 |".format(
-        **found) in page and round(found["GFLOPs"], 2) == 5.13
+        **found) in report and round(found["GFLOPs"], 2) == 5.13
+
+
+@pytest.mark.parametrize("report", sorted((ROOT / "docs/experiments").glob("*.md")),
+                         ids=lambda path: path.stem)
+def test_the_page_holds_the_tables_that_commands_wrote(report):
+    page = (ROOT / "docs/paper-in-miniature.md").read_text()
+    lines = report.read_text().splitlines()
+    assert "\n".join(line for line in lines if line.startswith("|")) in page
+    assert next(line for line in lines if line.startswith("`python")) in page
 
 
 def test_a_claim_holds_if_its_interval_lies_above_0():
