@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import multiprocessing
 import os
 import resource
 import statistics
@@ -21,7 +20,6 @@ import tarfile
 import tempfile
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -32,6 +30,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from equimini.bench.timing import apart, peak_memory
 from equimini.config import Checked, flag
 from equimini.training.data import ImageFolder
 from equimini.training.index import open_source
@@ -46,8 +45,6 @@ READERS = {"equimini, folder": "torch", "equimini, tar": "torch", "ImageFolder":
 
 @dataclass(frozen=True)
 class ArchivesBench(Checked):
-    """How much is measured."""
-
     pictures: int = flag(1_280_000, "pictures of the large tar", min=1000)
     compared: int = flag(20_000, "pictures of the comparison, a multiple of 1000", min=1000)
     names: int = flag(200_000, "pictures of the comparison of memory", min=1000)
@@ -59,26 +56,13 @@ class ArchivesBench(Checked):
 def private_mb() -> float:
     """Memory that this process shares with no other."""
     text = Path("/proc/self/smaps_rollup").read_text()
-    return sum(int(line.split()[1]) for line in text.splitlines()
-               if line.startswith("Private_Dirty")) / 1024
-
-
-def peak_mb() -> float:
-    """The most memory this process had."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.split("VmHWM:")[1].split()[0]) / 1024
+    return int(text.split("Private_Dirty:")[1].split()[0]) / 1024
 
 
 def processor_seconds() -> float:
     """Of this process and the loaders that it has waited for."""
     return sum(sum(resource.getrusage(who)[:2])
                for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-
-
-def apart(function: Callable[..., Any], *args: Any) -> Any:
-    """The result of a function, called in a fresh process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def forked(function: Callable[[], float]) -> float:
@@ -172,8 +156,8 @@ def measure_names(reader: str, root: str) -> dict[str, float]:
     seconds = time.perf_counter() - start
     look = data.samples.__getitem__ if reader == "ImageFolder" else \
         lambda i: (data.source.name(int(data.indices[i])), data.labels[i])
-    return {"opened, s": seconds, "MB more": more, "peak MB": peak_mb(), "MB more in a loader":
-            forked(lambda: touched(len(data), look)), "index MB":
+    return {"opened, s": seconds, "MB more": more, "peak MB": peak_memory() / 2**20,
+            "MB more in a loader": forked(lambda: touched(len(data), look)), "index MB":
             sum(p.stat().st_size for p in Path(root).glob("index/*")) / 1e6}
 
 
@@ -201,8 +185,8 @@ def measure_reader(reader: str, root: str, n: int, read: int, workers: int) -> d
             break
     rate = count / (time.perf_counter() - first)
     del batches  # ends the loaders, whose processor time counts from their start
-    return {"images/s": rate, "µs of a processor each": (processor_seconds() - before) / count * 1e6,
-            "first batch, s": first - start}
+    each = 1e6 * (processor_seconds() - before) / count
+    return {"images/s": rate, "µs of a processor each": each, "first batch, s": first - start}
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> None:

@@ -8,7 +8,6 @@ time and of elapsed time, and how many times less the tree here takes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ from statistics import median
 
 from equimini.bench.sample import positive
 from equimini.utils.checkpoint import BOX
+from equimini.utils.command_line import command
 from equimini.utils.machine import machine
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,8 @@ try:
 except ImportError:
     from equimini.inference import prepared as packed
 with torch.no_grad():
-    ready, x, t = packed(model.generator), torch.randn(1, 1, model.generator.channels), torch.rand(1)
+    ready, t = packed(model.generator), torch.rand(1)
+    x = torch.randn(1, 1, model.generator.channels)
     context, cache = ready.encode_classes(torch.tensor([0])), []
     step = lambda: ready(x, context, 20, cache)
     for _ in range(5):
@@ -88,12 +89,12 @@ def first_look(tree: Path) -> list[float]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m equimini.bench single", allow_abbrev=False,
-                                     description=__doc__.split("\n")[0])
+    parser = command("equimini.bench single", __doc__)
     add = parser.add_argument
     add("--against", type=Path, required=True, help="folder of the other tree, built")
     add("--box", default=str(BOX / "scenes.pt"), help="weights that both draw with [the box's]")
-    add("--mean-flow", default="", help="weights with a head of one evaluation, for this tree alone")
+    add("--mean-flow", default="",
+        help="weights with a head of one evaluation, for this tree alone")
     add("--squares", type=int, default=64, help="squares drawn at once; 0: none [64]")
     add("--busy", type=int, default=0, help="processes that keep processors busy meanwhile [0]")
     add("--repeats", type=positive, default=5, help="processes of each, in turns [5]")
@@ -120,10 +121,9 @@ def main(argv: list[str]) -> None:
           f"{args.repeats} processes in turns, {args.busy} busy processes beside them\n"
           f"# {'':36} seconds of the processor (elapsed), times less")
     for what, before in found["before"].items():
-        cells = []
+        cells, was = [], median(v[1] for v in before)
         for name in runs:
-            elapsed, processor = (median(v[k] for v in found[name].get(what, before)) for k in (0, 1))
-            less = median(v[1] for v in before) / processor
+            elapsed, processor = map(median, zip(*found[name].get(what, before)))
             cells.append(f"{name} {processor:.4g} ({elapsed:.4g})"
-                         + (f" {less:.2f}x" if name != "before" else ""))
+                         + (f" {was / processor:.2f}x" if name != "before" else ""))
         print(f"{what:36} " + "  ".join(cells), flush=True)

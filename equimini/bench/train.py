@@ -8,23 +8,17 @@ does not run): noise, loss, gradient, clipping, AdamW, EMA.  Every setting runs 
 own, so that its peak memory is its own.
 
 Model FLOPs are those of the matrix products and the attention, forward and backward, that one
-step needs, counted by torch.utils.flop_counter on the meta device: 2 per multiply-add, class
-tokens and the head's batch multiplier included, what --checkpoint-activations computes again left
-out.  Utilisation is model FLOPs / time / peak rate of matrix products.  The peak is the published
-dense one of a GPU that the table in equimini/bench/train.py knows; of another device, of a CPU,
-and with --peak measured, that of a large product, measured here.
+step needs: 2 per multiply-add, class tokens and the head's batch multiplier included, what
+--checkpoint-activations computes again left out.  Utilisation is model FLOPs / time / peak rate of
+matrix products (docs/training.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import re
-import resource
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -32,7 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from equimini.autoencoder import Tokenizer
-from equimini.bench.timing import median_seconds
+from equimini.bench.timing import apart, median_seconds, peak_memory
 from equimini.config import Checked, flag
 from equimini.generator import Generator, flow_matching_loss, make_generator
 from equimini.presets import PRESETS
@@ -110,17 +104,6 @@ def peak_rate(device: torch.device, precision: str, source: str = "published") -
     return 2 * n**3 / median_seconds(lambda: a @ b, device.type), f"measured, {n}x{n}"
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU; of a CPU, the process' largest resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:  # getrusage's number starts at that of the process that began this one
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(x.split()[1]) for x in lines if x.startswith("VmHWM")) * 1024
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def trainer_of(cfg: TrainBench, setting: str, out: str) -> GeneratorTrainer:
     shape = PRESETS[cfg.preset].tokenizer
     setup = set_up("generator", "", GeneratorRun(out=out), [
@@ -155,7 +138,9 @@ def time_setting(cfg: TrainBench, setting: str) -> dict[str, Any]:
     for _ in range(2):
         step()
     times = [seconds(step, device.type) for _ in range(cfg.steps)]
-    memory, precision = peak_memory(device), trainer.opts.precision
+    # of a GPU the most that tensors took
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+    precision = trainer.opts.precision
     operators = profile(step, device) if cfg.profile else []
     rate, source = peak_rate(device, precision, cfg.peak)
     return {"setting": setting, "flags": SETTINGS[setting], "machine": machine(device.type),
@@ -196,26 +181,26 @@ def lines(row: dict[str, Any], cfg: TrainBench) -> list[str]:
 
 def run_settings(cfg: TrainBench, names: list[str]) -> None:
     """Measure, and print the table, or lines of JSON, as they come."""
-    training = PRESETS[cfg.preset].generator_training
-    flops, head = model_flops(cfg.preset, cfg.batch_size, training.batch_multiplier)
+    multiplier = PRESETS[cfg.preset].generator_training.batch_multiplier
+    flops, head = model_flops(cfg.preset, cfg.batch_size, multiplier)
+    print(json.dumps({"options": dataclasses.asdict(cfg)}) if cfg.json else
+          f"# {machine(torch.device(cfg.device).type)}\n# preset {cfg.preset}, batch "
+          f"{cfg.batch_size}, batch multiplier {multiplier}: {flops / 1e12:.3f} model TFLOPs per "
+          f"step, {head / flops:.0%} of them in the flow head\n{'setting':>15} {'images/s':>9} "
+          f"{'ms/step':>9} {'fastest':>9} {'faster':>6} {'first s':>8} {'peak GiB':>8} "
+          f"{'TFLOP/s':>8} {'of peak':>8} {'MFU':>6}", flush=True)
     rows: list[dict[str, Any]] = []
     for name in names:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            row = pool.submit(time_setting, cfg, name).result()
+        row = apart(time_setting, cfg, name)
         rows.append(row | {
             "flop_per_step": flops, "head_share": head / flops,
             "utilisation": flops / row["s_per_step"] / row["peak_flop_per_s"],
             "faster": (rows or [row])[0]["s_per_step"] / row["s_per_step"]})
-        if cfg.json:
-            print(json.dumps(rows[-1]), flush=True)
-            continue
-        if len(rows) == 1:
-            print(f"# {rows[0]['machine']}\n# preset {cfg.preset}, batch {cfg.batch_size}, batch "
-                  f"multiplier {training.batch_multiplier}: {flops / 1e12:.3f} model TFLOPs per "
-                  f"step, {head / flops:.0%} of them in the flow head\n{'setting':>15} "
-                  f"{'images/s':>9} {'ms/step':>9} {'fastest':>9} {'faster':>6} {'first s':>8} "
-                  f"{'peak GiB':>8} {'TFLOP/s':>8} {'of peak':>8} {'MFU':>6}")
-        print("\n".join(lines(rows[-1], cfg)), flush=True)
+        print(json.dumps(rows[-1]) if cfg.json else "\n".join(lines(rows[-1], cfg)), flush=True)
+    if not cfg.json:
+        print("# faster: than the first line.  first s: seconds of the first step, compilation "
+              "included.  " + ("peak: of tensors." if cfg.device.startswith("cuda") else
+                               "peak: resident size of the process."))
 
 
 def main(argv: list[str]) -> None:
@@ -233,11 +218,4 @@ def main(argv: list[str]) -> None:
     if "tf32" in names and device.type != "cuda":
         raise UserError("--settings tf32 needs a CUDA device")
     size = cfg.batch_size or (256 if device.type == "cuda" else 16)
-    cfg = dataclasses.replace(cfg, batch_size=size, device=str(device))
-    if cfg.json:
-        print(json.dumps({"options": dataclasses.asdict(cfg)}), flush=True)
-    run_settings(cfg, names)
-    if not cfg.json:
-        print("# faster: than the first line.  first s: seconds of the first step, compilation "
-              "included.  " + ("peak: of tensors." if device.type == "cuda" else
-                               "peak: resident size of the process."))
+    run_settings(dataclasses.replace(cfg, batch_size=size, device=str(device)), names)
