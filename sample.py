@@ -20,10 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
 
+from equimini import load_generator  # isort: skip  (before torch: says how its threads wait)
+
 import torch
 from torch import Tensor
 
-from equimini import load_generator
 from equimini.sampling.class_schedule import has_lengths, schedule_labels, schedule_length
 from equimini.sampling.commands import (RING_FIT, SampleConfig, asks_nothing, bar, check_device,
                                         check_options, class_schedule, command_line, decoded,

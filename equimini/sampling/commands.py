@@ -219,7 +219,7 @@ def check_device(options: SamplingOptions, device: torch.device) -> None:
 def evaluations(options: SamplingOptions, model: ImageGenerator) -> str:
     """How often the head is asked per column, in words."""
     n = options.resolved(model.generator.head).evaluations
-    return f"{n} evaluations of the head per column"
+    return f"{n} evaluation{'s' * (n > 1)} of the head per column"
 
 
 def bar(label: str, total: int | None = None, done: int = 0) -> Callable[[Iterable], Iterable]:

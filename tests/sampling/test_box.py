@@ -78,7 +78,7 @@ def test_without_arguments_squares_and_panoramas_are_drawn(tmp_path):
 def test_how_to_draw_may_be_said(tmp_path, capsys):
     invoke("sample.py", "--steps", 1, "--solver", "euler", "--seed", 3, cwd=tmp_path)
     said = capsys.readouterr().out
-    assert said.count("1 evaluations of the head") == 2 and said.count("--seed 3") == 2
+    assert said.count("1 evaluation of the head") == 2 and said.count("--seed 3") == 2
     assert (tmp_path / "samples.png").exists() and (tmp_path / "panorama.png").exists()
 
 
@@ -127,3 +127,15 @@ def test_a_copy_without_the_model_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "BOX", tmp_path)
     said = mistake("sample.py", cwd=tmp_path)
     assert "came without the model scenes" in said and "--checkpoint" in said
+
+
+@pytest.mark.parametrize("own, spins", (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
+                                        ({"OMP_WAIT_POLICY": "active"}, "None")))
+def test_how_threads_wait_is_said_before_torch_starts_unless_it_was_said(own, spins):
+    rest = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    said = subprocess.run(
+        [sys.executable, "-c", "import equimini, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), "
+         "'torch' in sys.modules)"], cwd=ROOT, env={**rest, **own}, capture_output=True, text=True)
+    assert said.stdout.split() == [spins, "False"]
+    script = (ROOT / "sample.py").read_text()
+    assert script.index("from equimini import") < script.index("import torch")
