@@ -60,10 +60,10 @@ def cosines(a: Tensor, b: Tensor) -> np.ndarray:
     return ((a @ b.T + b @ a.T) / 2).cpu().numpy()
 
 
-def agreement(c: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -> float:
-    """E over the pairs i of rows, j of columns."""
-    pairs = [c[i, j] for i in rows for j in columns if i != j]
-    return float(np.mean(pairs) / c.diagonal()[sorted({*rows, *columns})].mean())
+def agreement(c: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -> np.ndarray:
+    """E (…) over the pairs i of rows, j of columns; c (…, N, N)."""
+    pairs = [c[..., i, j] for i in rows for j in columns if i != j]
+    return np.mean(pairs, 0) / c.diagonal(0, -2, -1)[..., sorted({*rows, *columns})].mean(-1)
 
 
 def measured(cfg: EquivarianceConfig, lab: Lab, run: TrainingRun, layout: str,
@@ -82,51 +82,59 @@ def measured(cfg: EquivarianceConfig, lab: Lab, run: TrainingRun, layout: str,
     return c
 
 
-def main(argv: list[str]) -> None:
-    cfg = parse("equimini.experiments equivariance", __doc__, EquivarianceConfig(), argv)
-    lab = Lab("equivariance", cfg)
-    n, stages = lab.tokens(), (*sorted(cfg.early), 100)
-    half, found, rises = f" --subtasks {','.join(map(str, range(0, n, 2)))}", {}, {}
-    models = dict(list(MODELS.items())[:cfg.models])
-    for name, (layout, of, flags) in models.items():
+def train(cfg: EquivarianceConfig, lab: Lab) -> tuple[dict, dict]:
+    """C (seeds, N, N) by model and stage in percent; by model the rise (seeds) of transfer, in %."""
+    n, found, rises = lab.tokens(), {}, {}
+    half = f" --subtasks {','.join(map(str, range(0, n, 2)))}"
+    for name, (layout, of, flags) in list(MODELS.items())[:cfg.models]:
         make, flags, runs = getattr(lab, layout), flags.replace("N", str(n)), None
-        for percent in stages:
+        for percent in (*sorted(cfg.early), 100):
             runs = make(flags, of + f"-at-{percent}" * (percent < 100),
                         steps=max(1, lab.steps * percent // 100), forks=runs)
             found[name, percent] = np.stack([measured(cfg, lab, run, layout, seed)
                                              for seed, run in enumerate(runs)])
         if "real" not in of:  # trained on crops, it has no subtasks to leave out
-            whole, part = (losses(r)[:, 1::2].mean(1) for r in (runs, make(flags + half,
-                                                                           f"{of}-half")))
+            part = make(flags + half, f"{of}-half")
+            part, whole = (losses(r)[:, 1::2].mean(1) for r in (part, runs))
             rises[name] = 100 * (part / whole - 1)
-    first, last, interior = range(WINDOW - 1), range(n - WINDOW + 1, n), range(WINDOW - 1, n)
-    sets = {"all": (range(n), range(n)), f"first {WINDOW - 1}": (first, interior),
-            f"last {WINDOW - 1}": (last, interior)}
+    return found, rises
 
-    def e(name: str, percent: int, rows: Sequence[int], columns: Sequence[int]) -> np.ndarray:
-        return np.array([agreement(c, rows, columns) for c in found[name, percent]])
-    ends = {name: e(name, 100, interior, interior) for name in models}
-    table = [("model", *(f"E at {p} %" for p in stages), *(f"{k}, 100 %" for k in sets),
-              "noise floor, 100 %", "rise without training, %")]
-    for name in models:
-        floor = found[name, 100].diagonal(axis1=1, axis2=2)[:, WINDOW - 1:].mean(1)
-        table.append((name, *(spread(e(name, p, interior, interior), 2) for p in stages),
-                      *(spread(e(name, 100, *of), 2) for of in sets.values()), spread(floor, 2),
-                      spread(rises[name], 2, True) if name in rises else "–"))
-    rho, p = rank_correlation(*zip(*((ends[k].mean(), v.mean()) for k, v in rises.items())))
-    each = [rank_correlation([ends[k][s] for k in rises], [v[s] for v in rises.values()])[0]
-            for s in range(cfg.seeds)]
-    shift = {k: ends[k] - ends[f"{k}, no shift"] for k in models if f"{k}, no shift" in models}
-    reading = "; ".join((
-        verdict("columns pull more alike than the grid, both as in the paper",
-                ends["columns"] - ends["grid, no shift"], 2),
-        verdict("both without shift", ends["columns, no shift"] - ends["grid, no shift"], 2),
-        *(verdict(f"{k}: more alike with position augmentation", v, 2) for k, v in shift.items()),
-        f"rank correlation of E with the rise over {len(rises)} models {rho:.2f} (exact p = "
-        f"{p:.3f}; seeds one by one {', '.join(f'{r:.2f}' for r in each)})"))
-    Report("A measure of equivariance", PAPER, table, f"{reading[0].upper()}{reading[1:]}.", [
-        f"E over subtasks {WINDOW} to {n}, at the stages of the training; then, at its end, over "
-        f"all, and of those at either end with the interior. Noise floor: mean C_ii, from two "
-        f"times {cfg.half} pictures. Rise: of the loss on every second subtask, if only the others "
-        "were trained. Correlation: over means of seeds, all orders of the models counted."],
-        {"cosines": {f"{k} {p}": v for (k, p), v in found.items()}, "rises": rises}).write(lab)
+
+def read(ends: dict[str, np.ndarray], rises: dict[str, np.ndarray]) -> str:
+    """ends: E by model at the end of the training, (seeds)."""
+    shifts = [(k, f"{k}, no shift") for k in ends if f"{k}, no shift" in ends]
+    parts = [verdict("columns pull more alike than the grid, both as in the paper",
+                     ends["columns"] - ends["grid, no shift"], 2),
+             verdict("and lose less by transfer", rises["grid, no shift"] - rises["columns"], 2),
+             *(verdict(f"{k}: more alike with position augmentation", ends[k] - ends[other], 2)
+               for k, other in shifts)]
+    if len(rises) > 3:  # of fewer models no order is rare
+        e, cost = (np.array([of[k] for k in rises]) for of in (ends, rises))  # (models, seeds)
+        rho, p = rank_correlation(e.mean(1), cost.mean(1))
+        each = ", ".join(f"{rank_correlation(*of)[0]:.2f}" for of in zip(e.T, cost.T))
+        parts.append(f"rank correlation of E with the rise over {len(rises)} models, means of "
+                     f"seeds: {rho:.2f} (exact p {p:.3f}; seeds one by one {each})")
+    return f"{'; '.join(parts)}."
+
+
+def main(argv: list[str]) -> None:
+    cfg = parse("equimini.experiments equivariance", __doc__, EquivarianceConfig(), argv)
+    lab = Lab("equivariance", cfg)
+    found, rises = train(cfg, lab)
+    n, inner, k = lab.tokens(), range(WINDOW - 1, lab.tokens()), WINDOW - 1
+    parts = [(range(n), range(n)), (range(k), inner), (range(n - k, n), inner)]
+    rows = [("model", *(f"E at {p} %" for p in (*sorted(cfg.early), 100)), "E of all",
+             f"first {k} with interior", f"last {k} with interior", "noise floor",
+             "rise without training, %")]
+    for name in list(MODELS)[:cfg.models]:
+        stages = [c for (of, _), c in found.items() if of == name]  # (seeds, N, N) each
+        floor = stages[-1].diagonal(0, 1, 2)[:, k:].mean(1)
+        rows.append((name, *(spread(agreement(c, inner, inner), 2) for c in stages),
+                     *(spread(agreement(stages[-1], *of), 2) for of in parts), spread(floor, 2),
+                     spread(rises[name], 2, True) if name in rises else "–"))
+    ends = {of: agreement(c, inner, inner) for (of, p), c in found.items() if p == 100}
+    Report("A measure of equivariance", PAPER, rows, read(ends, rises), [
+        f"E over the interior (subtasks {WINDOW} to {n}) at stages of the training; all else at "
+        f"its end. Noise floor: mean C_ii, from two times {cfg.half} pictures. Rise: of the loss "
+        "on every second subtask, if only the others are trained."],
+        {"cosines": {f"{of} {p}": c for (of, p), c in found.items()}, "rises": rises}).write(lab)
