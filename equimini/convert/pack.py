@@ -7,10 +7,11 @@ rounding of float16 (about 3 digits), which the command measures; training can s
 (--init-from), but not be resumed.  Of the run's settings only what belongs to the recipe is kept:
 no path of the machine that trained it.
 
-    python -m equimini.convert.pack runs/mean-flow/last.pt --base equimini/assets/scenes.pt --out equimini/assets/scenes-mean-flow.pt
+    python -m equimini.convert.pack runs/mean-flow/last.pt --base equimini/assets/scenes.pt \\
+        --out equimini/assets/scenes-mean-flow.pt
 
-writes only the weights that the packed generator of --base, which must stay beside it, does not have:
-those of a head, say, that was trained alone.
+writes only the weights that the packed generator of --base, which must stay beside it, does not
+have: those of a head, say, that was trained alone.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def pack_onto(base: Path, content: dict[str, Any], source: Path, out: Path) -> P
     """Write the weights of `source` that the packed generator `base` has not; returns `out`."""
     below = checkpoint.load(base, "generator")
     if base.resolve().parent != out.resolve().parent or base.name == out.name or "base" in below:
-        raise UserError(f"--base {base} and --out {out} must be two files of one folder, and --base "
-                        "a whole one")
+        raise UserError(f"--base {base} and --out {out} must be two files of one folder, and "
+                        "--base a whole one")
     theirs, mine = (tokenizer_inside(c, path).state_dict()
                     for c, path in ((below, base), (content, source)))
     if below["classes"] != content["classes"] or any(

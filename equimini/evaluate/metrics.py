@@ -78,13 +78,11 @@ class Gaussian:
     @staticmethod
     def fit(features: Tensor) -> Gaussian:
         """To features (n, d), n ≥ 2, with the unbiased covariance."""
-        n, d = features.shape
+        x, (n, d) = features.detach().cpu().double(), features.shape
+        mean, x = x.mean(0), x - x.mean(0)
         if n <= d:  # the centred features are a root
-            x = features.detach().cpu().double()
-            return Gaussian(x.mean(0), (x - x.mean(0)).T / (n - 1) ** 0.5)
-        statistics = Statistics(d)
-        statistics.update(features)
-        return Gaussian.of(statistics.mean, statistics.covariance())
+            return Gaussian(mean, x.T / (n - 1) ** 0.5)
+        return Gaussian.of(mean, x.T @ x / (n - 1))
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:

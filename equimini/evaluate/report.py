@@ -89,7 +89,7 @@ def notes(rows: list[dict], reference: Reference, net: FeatureNetwork, pixels: s
 
 
 def write_report(report: dict[str, Any], out: Path) -> None:
-    """report.json, and the same as text.  Numbers that are not finite become null, as in JSON."""
+    """report.json, and as text.  Numbers that are not finite become null: JSON has none."""
     report["results"] = [{k: None if isinstance(v, float) and not math.isfinite(v) else v
                           for k, v in row.items()} for row in report["results"]]
     write_text(out / "report.json", json.dumps(report, indent=1, allow_nan=False))

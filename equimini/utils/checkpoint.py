@@ -186,7 +186,8 @@ def weights_of(content: dict[str, Any], ema: bool, path: Any) -> dict[str, torch
 def tokenizer_from_dict(content: dict[str, Any], path: Any, ema: bool = True) -> Tokenizer:
     """The tokenizer of a loaded checkpoint, in eval mode, with the EMA (or the raw) weights."""
     with reading(path):
-        tokenizer = unfilled(Tokenizer, config_from_dict(TokenizerConfig, content["config"]["model"]))
+        config = config_from_dict(TokenizerConfig, content["config"]["model"])
+        tokenizer = unfilled(Tokenizer, config)
         load_weights(tokenizer, weights_of(content, ema, path), path)
     return tokenizer.eval().requires_grad_(False)
 
