@@ -38,22 +38,23 @@ Vec load(const T* from) {
 template <int R, int N, class T>
 inline void panels(float* y, int64_t y_row, const float* x, int64_t x_row, const T* w,
                    const float* bias, int64_t in) {
-  constexpr int lanes = kLanes<float>;
-  Vec sum[R][N * kParts];
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < N * kParts; c++) sum[r][c] = load(bias + c * lanes);
+  constexpr int lanes = kLanes<float>, C = N * kParts;
+  Vec sum[R][C];  // in registers, if every loop over it is unrolled before all else (GCC)
+#pragma GCC unroll 16
+  for (int i = 0; i < R * C; i++) sum[i / C][i % C] = load(bias + i % C * lanes);
   for (int64_t k = 0; k < in; k++) {
     for (int i = 0; i < N && N < 4; i++)  // fetch the next panels; of 4 the processor does by itself
       __builtin_prefetch(w + ((N + i) * in + k) * kPanel);
-    Vec w_k[N * kParts];
-    for (int c = 0; c < N * kParts; c++)
+    Vec w_k[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; c++)
       w_k[c] = load(w + (c / kParts * in + k) * kPanel + c % kParts * lanes);
-    for (int r = 0; r < R; r++)
-      for (int c = 0; c < N * kParts; c++) sum[r][c] += x[r * x_row + k] * w_k[c];
+#pragma GCC unroll 16
+    for (int i = 0; i < R * C; i++) sum[i / C][i % C] += x[i / C * x_row + k] * w_k[i % C];
   }
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < N * kParts; c++)
-      *reinterpret_cast<Vec*>(y + r * y_row + c * lanes) = sum[r][c];
+#pragma GCC unroll 16
+  for (int i = 0; i < R * C; i++)
+    *reinterpret_cast<Vec*>(y + i / C * y_row + i % C * lanes) = sum[i / C][i % C];
 }
 
 // The same for `count` panels and `rows` ≤ R rows.
