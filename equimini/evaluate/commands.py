@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,13 +33,13 @@ from equimini.evaluate.feature_shards import (SHARD, SHOWN, RealPictures, Recons
                                               measure, read_all)
 from equimini.evaluate.metrics import frechet_distance
 from equimini.evaluate.options import (GENERATOR, IMAGES, TOKENIZER, EvaluateConfig,
-                                       GeneratorEvaluation, ImagesEvaluation, NetworkConfig)
+                                       GeneratorEvaluation, ImagesEvaluation, NetworkConfig,
+                                       sampling)
 from equimini.evaluate.report import compare, distance_name, notes, write_report
 from equimini.evaluate.sources import Reference, open_source, score_reference
 from equimini.pretrained.published_weights import load_lpips
 from equimini.pretrained.torchscript import FeatureDistance
 from equimini.sampling.commands import check_device
-from equimini.sampling.options import SamplingOptions
 from equimini.training.data import Synthetic, load_data
 from equimini.training.options import BUILT_IN, DataConfig
 from equimini.training.split import as_trained, open_pictures
@@ -129,16 +129,10 @@ def scales(text: str) -> list[float]:
     return found
 
 
-def sampling(cfg: GeneratorEvaluation, scale: float) -> SamplingOptions:
-    """The options of sampling at one guidance scale."""
-    given = {f.name: getattr(cfg, f.name) for f in fields(SamplingOptions)}
-    return SamplingOptions(**given | {"cfg": scale})
-
-
 def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     """Samples at every scale against the reference; beside them the floor and the limit."""
     found = scales(cfg.cfg)
-    check_device(sampling(cfg, 0), device)
+    check_device(sampling(cfg, cfg=0), device)
     model = load_generator(cfg.checkpoint, device, cfg.weights == "ema", cfg.tokenizer)
     shape, classes = model.tokenizer.config, len(model.classes)
     if cfg.n < classes:
@@ -150,7 +144,7 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
                         f"generator {', '.join(model.classes[:30])}; give --data the pictures it "
                         "was trained on")
     columns = (cfg.width or shape.image_size) // shape.f
-    how = [sampling(cfg, scale).resolved(model.generator.head) for scale in found][0]
+    how = [sampling(cfg, cfg=scale).resolved(model.generator.head) for scale in found][0]
     settings = {"schedule": cfg.cfg_schedule, "solver": how.solver, "steps": how.steps,
                 "time_shift": cfg.time_shift, "temperature": cfg.temperature,
                 "precision": cfg.precision, "seed": cfg.sample_seed, "columns": columns,
@@ -167,7 +161,7 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     for scale in found:
         keep = (output_folder(bench.out / f"images/cfg-{scale}") if cfg.keep_images or cfg.npz
                 else None)
-        sets[scale] = Samples(model, cfg.n, columns, cfg.sample_seed, sampling(cfg, scale),
+        sets[scale] = Samples(model, cfg.n, columns, cfg.sample_seed, sampling(cfg, cfg=scale),
                               bench.out / f"samples/cfg-{scale}", cfg.batch_size, keep)
         measure(sets[scale], bench.net, f"samples, cfg {scale:g}")
         if cfg.npz and distributed.is_main():

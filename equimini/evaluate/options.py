@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from equimini.config import Checked, flag
 from equimini.sampler import SCHEDULES
@@ -65,6 +66,12 @@ class ImagesEvaluation(NetworkConfig):
     workers: int = flag(1, "processes that load images; 0: none but the main one", min=0)
     device: str = flag("auto", "where to compute: auto (CUDA, then MPS, then CPU), cpu, cuda, "
                        "cuda:N, mps")
+
+
+def sampling(config: SamplingOptions, /, **changed: Any) -> SamplingOptions:
+    """The sampling options alone of a configuration that has others as well."""
+    given = {f.name: getattr(config, f.name) for f in fields(SamplingOptions)}
+    return SamplingOptions(**given | changed)
 
 
 GENERATOR = GeneratorEvaluation(checkpoint="runs/generator/last.pt", out="runs/evaluate-generator")

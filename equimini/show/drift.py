@@ -33,8 +33,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from equimini import load_generator
-from equimini.config import Checked, flag
-from equimini.sampler import SCHEDULES, SOLVERS
+from equimini.config import flag
+from equimini.evaluate.options import sampling
+from equimini.sampling.commands import check_device
 from equimini.sampling.edit import load_tokens
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import POSITIONS, SamplingOptions
@@ -53,7 +54,7 @@ Statistics = dict[str, Tensor]  # name: value of every column, (N,)
 
 
 @dataclass(frozen=True)
-class DriftConfig(Checked):
+class DriftConfig(SamplingOptions):
     checkpoint: str = flag("runs/generator/last.pt", "checkpoint of a trained generator")
     tokens: str = flag("", "token file to measure instead of drawing")
     positions: str = flag("hold", "positions that cross-attention sees: hold, grow (see "
@@ -61,16 +62,14 @@ class DriftConfig(Checked):
     columns: int = flag(128, "length of the pictures, in columns", min=4)
     lead_in: int = flag(0, "columns drawn before the pictures and cut off", min=0)
     count: int = flag(24, "pictures, of the classes in turn", min=1)
-    cfg: float = flag(3.0, "guidance scale; 1: none", min=0)
-    cfg_schedule: str = flag("auto", "see sample.py", choices=("auto", *SCHEDULES))
-    solver: str = flag("midpoint", "see sample.py", choices=tuple(SOLVERS))
-    steps: int = flag(10, "steps of the solver per column", min=1)
-    temperature: float = flag(1.0, "see sample.py", min=0)
     seed: int = flag(0, "seed of the first picture", min=0)
     data: str = flag("", "folder of pictures to compare with")
     images: int = flag(256, "pictures of --data, at most", min=1)
     device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")
     out: str = flag("drift", "folder for the plots and pictures")
+
+
+DEFAULTS = DriftConfig(cfg=3.0, solver="midpoint", steps=10)
 
 
 def column_statistics(tokens: Tensor, images: Tensor, f: int) -> Statistics:
@@ -152,23 +151,22 @@ def table(measured: dict[str, Statistics]) -> str:
 def draw(cfg: DriftConfig, model: ImageGenerator, positions: str) -> tuple[Tensor, Tensor]:
     """The panoramas' tokens, (count, columns, C), and their classes, (count, columns)."""
     labels, n = torch.arange(cfg.count) % len(model.classes), cfg.lead_in + cfg.columns
-    options = SamplingOptions(
-        cfg=cfg.cfg, cfg_schedule=cfg.cfg_schedule, solver=cfg.solver, steps=cfg.steps,
-        positions=positions, temperature=cfg.temperature)
-    tokens = model.sample_tokens(labels.tolist(), n, range(cfg.seed, cfg.seed + cfg.count), options,
+    tokens = model.sample_tokens(labels.tolist(), n, range(cfg.seed, cfg.seed + cfg.count),
+                                 sampling(cfg, positions=positions),
                                  lambda drawn: tqdm(drawn, positions, n))
     return tokens[:, cfg.lead_in:], labels[:, None].expand(-1, cfg.columns)
 
 
 @torch.no_grad()
 def main(argv: list[str]) -> None:
-    cfg = parse("equimini.show drift", __doc__, DriftConfig(), argv)
+    cfg = parse("equimini.show drift", __doc__, DEFAULTS, argv)
     wanted = [name.strip() for name in cfg.positions.split(",")]
     if not set(wanted) <= set(POSITIONS):
         raise UserError(f"--positions takes {' or '.join(POSITIONS)}, or both with a comma, got "
                         f"{cfg.positions}")
-    out = output_folder(cfg.out)
-    model = load_generator(cfg.checkpoint, pick_device(cfg.device))
+    out, device = output_folder(cfg.out), pick_device(cfg.device)
+    check_device(cfg, device)
+    model = load_generator(cfg.checkpoint, device)
     measured, repeated, rows, names = {}, {}, [], []
     if cfg.data:
         measured["pictures"] = of_pictures(model, cfg.data, cfg.images)
