@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib
 import re
+import signal
 import sys
 import typing
 import warnings
@@ -170,6 +171,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one would only cut off the exit
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
