@@ -21,14 +21,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from equimini.evaluate import feature_shards
 from equimini.training import cache_latents, index
 from equimini.utils import command_line
 from tests.evaluate.test_evaluate import TinyNet
 from tests.helpers.scripts import ENVIRONMENT, GENERATOR, ROOT, TOKENIZER, call
+from tests.training.test_scripts import same
 
 EVERY = ["--val-every", "7", "--preview-every", "10", "--deterministic"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-TIMES = ("images_per_s", "built")  # what may differ
 
 
 class Job(NamedTuple):
@@ -70,8 +71,8 @@ def make_jobs(folder: Path) -> dict[str, Job]:
         "generator in 2 processes": training("generator", first=(*TORCHRUN,)),
         "cache_latents": Job(["cache", "--workers", "0", "--images", "300", *out]),
         "evaluate": Job(["-m", "equimini.evaluate", "generator", *checkpoint, "--network", "net.pt",
-                         "--cfg", "1,2", "--n", "600", "--workers", "0", "--cache",
-                         "OUT/features"]),
+                         "--cfg", "1,2", "--n", "100", "--reference-n", "100", "--workers", "0",
+                         "--cache", "OUT/features"]),
         "scroll": Job(scroll, [*scroll, "--resume"], "state.pt"),
         "index": Job(["search", "OUT"])}
 
@@ -93,7 +94,8 @@ def run(words: list[str], folder: Path) -> None:
     if words[:2] == TORCHRUN[:2]:
         os.execve(sys.executable, [sys.executable, *words], ENVIRONMENT)
     sys.argv = words[words[0] == "-m":]
-    index.SMALL, index.PAUSE, cache_latents.SHARD = 0, 0.1, 50  # small sizes that no option sets
+    index.SMALL, index.PAUSE = 0, 0.1  # small sizes that no option sets
+    cache_latents.SHARD = feature_shards.SHARD = 50
     within = {"search": lambda: index.open_source("many.tar", words[1]),
               "cache": cache_latents.main}
     try:
@@ -164,41 +166,31 @@ def at_work(job: Job, out: Path, seconds: float, draw: random.Random,
     return process
 
 
-def leaves(value: Any, name: str) -> dict[str, Any]:
-    """The values of a nest by their places; arrays as what they are made of, so that NaN is NaN."""
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        array = np.asarray(value)
-        return {name: (type(value), array.dtype, array.shape, array.tobytes())}
-    if isinstance(value, (list, tuple)):
-        value = dict(enumerate(value))
-    if isinstance(value, dict):
-        return {name: sorted(map(str, value))} | {place: leaf for key in value.keys() - {*TIMES}
-                for place, leaf in leaves(value[key], f"{name}.{key}").items()}
-    return {name: value}
-
-
 def content(path: Path, out: str) -> Any:
-    """What is compared of a file."""
+    """What is compared of a file: all but times, and the folder's name."""
     match path.suffix:
         case ".pt":
             found = torch.load(path, weights_only=True)
-            [found.pop(name, None) for name in ("config", "settings")]  # hold the folder's name
-            return found
+            return {name: found[name] for name in found.keys() - {"config", "settings"}}
         case ".npz":
             with np.load(path) as file:
-                found = {name: file[name] for name in file.files}
-            about = found.get("about")  # JSON, of an index
-            return found if about is None else found | {"about": json.loads(about.tobytes())}
+                found = {name: (file[name].dtype, file[name].shape, file[name].tobytes())
+                         for name in file.files}
+            if "about" in found:  # JSON, of an index
+                found["about"] = {**json.loads(found["about"][2]), "built": 0}
+            return found
         case ".jsonl":
-            return [json.loads(line) for line in path.read_text().splitlines()]
+            return [{**json.loads(line), "images_per_s": 0}
+                    for line in path.read_text().splitlines()]
         case ".png":
-            return np.asarray(Image.open(path))
+            return (image := Image.open(path)).size, image.tobytes()
     return path.read_bytes().replace(out.encode(), b"OUT")
 
 
 def compare(whole: Path, killed: Path) -> list[str]:
-    """Everything in which two output folders differ; leftovers of dead processes, too."""
-    one, other = ({place: leaf for path in sorted(out.rglob("*")) for place, leaf in leaves(
-        content(path, out.name) if path.is_file() else "a folder",
-        str(path.relative_to(out))).items()} for out in (whole, killed))
-    return [place for place in sorted({*one, *other}) if one.get(place) != other.get(place)]
+    """The files in which two output folders differ; leftovers of dead processes, too."""
+    names = {path.relative_to(out) for out in (whole, killed) for path in out.rglob("*")}
+    return sorted(str(name) for name in names if not (
+        (whole / name).is_dir() and (killed / name).is_dir()
+        or (whole / name).is_file() and (killed / name).is_file()
+        and same(*(content(out / name, out.name) for out in (whole, killed)))))

@@ -6,7 +6,7 @@
 One client draws a column again and takes a candidate, or undoes or redoes, so many times, and
 compares the strip with its own account of it.  Others meanwhile read pictures, send orders that are
 refused, or headers byte by byte, stop in the middle of a body, or close the connection while they
-are answered.  In the end nothing may be lost, one drawing at a time was made, no thread is left.
+are answered.  In the end nothing may be lost and no thread is left.
 Of a server killed while it draws, the strip must be that of an undisturbed one, up to some part.
 """
 
@@ -37,21 +37,6 @@ from tests.helpers.scripts import ENVIRONMENT
 from tests.soak.common import ask, figures
 
 QUICK = {"solver": "euler", "steps": 2}
-
-
-def counted(studio: Studio, seen: Counter) -> None:
-    """Note how many drawings run at a time."""
-    draw, running = studio.draw, []
-
-    def counting(*order: Any) -> Any:
-        running.append(order)
-        seen["at a time"] = max(seen["at a time"], len(running))
-        try:
-            yield from draw(*order)
-        finally:
-            running.pop()
-
-    studio.draw = counting
 
 
 def change(host: str, fields: dict) -> dict[str, Any]:
@@ -180,7 +165,6 @@ def load(args: argparse.Namespace, folder: Path, draw: random.Random) -> None:
     """Edits, and beside them the other clients; raises SystemExit for what must not be."""
     begun, seen, stop = time.time(), Counter(), threading.Event()
     studio = Studio(load_generator(args.checkpoint), folder)
-    counted(studio, seen)
     server = Server(studio, 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host = server.hosts[0]
@@ -204,7 +188,7 @@ def load(args: argparse.Namespace, folder: Path, draw: random.Random) -> None:
     server.server_close()
     if Studio(studio.model, folder).strip.columns.tobytes() != kept:
         raise SystemExit("what is on disk is not the strip that was shown")
-    figures("page", begun, edits=sum(done.values()), drawn_at_a_time=seen.pop("at a time"),
+    figures("page", begun, edits=sum(done.values()),
             requests_beside=sum(seen.values()), threads_left=left, MiB_grown=f"{grown:.0f}")
     if left:
         raise SystemExit(f"threads are left: {threading.enumerate()}")
