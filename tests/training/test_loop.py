@@ -104,6 +104,15 @@ def test_any_error_ends_the_command_and_its_loaders():
     assert done.returncode == 1 and done.stderr.endswith("ValueError: a fault\n")
 
 
+def test_a_second_ctrl_c_does_not_cut_off_the_exit():
+    program = ("import atexit, os, signal\nfrom equimini.utils.command_line import run\n"
+               "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+               "def main(): raise KeyboardInterrupt\nrun(main)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 130 and done.stderr == "interrupted\n"
+
+
 @pytest.mark.parametrize("error, text", (
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
                   "dataloader's workers are out of shared memory."), "/dev/shm.*--workers 0"),
