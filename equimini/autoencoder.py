@@ -242,9 +242,9 @@ class Decoder(nn.Module):
 class SemanticHead(nn.Module):
     """From the decoder's lowest stage to a map that is compared with a teacher's features."""
 
-    def __init__(self, c_in: int, config: TokenizerConfig) -> None:
+    def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
-        c = config.semantic_channels
+        c_in, c = config.base_channels * config.multipliers[-1], config.semantic_channels
         self.blocks = nn.Sequential(
             *(ResidualBlock(c if i else c_in, c, config) for i in range(4)))
         self.norm_out = Norm(c, config)
@@ -269,10 +269,7 @@ class Tokenizer(nn.Module):
         self.to_tokens = conv(column, config.token_channels)
         self.from_tokens = conv(config.token_channels, column)
         self.decoder = Decoder(config)
-        self.semantic_head = None
-        if config.semantic_channels:
-            lowest = config.base_channels * config.multipliers[-1]
-            self.semantic_head = SemanticHead(lowest, config)
+        self.semantic_head = SemanticHead(config) if config.semantic_channels else None
         for name in ("latent_mean", "latent_std"):
             self.register_buffer(name, torch.full((config.token_channels,), math.nan))
 

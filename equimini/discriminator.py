@@ -33,14 +33,11 @@ class PatchGAN(nn.Sequential):
             modules += [nn.Conv2d(c_in, c, 4, stride, 1, bias=False), nn.BatchNorm2d(c),
                         nn.LeakyReLU(0.2)]
         super().__init__(*modules, nn.Conv2d(c, 1, 4, 1, 1))
-        self.apply(self._init)
-
-    @staticmethod
-    def _init(module: nn.Module) -> None:
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, 0.0, 0.02)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight, 1.0, 0.02)
+        for module in self:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
 
     def features(self, images: Tensor, rngs: list[np.random.Generator]) -> list[Tensor]:
         """The images themselves: nothing is frozen, nothing drawn."""

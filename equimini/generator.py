@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -318,8 +318,6 @@ def flow_matching_errors(generator: Generator, tokens: Tensor, labels: Tensor, u
     return (v - (eps - tokens)).square().mean(3)
 
 
-def flow_matching_loss(generator: Generator, tokens: Tensor, labels: Tensor, u: Tensor,
-                       eps: Tensor, drop: Tensor | None = None,
-                       shift: int | Tensor = 0) -> Tensor:
+def flow_matching_loss(*arguments: Any) -> Tensor:
     """`flow_matching_errors` averaged over the repeats: the loss of every column, (B, N)."""
-    return flow_matching_errors(generator, tokens, labels, u, eps, drop, shift).mean(0)
+    return flow_matching_errors(*arguments).mean(0)
