@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import permutations
 from pathlib import Path
 from typing import Any, Sequence
@@ -51,7 +51,7 @@ class Report:
         """The same for an experiment that trains nothing."""
         where = machine(pick_device(getattr(cfg, "device", "cpu")).type)
         notes = [note for note in (*self.notes, *more) if note]
-        command = f"python -m equimini.experiments {name} {flags_given(cfg)}".strip()
+        command = " ".join(["python -m equimini.experiments", name, *flags_given(cfg)])
         text = "\n\n".join([
             f"# {self.title}", f"The paper: {self.paper}", markdown(self.rows),
             f"**{self.reading}**", *notes, f"`{command}`",
@@ -65,12 +65,16 @@ class Report:
         print(f"\n{text}\nwritten to {folder}")
 
 
-def flags_given(cfg: Checked) -> str:
-    """The options that differ from their defaults, as they would be typed."""
-    defaults = asdict(type(cfg)())
-    return " ".join(f"--{name.replace('_', '-')} {spelled(value)}"
-                    for name, value in asdict(cfg).items()
-                    if value != defaults[name] and name not in ("out", "workers", "device"))
+def flags_given(cfg: Checked, of: type[Checked] | None = None,
+                left_out: Sequence[str] = ("out", "workers", "device")) -> list[str]:
+    """The options that differ from their defaults, as they would be typed; of: those of this
+    configuration alone."""
+    found = []
+    for f in fields(of or cfg):
+        value = getattr(cfg, f.name)
+        if value != f.default and f.name not in left_out:
+            found += [f"--{f.name.replace('_', '-')}", *([] if value is True else [spelled(value)])]
+    return found
 
 
 def plain(value: Any) -> Any:

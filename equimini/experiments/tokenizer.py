@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from equimini.config import flag
 from equimini.evaluate.feature_networks import load_network
 from equimini.evaluate.metrics import Gaussian, frechet_distance, ssim
-from equimini.experiments.report import markdown
+from equimini.experiments.report import flags_given, markdown
 from equimini.experiments.training_runs import TrainingRun
 from equimini.losses import psnr
 from equimini.pretrained.torchscript import FeatureDistance
@@ -63,16 +63,6 @@ class AblationConfig(DataConfig):
     shown: int = flag(8, "held-out pictures that are shown", min=1)
 
 
-def data_flags(cfg: DataConfig) -> list[str]:
-    """The flags that give a training the same data."""
-    found = []
-    for f in fields(DataConfig):
-        value = getattr(cfg, f.name)
-        if f.name != "out" and value != f.default:
-            found += [f"--{f.name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return found
-
-
 def settings(cfg: AblationConfig, extra: list[str]) -> dict[str, Any]:
     """What the results depend on, in the form of folders made before there was a split."""
     before = {"split": "order", "class_names": "", "allow_truncated": False}
@@ -84,7 +74,7 @@ def settings(cfg: AblationConfig, extra: list[str]) -> dict[str, Any]:
 def variants(cfg: AblationConfig, extra: list[str]) -> tuple[list[TrainingRun], list[Variant]]:
     """Every training, in an order in which forks follow what they continue; the table's rows."""
     out, steps, net = Path(cfg.out), cfg.steps, cfg.maps_network
-    common = ["--preset", cfg.preset, *data_flags(cfg), *extra]
+    common = ["--preset", cfg.preset, *flags_given(cfg, DataConfig, ["out"]), *extra]
     perceptual = [*common, "--perceptual-net", net]
     patchgan = ["--discriminator", "patchgan", "--adv-start", str(cfg.adv_start)]
     heads = ["--discriminator", "dino", "--disc-net", net, "--adv-start", str(cfg.adv_start)]

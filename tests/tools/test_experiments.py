@@ -18,8 +18,8 @@ from equimini.experiments.common import ExperimentConfig, Lab, key
 from equimini.experiments.extrapolation import Mirrored
 from equimini.experiments.matrix import summary
 from equimini.experiments.probe import Probe
-from equimini.experiments.report import (markdown, paired_interval, plain, rank_correlation, spread,
-                                         verdict)
+from equimini.experiments.report import (flags_given, markdown, paired_interval, plain,
+                                         rank_correlation, spread, verdict)
 from equimini.experiments.training_runs import TrainingRun, losses, run_script
 from equimini.experiments.uniformity import bump
 from equimini.generator import flow_matching_errors
@@ -292,7 +292,8 @@ def test_claim_keeps_experiments_apart(tmp_path):
 
 def test_the_ablation_gives_its_data_options_on(tmp_path):
     cfg = ablation.AblationConfig(data="d", split="order", allow_truncated=True, out="o", seed=3)
-    assert ablation.data_flags(cfg) == "--data d --split order --allow-truncated --seed 3".split()
+    assert flags_given(cfg, DataConfig, ["out"]) == (
+        "--data d --split order --allow-truncated --seed 3".split())
     plan = ablation.settings(cfg, ["--lr", "1"])
     assert "split" not in plan and plan["allow_truncated"] and plan["training"] == ["--lr", "1"]
     assert ablation.settings(ablation.AblationConfig(), [])["split"] == "name"
