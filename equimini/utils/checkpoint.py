@@ -25,8 +25,8 @@ from equimini.utils.files import replacing
 Module = TypeVar("Module", bound=torch.nn.Module)
 FORMAT = 1  # of the dict's layout
 BOX = Path(__file__).parents[1] / "assets"  # models that come with equimini
-IN_THE_BOX = ("scenes", "scenes-tokenizer")
-DRAWN_WITH = "scenes"  # by sample.py and the page, where no other checkpoint is asked for
+IN_THE_BOX = ("scenes", "scenes-tokenizer", "scenes-mean-flow")
+DRAWN_WITH = IN_THE_BOX[2]  # by sample.py and the page, where no other checkpoint is asked for
 
 
 def save(path: Path | str, kind: str, content: dict[str, Any], keep: int = 1) -> None:

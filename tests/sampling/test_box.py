@@ -1,4 +1,4 @@
-"""The model in the box, equimini/assets/scenes.pt: what everybody sees first."""
+"""The models in the box, equimini/assets: what everybody sees first."""
 
 import os
 import shlex
@@ -15,7 +15,7 @@ from tests.helpers.scripts import ROOT, call, invoke, mistake
 from tests.tools.test_checkpoint import texts
 
 # tests/known.png was drawn with python sample.py and these arguments
-KNOWN = ("--count 1 --cfg 3 --cfg-schedule constant --solver midpoint --steps 10 "
+KNOWN = ("--checkpoint scenes --count 1 --cfg 3 --cfg-schedule constant --solver midpoint --steps 10 "
          "--device cpu --out").split()
 
 
@@ -93,7 +93,7 @@ def test_the_boxed_files_are_small_and_hold_no_path():
     paths = [checkpoint.BOX / f"{name}.pt" for name in checkpoint.IN_THE_BOX]
     assert all(p.stat().st_size <= 15e6 for p in paths)
     assert sum(p.stat().st_size for p in paths) <= 30e6
-    for path, kind in zip(paths, ("generator", "tokenizer")):
+    for path, kind in zip(paths, ("generator", "tokenizer", "generator")):
         assert not [t for t in texts(checkpoint.load(path, kind)) if "/" in t or "\\" in t]
     assert {"forest", "sea"} < set(load_generator("scenes").classes)
     assert (checkpoint.BOX / "README.md").is_file()
@@ -107,7 +107,7 @@ def test_an_installed_copy_has_the_model(tmp_path):
                    env={**os.environ, "EQUIMINI_BUILD": "none"})
     boxed = {p.name for p in checkpoint.BOX.iterdir()}
     assert {p.name for p in (tmp_path / "lib/equimini/assets").iterdir()} == boxed
-    assert len(boxed) == 3
+    assert len(boxed) == 4
 
 
 def test_training_starts_from_the_boxed_model(picture_folder, tmp_path):
@@ -126,7 +126,7 @@ def test_training_starts_from_the_boxed_model(picture_folder, tmp_path):
 def test_a_copy_without_the_model_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "BOX", tmp_path)
     said = mistake("sample.py", cwd=tmp_path)
-    assert "came without the model scenes" in said and "--checkpoint" in said
+    assert "came without the model scenes-mean-flow" in said and "--checkpoint" in said
 
 
 @pytest.mark.parametrize("own, spins", (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
