@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from equimini.flow_head import FlowHead
-from equimini.generator import GeneratorConfig, make_generator
 from equimini.mean_flow import INTERVALS, MeanFlowHead, follow, guided, mean_flow_errors, ways
 from equimini.sampler import Guidance, column_noise, sample_tokens
 from equimini.sampling.options import SamplingOptions
 from equimini.sampling.packed_weights import packed
 from equimini.utils.errors import UserError
+from tests.conftest import small_generator
 
 RATE = 1.5  # of the linear velocity field v = RATE·x: x_r = x_t·exp(−RATE·(t − r))
 
@@ -134,14 +134,10 @@ def test_after_training_one_evaluation_solves_a_linear_flow():
     assert (here + 0.4 * du - v).abs().max() < 0.05 * v.abs().max()
 
 
+@torch.no_grad()
 def test_a_generator_draws_columns_in_any_number_of_evaluations():
     """The steps are x ← x − (t − r)·u, of z at the column's guidance; packed as well."""
-    torch.manual_seed(0)
-    generator = make_generator(GeneratorConfig(layers=2, embed_dim=32, heads=2, head_width=32,
-                                               head_depth=2, objective="mean-flow"), 3, 6).eval()
-    for p in generator.parameters():
-        nn.init.normal_(p, std=0.1)
-    generator.requires_grad_(False)
+    generator = small_generator(objective="mean-flow")
     labels, seeds, head = torch.tensor([0, 2]), [5, 6], generator.head
 
     def context(tokens, i, s):

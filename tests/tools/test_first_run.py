@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from tests.helpers.scripts import ROOT
+from tests.helpers.scripts import ROOT, call, mistake
 
 FOLDER = ROOT / "tests" / "gpu"
 STEPS = {"smoke", "variants", "sweep", "elements", "pytest_attention", "pytest_gpu", "memcheck",
@@ -62,15 +62,11 @@ def test_rehearsal(tmp_path):
 
 
 def test_photographs_are_packed(picture_folder, tmp_path):
-    def pack(*more):
-        return subprocess.run([sys.executable, FOLDER / "pack_photos.py", "--data", picture_folder,
-                               "--out", tmp_path / "packed", *more], capture_output=True, text=True)
-
-    done = pack("--limit", "0.02")
-    assert done.returncode == 0 and "12 pictures, quality" in done.stdout, done.stderr
+    words = ("tests/gpu/pack_photos.py", "--data", picture_folder, "--out", "packed", "--limit")
+    assert "12 pictures, quality" in call(*words, 0.02, cwd=tmp_path)
     target = tmp_path / "packed" / "train.zip"
     names = zipfile.ZipFile(target).namelist()
     assert sorted(names) == [f"{c}/{i}.webp" for c in ("cat", "dog", "eel") for i in range(4)]
     assert target.stat().st_size <= 0.02 * 2**20
-    done = pack("--limit", "0.001")
-    assert done.returncode == 2 and "--limit: 12 pictures do not fit" in done.stderr
+    said = mistake(*words, 0.001, cwd=tmp_path)
+    assert "--limit: 12 pictures do not fit" in said
