@@ -1,7 +1,7 @@
 """The Python interface: a trained generator with its tokenizer, from class names to images.
 
     from equimini import load_generator
-    model = load_generator("scenes")        # the model in the box; or "runs/generator/last.pt"
+    model = load_generator("scenes-mean-flow")   # in the box; or "runs/generator/last.pt"
     images = model.sample(["sea", "forest"], columns=128, seed=7)    # (2, 3, 64, 512), [-1, 1]
 """
 
