@@ -90,6 +90,24 @@ def test_a_picture_is_the_same_in_any_batch_and_on_any_number_of_threads(wide, p
 
 @compiled
 @torch.no_grad()
+def test_small_variances_and_large_activations(generator):
+    """LayerNorm's ε counts, and gelu and silu reach their ends."""
+    for linear in (generator.x_in, generator.head.x_in):
+        linear.weight.zero_()
+        linear.bias.mul_(1e-3)
+    for mlp in (m.mlp for part in (generator, generator.head) for m in part.blocks):
+        mlp[0].weight.zero_()
+        mlp[0].bias.copy_(torch.linspace(-9, 9, len(mlp[0].bias)))
+    inputs = torch.randn(2, 7, 6), torch.tensor([0, 2]), torch.rand(2, 7)
+    truth = way_through(copy.deepcopy(generator).double(), inputs[0].double(), inputs[1],
+                        inputs[2].double(), None)
+    ours, theirs = (error(way_through(g, *inputs, None), truth)
+                    for g in (packed(generator), generator))
+    assert ours <= 8 * theirs
+
+
+@compiled
+@torch.no_grad()
 def test_the_cache_is_the_generators_own(generator):
     """A stream may go from one to the other, and a state that was kept does not change."""
     ready, x, caches = packed(generator), torch.randn(2, 6, 6), ([], [])
