@@ -93,24 +93,19 @@ class CPUKernels(Kernels):
 class GPUKernels(Kernels):
     """On a GPU's default stream.  The library stays in `build` for as long as its sources do."""
 
-    def __init__(self, build: Path, architecture: str):
-        super().__init__(compile_for_gpu(build, architecture))
-
-
-def compile_for_gpu(build: Path, architecture: str) -> Path:
-    """by_path.cu as a library for one architecture ("sm_90"), built unless it is there."""
-    source = Path(__file__).parent / "by_path.cu"
-    text = b"".join(file.read_bytes()
-                    for file in (source, CSRC / "attention.h", *sorted(CSRC.glob("cuda/*"))))
-    library = build / f"by_path-{architecture}-{hashlib.sha256(text).hexdigest()[:12]}.so"
-    if not library.exists():
-        build.mkdir(parents=True, exist_ok=True)
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        subprocess.run(["nvcc", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-shared",
-                        "-Xcompiler", "-fPIC", f"-arch={architecture}", "-I", str(CSRC),
-                        str(source), "-o", str(unfinished)], check=True)
-        unfinished.rename(library)
-    return library
+    def __init__(self, build: Path, architecture: str):  # "sm_90"
+        source = Path(__file__).parent / "by_path.cu"
+        text = b"".join(file.read_bytes()
+                        for file in (source, CSRC / "attention.h", *sorted(CSRC.glob("cuda/*"))))
+        library = build / f"by_path-{architecture}-{hashlib.sha256(text).hexdigest()[:12]}.so"
+        if not library.exists():
+            build.mkdir(parents=True, exist_ok=True)
+            unfinished = library.with_suffix(f".{os.getpid()}")
+            subprocess.run(["nvcc", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-shared",
+                            "-Xcompiler", "-fPIC", f"-arch={architecture}", "-I", str(CSRC),
+                            str(source), "-o", str(unfinished)], check=True)
+            unfinished.rename(library)
+        super().__init__(library)
 
 
 def poisoned(like: Tensor, shape, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,8 @@ torch differentiates in every mode.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -21,6 +23,7 @@ Q, K, V, GRAD, ROPE, SEED, SCALE = draw_inputs(CASE)
 AT = Q, K, V = tuple(x.contiguous() for x in (Q, K, V))  # compiled jvp's own: layouts must be plain
 MOVES = tuple(torch.randn_like(x) for x in AT)
 ALL = (0, 1, 2)
+same = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
 
 
 def attention(q, k, v):
@@ -86,8 +89,7 @@ DERIVATIVES = {
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_derivatives(name: str):
-    torch.testing.assert_close(tree_leaves(DERIVATIVES[name](attention)),
-                               tree_leaves(DERIVATIVES[name](formula)), rtol=1e-9, atol=1e-9)
+    same(tree_leaves(DERIVATIVES[name](attention)), tree_leaves(DERIVATIVES[name](formula)))
 
 
 @pytest.mark.parametrize("name", ["jvp", "grad", "grad of grad", "backward"])
@@ -96,21 +98,19 @@ def test_derivatives_in_a_compiled_function(name: str):
     whole, compiler = DERIVATIVES[name], dict(fullgraph=True, backend="aot_eager")
     compiled = (whole(torch.compile(attention, **compiler)) if name == "backward" else
                 torch.compile(lambda: whole(attention), **compiler)())
-    torch.testing.assert_close(tree_leaves(compiled), tree_leaves(whole(formula)), rtol=1e-9,
-                               atol=1e-9)
+    same(tree_leaves(compiled), tree_leaves(whole(formula)))
 
 
 def test_backward_of_a_compiled_jvp():
     def tangents(f):
         return lambda *x: jvp(f, x, MOVES)
     compiled = torch.compile(tangents(attention), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(backward(compiled, *leaves()),
-                               backward(tangents(formula), *leaves()), rtol=1e-9, atol=1e-9)
+    same(backward(compiled, *leaves()), backward(tangents(formula), *leaves()))
 
 
 def test_dual_numbers_pass_a_compiled_function():
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(dual(compiled, *AT), dual(formula, *AT))
+    same(dual(compiled, *AT), dual(formula, *AT))
 
 
 def test_tangents_sum_in_float32_under_autocast():
