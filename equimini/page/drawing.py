@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -30,7 +31,7 @@ from equimini.utils.images import load_columns
 
 LONGEST = 20_000  # columns of a strip
 CHUNK = 64  # columns drawn between two saves; to the left, also those that are mirrored
-SHOWN = 4  # columns that are shown together while they come; the first one alone
+BEAT = 0.05  # seconds between two previews
 PIXELS, SHAPE = 40_000_000, 100  # of a photograph, at most; its longer side over the other
 FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"
 DRAWN, AT_ONCE = ("right", "left", "ring", "redraw"), ("choose", "undo", "redo", "new", "photo")
@@ -168,7 +169,7 @@ class Studio:
         rows = self.prepared(old, gap, order.classes[::-1 if left else 1], seed)
         tokens, work = fill(self.model, rows, gap, [seed], order.options, order.fit,
                             order.do == "ring")
-        shown = saved = done = 0
+        shown = saved = done = due = 0
 
         def save() -> list[Piece]:
             """What was drawn since the last time."""
@@ -186,11 +187,11 @@ class Studio:
                 if done - saved == CHUNK < order.columns - saved:
                     yield from save()
                     shown = saved = done
-                elif done % SHOWN == 1:
+                elif time.monotonic() >= due:
                     pixels = preview(self.model, tokens, n + shown, n + done)[0]
                     yield {"at": saved - done if left else n + shown, "done": done,
                            "pixels": pixels[:, ::-1] if left else pixels}
-                    shown = done
+                    shown, due = done, time.monotonic() + BEAT
         finally:  # also where nobody listens any more
             pieces = save() if done > saved else []
         yield from pieces
@@ -212,7 +213,8 @@ class Studio:
         turn = span[1] if self.ring and near else 0  # a ring is turned until they are its end
         rows = self.prepared(self.strip.columns, range(*span), order.classes, seed)
         rows, start, end = np.roll(rows, -turn), (span[0] - turn) % n, span[1] - turn or n
-        seeds, shown, versions = range(seed, seed + order.candidates), 0, []
+        seeds, versions = range(seed, seed + order.candidates), []
+        shown = due = 0
         self.used = max(self.used, seeds[-1])
         tokens, work = fill(self.model, rows, range(start, end), seeds, order.options, order.fit,
                             turn > 0)
@@ -226,11 +228,11 @@ class Studio:
                     versions.append(((places + turn) % n, near))
                     yield {"at": int(versions[k][0][0]), "pixels": flat(near), "candidate": k,
                            "done": done}
-            elif done % SHOWN == 1:
+            elif time.monotonic() >= due:
                 for k, pixels in enumerate(preview(self.model, tokens, start + shown, start + done)):
                     yield {"at": (start + turn + shown) % n, "pixels": pixels, "candidate": k,
                            "done": done}
-                shown = done
+                shown, due = done, time.monotonic() + BEAT
         self.waiting = {"version": self.strip.version, "order": order, "seed": seed, "span": span,
                         "versions": versions, "do": "turned" if turn else "redraw"}
 

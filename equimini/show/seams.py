@@ -17,13 +17,16 @@ equimini/sampling/tiled_decoder.py):
              anyway
 
 With --ring, for the pictures of `sample.py --ring --save-tokens`, also the seam where their ends
-meet: decoded around the ring, and as a strip.
+meet: decoded around the ring, and as a strip.  With --pictures and --join, the seam alone, of PNGs
+that `sample.py --continue-from` or `--continue-left-from` wrote: before the first of their columns
+on the right side of the join.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,6 +41,7 @@ from equimini.sampling.options import SamplingOptions
 from equimini.sampling.tiled_decoder import Windows
 from equimini.utils.command_line import parse, pick_device
 from equimini.utils.errors import UserError
+from equimini.utils.images import load_columns
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class SeamsConfig(Checked):
     windows: str = flag("", "choices to compare, each 'length overlap discard' in columns, with "
                         "commas; empty: several around the default")
     ring: bool = flag(False, "the pictures in --tokens are rings: measure where their ends meet")
+    pictures: str = flag("", "folder of PNGs of one size, of which the seam is measured")
+    join: int = flag(0, "the column of --pictures that the right side begins with", min=0)
     columns: int = flag(128, "length of the pictures that are drawn, in columns", min=16)
     count: int = flag(8, "pictures that are drawn, of the classes in turn", min=1)
     cfg: float = flag(3.0, "guidance scale for drawing", min=0)
@@ -128,6 +134,15 @@ def main(argv: list[str]) -> None:
     if cfg.ring and not cfg.tokens:
         raise UserError("--ring needs --tokens: pictures that sample.py --ring --save-tokens wrote")
     model = load_generator(cfg.checkpoint, pick_device(cfg.device))
+    if cfg.pictures:
+        f, paths = model.tokenizer.config.f, sorted(Path(cfg.pictures).glob("*.png"))
+        images = [load_columns(path, model.tokenizer.config.image_size, f) for path in paths]
+        n = min((image.shape[3] // f for image in images), default=0)
+        if not 0 < cfg.join < n or any(image.shape != images[0].shape for image in images):
+            raise UserError(f"--pictures {cfg.pictures} must hold PNGs of one size, longer than "
+                            f"--join {cfg.join}, got {len(images)} of at least {n} columns")
+        ratio = seam_ratio(torch.cat(images), [cfg.join * f - 1], f)
+        return print(f"seam before column {cfg.join} of {len(images)} pictures: {ratio:.3f}")
     windows = choices(cfg.windows, model.columns)
     if cfg.tokens:
         tokens = load_tokens(cfg.tokens, model).tokens.to(model.device)
