@@ -63,8 +63,8 @@ class FitsConfig(Checked):
     fits: tuple[int, ...] = flag((1, 4, 16, 64), "candidates; the first is what others are "
                                  "compared with", min=1)
     seeds: int = flag(3, "drawings of every gap", min=1)
-    network: str = flag("", "TorchScript network of the Fréchet distance (the call of the published "
-                        "Inception), or 'download'; then nothing else is measured")
+    network: str = flag("", "TorchScript network of the Fréchet distance (the call of the "
+                        "published Inception), or 'download'; then nothing else is measured")
     measured: int = flag(600, "pictures that are drawn again for it, once each; all others of "
                          "--data are what they are compared with", min=PARTS)
     cfg: float = flag(2.0, "guidance scale", min=0)
@@ -197,21 +197,21 @@ def picture(cfg: FitsConfig, model: ImageGenerator, found: list[tuple[Tokens, in
     return rows
 
 
-def difference(a: Tensor, b: Tensor, reference: Gaussian) -> tuple[float, float, float]:
-    """How much further than b (n, d) the features a are from the reference; the 95 % interval.
+def further(a: Tensor, b: Tensor, reference: Gaussian) -> str:
+    """How much further the features a (n, d) are from the reference than b: a 95 % interval.
 
-    Row i of both belongs to one picture.  The interval is the jackknife's: each of PARTS parts of
-    the pictures is left out once.  That removes what all distances of few pictures have in excess,
-    as far as it goes with 1/n, and so moves the interval a little.
+    Row i of both belongs to one picture.  The jackknife: each of PARTS parts of the pictures is
+    left out once, which also removes what distances of few pictures have in excess, as far as that
+    goes with 1/n.
     """
-    def further(kept: Tensor) -> float:
+    def value(kept: Tensor) -> float:
         return float(np.subtract(*(frechet_distance(Gaussian.fit(x[kept]), reference)
                                    for x in (a, b))))
 
     part = torch.arange(len(a)) * PARTS // len(a)
-    whole = further(part >= 0)
-    return whole, *paired_interval([PARTS * whole - (PARTS - 1) * further(part != k)
-                                    for k in range(PARTS)])
+    whole = value(part >= 0)
+    return "{:+.2f} to {:+.2f}".format(*paired_interval(
+        [PARTS * whole - (PARTS - 1) * value(part != k) for k in range(PARTS)]))
 
 
 def measure_distances(cfg: FitsConfig, model: ImageGenerator,
@@ -220,7 +220,8 @@ def measure_distances(cfg: FitsConfig, model: ImageGenerator,
     net, found = load_network(cfg.network, device=model.device), held_out(cfg, model)
 
     def features(tokens: Iterable[Tensor]) -> Tensor:
-        return torch.cat([net.features(to_pixels(model.decode(x.to(model.device)))) for x in tokens])
+        return torch.cat([net.features(to_pixels(model.decode(x.to(model.device))))
+                          for x in tokens])
 
     sources = [source for source, *_ in islice(found, cfg.measured)]
     others = features(source.tokens for source, *_ in found)
@@ -228,8 +229,8 @@ def measure_distances(cfg: FitsConfig, model: ImageGenerator,
         raise UserError(f"--data {cfg.data} has {len(sources) + len(others)} pictures, too few for "
                         f"--measured {cfg.measured} and others to compare them with")
     reference, real = Gaussian.fit(others), features(source.tokens for source in sources)
-    table = [DISTANCES, ("", "the pictures", f"{frechet_distance(Gaussian.fit(real), reference):.2f}",
-                         "", "")]
+    own = frechet_distance(Gaussian.fit(real), reference)
+    table = [DISTANCES, ("", "the pictures", f"{own:.2f}", "", "")]
     for gap in cfg.gaps:
         first = None
         for fit in cfg.fits:
@@ -238,9 +239,8 @@ def measure_distances(cfg: FitsConfig, model: ImageGenerator,
             first = drawn if first is None else first
             table.append((f"{gap}", f"{fit}",
                           f"{frechet_distance(Gaussian.fit(drawn), reference):.2f}",
-                          "{:.2f} ({:.2f} to {:.2f})".format(*difference(drawn, real, reference)),
-                          "" if first is drawn else
-                          "{:.2f} ({:.2f} to {:.2f})".format(*difference(first, drawn, reference))))
+                          further(drawn, real, reference),
+                          "" if first is drawn else further(first, drawn, reference)))
             print("  ".join(table[-1]), flush=True)
     return table, len(others)
 

@@ -152,8 +152,9 @@ class Studio:
         """Whole columns that were added stay, however it ends.  data: of a photograph."""
         self.check(order)
         if order.do in AT_ONCE:
-            {"choose": lambda: self.choose(order.candidate), "undo": self.strip.undo, "new": self.new,
-             "redo": self.strip.redo, "photo": lambda: self.photo(data)}[order.do]()
+            {"choose": lambda: self.choose(order.candidate), "undo": self.strip.undo,
+             "redo": self.strip.redo, "new": self.new, "photo": lambda: self.photo(data)
+             }[order.do]()
             return
         self.waiting = {}
         seed = self.next_seed() if order.seed < 0 else order.seed
@@ -178,7 +179,8 @@ class Studio:
             near = painted(self.model, rows[:n + done], n + saved, n + done, ring)
             if left:
                 near = self.turned(rows[:n + done], n + saved, near)
-            return self.save(near, order, seed, (0, done) if left else (n, n + done), saved > 0, ring)
+            span = (0, done) if left else (n, n + done)
+            return self.save(near, order, seed, span, saved > 0, ring)
 
         try:
             for _, done in work:
@@ -198,7 +200,7 @@ class Studio:
 
     def turned(self, rows: np.ndarray, first: int,
                near: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Columns of mirrored `rows`, new from `first` on and painted `near`, as at the strip's left."""
+        """Columns of mirrored `rows`, new from `first` on, painted `near`, as the strip has them."""
         rows[near[0]] = near[1]
         new, seen = len(rows) - first, mirrored(rows[max(0, first - CHUNK):])
         seen["token"] = encode(self.model, seen)
@@ -223,13 +225,15 @@ class Studio:
                 return
             if done == end - start:
                 for k in which:
-                    rows["token"][start:end], rows["seed"][start:end] = tokens[k, start:end], seeds[k]
+                    rows["token"][start:end] = tokens[k, start:end]
+                    rows["seed"][start:end] = seeds[k]
                     places, near = painted(self.model, rows, start, end, turn > 0)
                     versions.append(((places + turn) % n, near))
                     yield {"at": int(versions[k][0][0]), "pixels": flat(near), "candidate": k,
                            "done": done}
             elif time.monotonic() >= due:
-                for k, pixels in enumerate(preview(self.model, tokens, start + shown, start + done)):
+                seen = preview(self.model, tokens, start + shown, start + done)
+                for k, pixels in enumerate(seen):
                     yield {"at": (start + turn + shown) % n, "pixels": pixels, "candidate": k,
                            "done": done}
                 shown, due = done, time.monotonic() + BEAT

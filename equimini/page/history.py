@@ -113,8 +113,8 @@ class History:
                 yield
                 self.db.execute(f"PRAGMA user_version = {done}")
         except sqlite3.Error as error:
-            raise UserError(f"cannot write {self.path}: {first_line(error)}; the strip is as it was "
-                            "before") from None
+            raise UserError(f"cannot write {self.path}: {first_line(error)}; the strip is as it "
+                            "was before") from None
         self.columns, self.done = columns, done
         self.version += 1
 

@@ -5,9 +5,9 @@
     GET  /strip.png?from=&to=  the strip's pixels, or columns of it;  /candidate?k=  one that waits
     GET  /strip.pt           its token file;  /start.png, /start.pt  the strip before the last step
                              (the picture: its beginning)
-    POST /draw               an `Order` → lines of JSON: {"waiting": true} in the queue, {"at", "png",
-                             …} pixels from column `at` on while it is drawn, at the end {"state"}
-                             or {"error", "state"}
+    POST /draw               an `Order` → lines of JSON: {"waiting": true} in the queue, {"at",
+                             "png", …} pixels from column `at` on while it is drawn, at the end
+                             {"state"} or {"error", "state"}
     POST /photo?version=     a picture file → the same
     POST /stop               {}: ends the drawing after this column
 

@@ -392,7 +392,7 @@ def test_a_folder_of_another_tokenizer_is_refused(client, model, tmp_path):
 @pytest.mark.slow  # sample.py, nine times
 def test_the_command_draws_the_same_tokens(tmp_path):
     model = load_generator("scenes")
-    client = Client(Studio(model, tmp_path))
+    client = Client(Studio(model, tmp_path, "scenes"))
     order = {"solver": "midpoint", "steps": 1}
     try:
         for act in ({"columns": 6, "classes": [4] * 3 + [1] * 3}, {"columns": 3},

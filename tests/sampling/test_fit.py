@@ -107,7 +107,8 @@ def test_fits_are_reproducible_and_keep_the_rest(model, drawn):
 
 
 def test_a_long_gap_differs_at_its_end_only(model, drawn):
-    one, chosen = (resample(model, drawn, range(2, 10), [7], HOW, fit=k).tokens[0] for k in (1, 9))
+    one, chosen = (resample(model, drawn, range(2, 10), [7], HOW, fit=k).tokens[0]
+                   for k in (1, 9))
     assert torch.equal(one[:6], chosen[:6]) and (one[6:10] != chosen[6:10]).any(1).all()
 
 
