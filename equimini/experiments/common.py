@@ -72,7 +72,8 @@ class ExperimentConfig(Checked):
     grid_shift: int = flag(1, "position augmentation of the 2-D baseline, as --position-shift of "
                            "train_generator.py; 1: none, it is a part of the equivariant method",
                            min=1)
-    precision: str = flag("bf16", "arithmetic of the generators' matrix products",
+    precision: str = flag("bf16", "arithmetic of the generators' matrix products; float32 is faster "
+                          "where the processor has no bf16",
                           choices=("bf16", "float32"))
     workers: int = flag(1, "processes that load images; 0: none but the main one", min=0)
     device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")

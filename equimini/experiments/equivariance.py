@@ -2,8 +2,9 @@
 
     python -m equimini.experiments equivariance --data synthetic
 
-Equivariant subtasks have one argmax_θ P_i(θ), so at any θ their gradients should agree.  Two halves
-a, b of the pictures give two estimates g_i of ∇P_i, and averaged over exchanging a and b
+The definition asks that optimization directions coincide: here, gradients at the weights θ of a
+training.  Two halves a, b of the pictures give two estimates g_i of ∇P_i(θ), and averaged over
+exchanging a and b
 
     C_ij = cos(g_i^a, g_j^b),    E = mean_{i≠j} C_ij / mean_i C_ii.
 
