@@ -9,23 +9,25 @@ into --out.  One step is that of equimini/training/tokenizer_trainer.py; all los
 need: docs/tokenizer.md.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from equimini.autoencoder import Tokenizer
+from equimini.autoencoder import Tokenizer, TokenizerConfig
 from equimini.noise import seed_torch
-from equimini.training.data import count_images, load_data
+from equimini.presets import PRESETS
+from equimini.training.data import count_images, fixed_loader, load_data
 from equimini.training.dry_run import dry_run
-from equimini.training.loaders import fixed_loader
 from equimini.training.loop import fit
 from equimini.training.setup import PATIENCE, Setup, set_up
-from equimini.training.tokenizer_losses import Adversary, make_critic, make_distance, make_teacher
-from equimini.training.tokenizer_setup import check_starts, match_semantics, stage_one
-from equimini.training.tokenizer_trainer import TokenizerRun, TokenizerTrainer, store_statistics
-from equimini.utils import distributed
-from equimini.utils.command_line import run
+from equimini.training.tokenizer_losses import (make_critic, make_distance, make_teacher,
+                                                match_semantics)
+from equimini.training.tokenizer_trainer import (Adversary, TokenizerRun, TokenizerTrainer,
+                                                 store_statistics)
+from equimini.utils import checkpoint, distributed
+from equimini.utils.command_line import config_from_dict, run
 from equimini.utils.errors import UserError
 from equimini.utils.images import to_float
 
@@ -59,6 +61,36 @@ def rehearse(setup: Setup) -> None:
     dry_run(setup, count_images(setup.run),
             lambda: (make_trainer(setup, to_float(example)), example),
             step=max(cfg.adv_start + cfg.adv_ramp, cfg.align_start))
+
+
+def check_starts(setup: Setup) -> None:
+    """Raise UserError for a loss that would only start after the last step."""
+    cfg = setup.training
+    late = {"adv": ("critic", cfg.adv_start), "align": ("alignment", cfg.align_start)}
+    asked = {"adv": cfg.discriminator != "none" and cfg.adv_weight,
+             "align": (cfg.dinov2_weights or cfg.align_net) and cfg.align_weight
+             and not setup.run.finetune_decoder}
+    for name, (what, start) in late.items():
+        if asked[name] and start >= cfg.steps and not setup.resumed:
+            off = "--discriminator none" if name == "adv" else "--align none"
+            raise UserError(f"the {what} would start at step {start}, after the last of "
+                            f"{cfg.steps}; give a lower --{name}-start, or {off}")
+
+
+def stage_one(setup: Setup) -> dict:
+    """The checkpoint of --finetune-decoder, whose sizes the model takes."""
+    path = setup.run.finetune_decoder
+    if setup.run.init_from:
+        raise UserError("give --finetune-decoder or --init-from, not both")
+    content = checkpoint.load(path, "tokenizer")
+    checkpoint.check_statistics(checkpoint.tokenizer_from_dict(content, path), path)
+    saved = config_from_dict(TokenizerConfig, content["config"]["model"])
+    asked, there = (asdict(m) | {"semantic_channels": 0} for m in (setup.model, saved))
+    if setup.model != PRESETS[setup.preset].tokenizer and asked != there:
+        raise UserError(f"--finetune-decoder {path} holds a model of other sizes than the flags; "
+                        "leave the model's flags out")
+    setup.model = saved
+    return content
 
 
 def train_tokenizer(setup: Setup) -> None:

@@ -50,14 +50,6 @@ def alignment_loss(semantics: Tensor, target: Tensor) -> Tensor:
     return (semantics.float() - target).square().sum() / len(target)
 
 
-def adversarial_ramp(step: int, start: int, length: int) -> float:
-    """Share of the adversarial weight at a step: 0 before `start`, then up to 1 in `length` steps
-    (0: at once)."""
-    if step < start:
-        return 0.0
-    return min(1.0, (step - start + 1) / length) if length else 1.0
-
-
 def total_loss(x: Tensor, x_hat: Tensor, mean: Tensor, distance: Tensor, fake_logits: Tensor,
                semantics: Tensor, target: Tensor, last_weight: Tensor, *, kl_weight: float = 0.01,
                adv_weight: float = 0.5, align_weight: float = 5.0) -> Tensor:

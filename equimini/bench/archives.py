@@ -32,9 +32,8 @@ from tqdm import tqdm
 
 from equimini.bench.timing import apart, peak_memory
 from equimini.config import Checked, flag
-from equimini.training.data import ImageFolder
+from equimini.training.data import Batches, ImageFolder
 from equimini.training.index import open_source
-from equimini.training.loaders import Batches
 from equimini.training.split import part
 from equimini.utils.command_line import parse
 

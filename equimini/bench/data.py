@@ -17,8 +17,7 @@ from torch.utils.data import Dataset
 from equimini.autoencoder import TokenizerConfig
 from equimini.config import Checked, flag
 from equimini.presets import PRESETS
-from equimini.training.data import ImageFolder, load_data
-from equimini.training.loaders import training_loader
+from equimini.training.data import ImageFolder, load_data, training_loader
 from equimini.training.options import RunConfig
 from equimini.utils.command_line import parse
 from equimini.utils.errors import UserError

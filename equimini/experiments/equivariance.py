@@ -28,7 +28,7 @@ from equimini.experiments.probe import Probe
 from equimini.experiments.report import Report, rank_correlation, spread, verdict
 from equimini.experiments.training_runs import TrainingRun, losses
 from equimini.training.cache_latents import CachedLatents
-from equimini.training.loaders import fixed_loader
+from equimini.training.data import fixed_loader
 from equimini.utils.command_line import parse, pick_device
 from equimini.utils.files import replacing
 

@@ -23,8 +23,7 @@ from equimini.experiments.probe import Probe
 from equimini.experiments.report import Report, spread, verdict
 from equimini.experiments.training_runs import TrainingRun
 from equimini.sampling.image_generator import load_generator
-from equimini.training.data import ImageFolder, load_data
-from equimini.training.loaders import fixed_loader
+from equimini.training.data import ImageFolder, fixed_loader, load_data
 from equimini.training.options import DataConfig
 from equimini.utils.command_line import parse, pick_device
 from equimini.utils.images import grid, save_png

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from equimini.generator import Generator, GeneratorConfig, make_generator
 from equimini.noise import rng
 from equimini.presets import GeneratorTraining
+from equimini.training.data import fixed_loader
 from equimini.training.generator_trainer import Draws, GeneratorRun, GeneratorTrainer
-from equimini.training.loaders import fixed_loader
-from equimini.training.step import Stepper
+from equimini.training.loop import Stepper
 from equimini.utils import checkpoint
 from equimini.utils.checkpoint import tokenizer_inside
 from equimini.utils.command_line import config_from_dict
@@ -75,8 +75,8 @@ class Probe:
         for means, labels, indices in batches:
             draws = trainer.draws([rng("gradients", int(i)) for i in indices],
                                   *trainer.shape(means))
-            draws = Draws(*trainer.on_device(*draws))
-            x, (labels,) = trainer.tokens(means, draws), trainer.on_device(labels)
+            draws = draws.map(trainer.on_device)
+            x, labels = trainer.tokens(means, draws), trainer.on_device(labels)
             found = [torch.autograd.grad(column_loss(model, x, labels, draws, i), weights,
                                          materialize_grads=True) for i in range(x.shape[1])]
             total = total + torch.stack([torch.cat([g.flatten() for g in of]) for of in found])

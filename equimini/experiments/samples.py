@@ -22,8 +22,7 @@ from equimini.evaluate.feature_networks import load_network
 from equimini.evaluate.metrics import Gaussian, frechet_distance
 from equimini.experiments.common import ExperimentConfig, Lab
 from equimini.experiments.training_runs import TrainingRun
-from equimini.training.data import load_data
-from equimini.training.loaders import fixed_loader
+from equimini.training.data import fixed_loader, load_data
 from equimini.utils.checkpoint import load_tokenizer
 from equimini.utils.command_line import pick_device
 from equimini.utils.errors import UserError

@@ -32,8 +32,7 @@ from equimini.experiments.report import flags_given, markdown
 from equimini.experiments.training_runs import TrainingRun
 from equimini.losses import psnr
 from equimini.pretrained.torchscript import FeatureDistance
-from equimini.training.data import load_data
-from equimini.training.loaders import fixed_loader
+from equimini.training.data import fixed_loader, load_data
 from equimini.training.options import DataConfig
 from equimini.training.split import as_trained
 from equimini.utils.checkpoint import load_tokenizer

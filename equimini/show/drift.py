@@ -40,8 +40,7 @@ from equimini.sampling.edit import load_tokens
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import POSITIONS, SamplingOptions
 from equimini.show.seams import brightness
-from equimini.training.data import load_data
-from equimini.training.loaders import fixed_loader
+from equimini.training.data import fixed_loader, load_data
 from equimini.training.options import DataConfig
 from equimini.utils.command_line import output_folder, parse, pick_device
 from equimini.utils.errors import UserError

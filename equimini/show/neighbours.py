@@ -23,8 +23,7 @@ from tqdm import tqdm
 from equimini import load_generator
 from equimini.config import flag
 from equimini.evaluate.feature_networks import load_network
-from equimini.training.data import load_data
-from equimini.training.loaders import fixed_loader
+from equimini.training.data import fixed_loader, load_data
 from equimini.training.options import DataConfig
 from equimini.training.split import as_trained
 from equimini.utils.command_line import output_folder, parse, pick_device

@@ -21,7 +21,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 import torch
@@ -55,39 +55,26 @@ class CacheConfig(DataConfig):
     batch_size: int = flag(64, "pictures encoded at a time", min=1)
 
 
-class Chosen(Dataset):
-    """At most `count` random pictures of a data set."""
-
-    def __init__(self, data: Dataset, count: int) -> None:
-        self.data, self.mirrors, self.seed = data, data.mirrors, data.seed
-        order = rng("chosen", data.seed).permutation(len(data))
-        self.indices = sorted(order[:count].tolist())
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def view(self, index: int, draw: np.random.Generator | None,
-             flip: bool) -> tuple[Tensor, int]:
-        """As that of the data set."""
-        return self.data.view(self.indices[index], draw, flip)
-
-
 class Views(Dataset):
-    """Every stored view of the images first … last−1 of a data set, as uint8 (V, 3, H, W)."""
+    """Every stored view of some images of a data set, as uint8 (V, 3, H, W)."""
 
-    def __init__(self, data: Dataset, first: int, last: int, crops: int, augment: bool) -> None:
-        self.data, self.first, self.last = data, first, last
+    def __init__(self, data: Dataset, images: Sequence[int], first: int, crops: int,
+                 augment: bool) -> None:
+        """images: their numbers; first: the place of the first of them among all that are stored,
+        which keys its crops."""
+        self.data, self.images, self.first = data, images, first
         self.crops, self.mirrors = (crops, data.mirrors) if augment else (1, 1)
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        views, index = [], self.first + i
+        views = []
         for crop in range(self.crops):
             for mirror in range(self.mirrors):
-                draw = rng("cache", self.data.seed, index, crop) if self.crops > 1 else None
-                image, label = self.data.view(index, draw, bool(mirror))
+                key = self.data.seed, self.first + i, crop
+                draw = rng("cache", *key) if self.crops > 1 else None
+                image, label = self.data.view(self.images[i], draw, bool(mirror))
                 views.append(image)
         return torch.stack(views), label
 
@@ -161,22 +148,25 @@ def encode_split(tokenizer: Tokenizer, data: Dataset, split: str, cfg: CacheConf
 
     Of several processes each takes every k-th shard.
     """
-    shards = [(first, min(first + SHARD, len(data)), out / f"{split}-{s:05d}.npy",
+    images = range(len(data))
+    if cfg.images:
+        images = sorted(rng("chosen", data.seed).permutation(len(data))[:cfg.images].tolist())
+    shards = [(first, min(first + SHARD, len(images)), out / f"{split}-{s:05d}.npy",
                out / f"{split}-{s:05d}.labels")
-              for s, first in enumerate(range(0, len(data), SHARD))]
+              for s, first in enumerate(range(0, len(images), SHARD))]
     mine = shards[distributed.rank()::distributed.world_size()]
     bar = tqdm(total=sum(last - first for first, last, *_ in mine), desc=f"encoding {split}",
                disable=not distributed.is_main())
     for first, last, path, label_path in mine:
         if not (path.exists() and label_path.exists()):
-            views = Views(data, first, last, cfg.crops, split == "train")
+            views = Views(data, images[first:last], first, cfg.crops, split == "train")
             means, numbers = [], []
-            for images, label in DataLoader(views, cfg.batch_size, num_workers=cfg.workers,
+            for pixels, label in DataLoader(views, cfg.batch_size, num_workers=cfg.workers,
                                             worker_init_fn=leave_signals):
-                flat = to_float(images.flatten(0, 1).to(device))
-                means.append(tokenizer.encode(flat).unflatten(0, images.shape[:2]).cpu().numpy())
+                flat = to_float(pixels.flatten(0, 1).to(device))
+                means.append(tokenizer.encode(flat).unflatten(0, pixels.shape[:2]).cpu().numpy())
                 numbers += label.tolist()
-                bar.update(len(images))
+                bar.update(len(pixels))
             with replacing(path) as file:
                 np.save(file, np.concatenate(means))
             write_text(label_path, json.dumps(numbers))
@@ -218,11 +208,10 @@ def encode(cfg: CacheConfig, overwrite: bool = False,
     if begun.exists() and not overwrite and "split" not in read_plan(begun):
         cfg = replace(cfg, split="order")  # begun before there was a choice
     train, val, classes = load_data(cfg, tokenizer.config)
-    whole = train, val
-    if cfg.images:
-        train, val = Chosen(train, cfg.images), Chosen(val, cfg.images)
+    counts = {split: min(len(data), cfg.images or len(data))
+              for split, data in (("train", train), ("val", val))}
     plan = {"tokenizer": latents_hash(tokenizer), "classes": classes, "data": cfg.data,
-            "images": {"train": len(train), "val": len(val)}, "crops": cfg.crops,
+            "images": counts, "crops": cfg.crops,
             "width": cfg.width, "seed": cfg.seed, "val_data": cfg.val_data,
             "val_fraction": cfg.val_fraction}
     if cfg.split == "name":  # caches made before there was a choice do not have the key
@@ -234,14 +223,14 @@ def encode(cfg: CacheConfig, overwrite: bool = False,
             claim(out, plan, "latents", "choose another --out, or add --overwrite")
     labels = {split: encode_split(tokenizer, data, split, cfg, out, device)
               for split, data in (("train", train), ("val", val))}
-    report_pictures(list(whole), out)
+    report_pictures([train, val], out)
     if not distributed.is_main():
         return
     with replacing(out / "labels.npz") as file:
         np.savez(file, **labels)
     write_text(out / "meta.json", json.dumps(plan, indent=1))
     size = sum(p.stat().st_size for p in out.glob("*.npy")) / 1e6
-    print(f"done: {out}, {len(train)} + {len(val)} pictures, {size:.0f} MB")
+    print(f"done: {out}, {counts['train']} + {counts['val']} pictures, {size:.0f} MB")
 
 
 def drop_latents(out: Path) -> None:

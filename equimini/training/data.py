@@ -1,7 +1,7 @@
-"""Images for training: pictures of folders and archives, or landscapes drawn by code.
+"""Images for training, and their batches: of folders and archives, or landscapes drawn by code.
 
 A dataset's items are indexed by (epoch, index), so that its random crop and flip are a function of
-the seed and these two; `Batches` makes the order of the data a function of the step alone.
+the seed and these two; `Batches` makes their order a function of the step alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from equimini.autoencoder import TokenizerConfig
 from equimini.noise import rng
 from equimini.training import synthetic
 from equimini.training.index import Source
-from equimini.training.options import BUILT_IN, DataConfig
+from equimini.training.options import BUILT_IN, DataConfig, RunConfig
 from equimini.training.split import split_pictures
 from equimini.utils import distributed
 from equimini.utils.errors import UserError, first_line
@@ -120,8 +120,8 @@ class ImageFolder(Dataset[Item]):
         shared with loader processes.
         """
         chunk, used, free = torch.empty(0, dtype=torch.uint8), 0, 0
-        loader = DataLoader(_Decoded(self), batch_size=None, num_workers=workers,
-                            worker_init_fn=leave_signals)
+        loader = DataLoader(range(len(self)), batch_size=None, collate_fn=self._whole,
+                            num_workers=workers, worker_init_fn=leave_signals)
         for i, picture in enumerate(tqdm(loader, desc="reading pictures into memory",
                                          disable=not distributed.is_main())):
             if picture.numel() > free:
@@ -137,6 +137,10 @@ class ImageFolder(Dataset[Item]):
         if len(self.kept) < len(self) - len(self.unreadable()):
             print(f"{len(self.kept)} of {len(self)} pictures fit into --cache-gb {gigabytes:g}; "
                   "the others are read from their files each time")
+
+    def _whole(self, i: int) -> Tensor:
+        picture = self.decode(i)
+        return torch.from_numpy(np.empty(0, np.uint8) if picture is None else picture.copy())
 
     def unreadable(self) -> list[str]:
         """The files found so far that cannot be read."""
@@ -157,20 +161,6 @@ class ImageFolder(Dataset[Item]):
         x = x[top:top + self.height, left:left + self.width]
         x = x[:, ::-1] if flip else x
         return torch.from_numpy(np.array(x.transpose(2, 0, 1), order="C"))  # the only copy
-
-
-class _Decoded(Dataset[Tensor]):
-    """Every picture of an ImageFolder, scaled but not cropped; empty if it cannot be read."""
-
-    def __init__(self, folder: ImageFolder) -> None:
-        self.folder = folder
-
-    def __len__(self) -> int:
-        return len(self.folder)
-
-    def __getitem__(self, i: int) -> Tensor:
-        picture = self.folder.decode(i)
-        return torch.from_numpy(np.zeros(0, np.uint8) if picture is None else picture.copy())
 
 
 class Synthetic(Dataset[Item]):
@@ -274,3 +264,56 @@ def count_images(run: DataConfig) -> int:
     if run.data in BUILT_IN:
         return SYNTHETIC_IMAGES
     return len(split_pictures(run)[0].indices)
+
+
+class Batches:
+    """Batch sampler whose order is a function of (seed, step): each epoch a new permutation.
+
+    Yields, for each step from `start` to `stop` − 1, the (epoch, index) pairs of this process's
+    local batch; a batch that crosses the end of an epoch is completed from the next.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, start: int, stop: int) -> None:
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.start, self.stop = start, stop
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, np.empty(0, np.int64)
+        local = distributed.local_batch(self.batch_size)
+        for step in range(self.start, self.stop):
+            batch, first = [], step * self.batch_size + distributed.rank() * local
+            for place in range(first, first + local):
+                if place // self.n != epoch:
+                    epoch = place // self.n
+                    order = rng("order", self.seed, epoch).permutation(self.n)
+                batch.append((epoch, int(order[place % self.n])))
+            yield batch
+
+
+def training_loader(data: Dataset, batch_size: int, run: RunConfig, start: int,
+                    stop: int, pinned: bool = False) -> DataLoader:
+    """Batches (images uint8 (B, 3, H, W), labels (B,), indices (B,)) of steps start … stop−1.
+
+    Of several processes each gets a local batch: B is batch_size / processes.  pinned: in memory
+    from which a GPU copies while it computes.
+    """
+    sampler = Batches(len(data), batch_size, run.seed, start, stop)
+    return DataLoader(data, batch_sampler=sampler, num_workers=run.workers,
+                      worker_init_fn=leave_signals, pin_memory=pinned)
+
+
+def fixed_loader(data: Dataset, batch_size: int, count: int, workers: int = 0,
+                 seed: int = 0, shared: bool = False) -> DataLoader:
+    """The same `count` random items (at most all), in the same order, every time.
+
+    shared: of several processes each gets a part of them; else each gets all.
+    """
+    order = rng("subset", seed).permutation(len(data))[:count]
+    if shared:
+        order = order[distributed.rank()::distributed.world_size()]
+    keys = [(0, int(i)) for i in order]
+    return DataLoader(data, batch_size=batch_size, sampler=keys, num_workers=workers,
+                      worker_init_fn=leave_signals)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from equimini.config import Checked
 from equimini.presets import parameters
+from equimini.training.loop import Trainer
 from equimini.training.setup import Setup
-from equimini.training.step import Trainer
 from equimini.utils import distributed
 from equimini.utils.command_line import spelled
 from equimini.utils.errors import UserError

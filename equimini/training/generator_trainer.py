@@ -6,23 +6,25 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from equimini.autoencoder import Tokenizer, add_noise
 from equimini.config import flag
-from equimini.generator import Generator, flow_matching_errors, random_crops
+from equimini.flow_head import HeadBlock
+from equimini.generator import MLP, Block, Generator, flow_matching_errors, random_crops
 from equimini.mean_flow import INTERVALS
 from equimini.noise import normal, rng, seed_torch, uniform
 from equimini.presets import GeneratorTraining
-from equimini.training.options import RunConfig
-from equimini.training.precision import PRECISIONS, adamw, compiled, set_float32
-from equimini.training.step import (MicroBatch, Trainer, add, cooldown, micro_batches,
-                                    warmup_decay_lr, weight_decay_groups)
-from equimini.utils import checkpoint, distributed
+from equimini.training.loop import (MicroBatch, Trainer, add, cooldown, micro_batches, total,
+                                    warmup_decay_lr)
+from equimini.training.options import PRECISIONS, RunConfig
+from equimini.utils import checkpoint
 from equimini.utils.checkpoint import tokenizer_content
-from equimini.utils.errors import UserError
+from equimini.utils.errors import UserError, first_line
 from equimini.utils.images import clean_label, grid, save_png, to_float
 
 TOKENIZER = "runs/tokenizer/last.pt"  # where train_tokenizer.py leaves it
+PARTS = (Block, MLP, HeadBlock)  # what is compiled; the class tokens' way calls MLP by itself
 T_BINS = 8  # parts of t whose losses are logged
 
 
@@ -50,14 +52,18 @@ class GeneratorRun(RunConfig):
 class Draws(NamedTuple):
     """All that is random in the loss of B images but for dropout, keyed per image."""
 
-    sigma: torch.Tensor  # (B,) normal
-    noise: torch.Tensor  # (B, N, C) normal: σ-noise on the tokens, with sigma
-    u: torch.Tensor  # (M, B, N) uniform: the flow's times
-    eps: torch.Tensor  # (M, B, N, C) normal: the flow's noise
-    drop: torch.Tensor  # (B,) uniform: below the label dropout, the class is left out
-    starts: torch.Tensor  # (B, k) uniform: places of crops, k = 0 without --real-equivariant
-    more: torch.Tensor  # (n, B, N) uniform: for mean_flow_errors, n = 0 without it
-    shift: int | torch.Tensor = 0  # of positions: of all images, or of each (B,)
+    sigma: Tensor  # (B,) normal
+    noise: Tensor  # (B, N, C) normal: σ-noise on the tokens, with sigma
+    u: Tensor  # (M, B, N) uniform: the flow's times
+    eps: Tensor  # (M, B, N, C) normal: the flow's noise
+    drop: Tensor  # (B,) uniform: below the label dropout, the class is left out
+    starts: Tensor  # (B, k) uniform: places of crops, k = 0 without --real-equivariant
+    more: Tensor  # (n, B, N) uniform: for mean_flow_errors, n = 0 without it
+    shift: int | Tensor = 0  # of positions: of all images, or of each (B,)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Draws":
+        """These, with the function applied to every tensor."""
+        return Draws(*(function(x) if isinstance(x, Tensor) else x for x in self))
 
 
 class Prefetcher:
@@ -84,14 +90,13 @@ class GeneratorTrainer(Trainer):
 
     def __init__(self, model: Generator, tokenizer: Tokenizer, classes: list[str],
                  cfg: GeneratorTraining, opts: GeneratorRun,
-                 sample: Callable[[Generator, list[str]], torch.Tensor] | None = None) -> None:
+                 sample: Callable[[Generator, list[str]], Tensor] | None = None) -> None:
         """model, tokenizer: on the device; sample: from a generator and n class names to pictures
         (n, 3, H, W), for the previews."""
         if cfg.subtasks and model.config.real_equivariant:
             raise UserError("--subtasks are places in the picture, which --real-equivariant does "
                             "not train on; give one of the two")
         self.tokenizer, self.classes, self.sample = tokenizer, classes, sample
-        set_float32(opts.precision, model.no_class.device)
         if opts.trained == "head":
             model.requires_grad_(False).head.requires_grad_(True)
         super().__init__(model, cfg, opts, model.no_class.device, adamw(
@@ -104,7 +109,7 @@ class GeneratorTrainer(Trainer):
         self.columns = 0  # of the training pictures, once one has been seen
         self.mirrored = True  # whether these are mirrored at random
 
-    def step(self, step: int, data: torch.Tensor, labels: torch.Tensor) -> dict:
+    def step(self, step: int, data: Tensor, labels: Tensor) -> dict:
         """One step of the generator (Eq. 8).
 
         data, as in `tokens`, and labels (B,): this process's local batch.  Returns the scalars to
@@ -113,15 +118,16 @@ class GeneratorTrainer(Trainer):
         cfg, sums = self.cfg, {}
         for part, draws in self.prefetch(self.step_draws, step, len(data), *self.shape(data)):
             seed_torch(self.seed, 1, step, part.places[0])  # dropout
-            draws = Draws(*self.on_device(*draws))
+            draws = draws.map(self.on_device)
             x = self.tokens(data[part.rows], draws)  # encode: (B, N, C)
+            self.columns = x.shape[1]
             errors, u = self.errors(x, labels[part.rows], draws)  # (M, B, N)
             chosen = errors[:, :, list(cfg.subtasks)] if cfg.subtasks else errors
             loss = part.weight * chosen.mean()
             loss.backward()
             add(sums, {"loss": loss, "loss_per_column": part.weight * errors.mean((0, 1)),
                        **sums_by_time(errors, u)})
-        found = distributed.total(sums)
+        found = total(sums)
         lr = (warmup_decay_lr(step, cfg.lr, cfg.warmup_steps)
               * cooldown(step, cfg.steps, cfg.lr_cooldown))
         norm = self.stepper(lr, cfg.grad_clip)  # AdamW
@@ -132,44 +138,42 @@ class GeneratorTrainer(Trainer):
                                for s, n in zip(found["t_sums"], found["t_counts"])]}
 
     @torch.no_grad()
-    def tokens(self, data: torch.Tensor, draws: Draws) -> torch.Tensor:
+    def tokens(self, data: Tensor, draws: Draws) -> Tensor:
         """uint8 images (B, 3, H, W), or their cached means μ (B, N, C), to normalised noisy
         tokens (B, N, C): the transformer's input and the flow's target."""
-        mean, = self.on_device(data)
+        mean = self.on_device(data)
         if data.dtype == torch.uint8:
             with self.autocast():
                 mean = self.tokenizer.encode(to_float(mean)).float()
         z = add_noise(mean, self.tokenizer.config.noise, draws.sigma, draws.noise)
         return self.tokenizer.normalize(z)
 
-    def errors(self, x: torch.Tensor, labels: torch.Tensor,
-               draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    def errors(self, x: Tensor, labels: Tensor,
+               draws: Draws) -> tuple[Tensor, Tensor]:
         """Eq. 8's errors (M, B, N) on tokens (B, N, C), and their u."""
-        self.columns = x.shape[1]
-        labels, = self.on_device(labels)
+        labels = self.on_device(labels)
         if self.model.config.real_equivariant:
             x, labels, draws = self.crops(x, labels, draws)
         with self.autocast():
             return self.flow_errors(self.model, x, labels, draws.u, draws.eps,
                                     draws.drop < self.cfg.label_dropout, draws.shift), draws.u
 
-    def crops(self, x: torch.Tensor, labels: torch.Tensor,
-              draws: Draws) -> tuple[torch.Tensor, torch.Tensor, Draws]:
+    def crops(self, x: Tensor, labels: Tensor,
+              draws: Draws) -> tuple[Tensor, Tensor, Draws]:
         """A batch of random crops of W columns (Eq. 6): as many of each image as it is long."""
         w, n, k = self.model.config.window, x.shape[1], draws.starts.shape[1]
         if k == 0:
             raise UserError(f"--window {w} is longer than the pictures of {n} columns, of which "
                             "--real-equivariant takes crops")
 
-        def each(a: int | torch.Tensor) -> int | torch.Tensor:  # (B,) to (B·k,)
-            return a.repeat_interleave(k) if isinstance(a, torch.Tensor) else a
-
         u, eps, more = (a[:, :, :k * w].unflatten(2, (k, w)).flatten(1, 2)
                         for a in (draws.u, draws.eps, draws.more))
-        return (random_crops(x, w, (draws.starts * (n - w + 1)).long()), each(labels),
-                draws._replace(u=u, eps=eps, more=more, drop=each(draws.drop), shift=each(draws.shift)))
+        labels, drop, shift = (a.repeat_interleave(k) if isinstance(a, Tensor) else a
+                               for a in (labels, draws.drop, draws.shift))  # (B,) to (B·k,)
+        return (random_crops(x, w, (draws.starts * (n - w + 1)).long()), labels,
+                draws._replace(u=u, eps=eps, more=more, drop=drop, shift=shift))
 
-    def shape(self, data: torch.Tensor) -> tuple[int, int]:
+    def shape(self, data: Tensor) -> tuple[int, int]:
         """(N, C) of the tokens of uint8 images (B, 3, H, W), or of cached means (B, N, C)."""
         if data.dtype != torch.uint8:
             return data.shape[1], data.shape[2]
@@ -193,13 +197,11 @@ class GeneratorTrainer(Trainer):
         for part in micro_batches(images, self.opts.accumulate):
             rngs = [rng("flow", self.seed, step, place) for place in part.places]
             draws = self.draws(rngs, n, c)._replace(shift=self.shift(step, part))
-            if self.device.type == "cuda":  # as the loader's batches are
-                draws = Draws(*(x.pin_memory() if isinstance(x, torch.Tensor) else x
-                                for x in draws))
-            found.append((part, draws))
+            cuda = self.device.type == "cuda"  # pinned, as the loader's batches are
+            found.append((part, draws.map(Tensor.pin_memory) if cuda else draws))
         return found
 
-    def shift(self, step: int, part: MicroBatch) -> int | torch.Tensor:
+    def shift(self, step: int, part: MicroBatch) -> int | Tensor:
         """The position augmentation: one number for each group of images of the global batch."""
         size, below = self.cfg.shift_group, self.cfg.position_shift
         if not size:
@@ -208,14 +210,12 @@ class GeneratorTrainer(Trainer):
         drawn = {g: int(rng("shift", self.seed, step, g).integers(below)) for g in set(groups)}
         return torch.tensor([drawn[g] for g in groups])  # (B,)
 
-    def on_device(self, *values: int | torch.Tensor) -> list:
-        """Tensors on the device; from pinned memory to a GPU without waiting for the copies."""
-        cuda = self.device.type == "cuda"
-        return [x.to(self.device, non_blocking=cuda) if isinstance(x, torch.Tensor) else x
-                for x in values]
+    def on_device(self, x: Tensor) -> Tensor:
+        """From pinned memory to a GPU without waiting for the copy."""
+        return x.to(self.device, non_blocking=self.device.type == "cuda")
 
-    def state(self) -> dict:
-        return {**super().state(), "columns": self.columns, "mirrored": self.mirrored,
+    def more_state(self) -> dict:
+        return {"columns": self.columns, "mirrored": self.mirrored,
                 "tokenizer": tokenizer_content(self.tokenizer)}  # sampling needs these
 
     def load_state(self, state: dict) -> None:
@@ -250,18 +250,18 @@ class GeneratorTrainer(Trainer):
         sums = {}
         for data, labels, indices in loader:
             draws = self.draws([rng("validation", int(i)) for i in indices], *self.shape(data))
-            draws = Draws(*self.on_device(*draws))
+            draws = draws.map(self.on_device)
             x = self.tokens(data, draws)
-            loss = self.held_out_errors(x, *self.on_device(labels), draws).mean(0)  # (B, N)
+            loss = self.held_out_errors(x, self.on_device(labels), draws).mean(0)  # (B, N)
             add(sums, {"columns": loss.cpu().double().sum(0), "count": torch.tensor(len(x))})
         if not sums:  # more processes than pictures
             sums = {"columns": torch.zeros(self.columns).double(), "count": torch.tensor(0)}
-        found = distributed.total(sums)
+        found = total(sums)
         columns = [v / found["count"] for v in found["columns"]]
         return {"val_loss": sum(columns) / len(columns),
                 "val_loss_per_column": [round(v, 6) for v in columns]}
 
-    def held_out_errors(self, x: torch.Tensor, labels: torch.Tensor, draws: Draws) -> torch.Tensor:
+    def held_out_errors(self, x: Tensor, labels: Tensor, draws: Draws) -> Tensor:
         """Eq. 8's errors (M, B, N) of the EMA weights."""
         return flow_matching_errors(self.ema.model, x, labels, draws.u, draws.eps)
 
@@ -275,9 +275,47 @@ class GeneratorTrainer(Trainer):
         save_png(grid(list(sheet), [f"{name} (raw, EMA)" for name in names]), path)
 
 
-def sums_by_time(errors: torch.Tensor, u: torch.Tensor) -> dict[str, torch.Tensor]:
+def sums_by_time(errors: Tensor, u: Tensor) -> dict[str, Tensor]:
     """Sums and counts of errors in T_BINS equal parts of t; both (M, B, N), u ~ t in [0, 1]."""
     bins = (u * T_BINS).long().clamp(max=T_BINS - 1).flatten()
     zeros = errors.new_zeros(T_BINS)
     return {"t_sums": zeros.index_add(0, bins, errors.detach().flatten()),
             "t_counts": zeros.index_add(0, bins, torch.ones_like(u).flatten())}
+
+
+def weight_decay_groups(generator: Generator, weight_decay: float) -> list[dict]:
+    """AdamW's groups of trained parameters: no decay on biases, norms and the flow head."""
+    decayed, free = [], []
+    for name, p in generator.named_parameters():
+        if p.requires_grad:
+            (free if p.dim() == 1 or name.startswith("head.") else decayed).append(p)
+    return [{"params": decayed, "weight_decay": weight_decay},
+            {"params": free, "weight_decay": 0.0}]
+
+
+def compiled(loss: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    """`loss`, with the blocks of the models among its arguments compiled at its first call.
+
+    Block by block: all of a kind are one program, so depth costs no time to compile.
+    """
+    def call(*args: Any) -> Any:
+        for model in args:
+            for part in model.modules() if isinstance(model, nn.Module) else ():
+                if isinstance(part, PARTS) and part._compiled_call_impl is None:
+                    part.compile(backend=backend, fullgraph=True, dynamic=False)
+        try:
+            return loss(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UserError(f"--compile does not work here ({first_line(error)}); on a CPU it "
+                            "needs a C++ compiler, on a GPU triton; leave it out") from error
+
+    return call
+
+
+def adamw(groups: list[dict], lr: float, fused: bool) -> torch.optim.AdamW:
+    """The generator's optimizer; fused: each weight read and written once per step."""
+    try:
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused or None)
+    except RuntimeError as error:
+        raise UserError(f"--fused-optimizer does not work here ({first_line(error)}); give "
+                        "--no-fused-optimizer") from None

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from equimini.generator import Generator
 from equimini.mean_flow import mean_flow_errors
-from equimini.training.generator_trainer import Draws, GeneratorTrainer
-from equimini.training.precision import compiled
+from equimini.training.generator_trainer import Draws, GeneratorTrainer, compiled
 from equimini.utils import checkpoint
 
 NEW = ("head.span_mlp.", "head.scale_mlp.")  # what a flow head's weights lack
@@ -42,9 +41,8 @@ class MeanFlowTrainer(GeneratorTrainer):
 
     def errors(self, x: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """The errors (M, B, N) on tokens (B, N, C), and their t."""
-        self.columns = x.shape[1]
         with self.autocast():
-            return self.errors_of(self.model, x, *self.on_device(labels), draws)
+            return self.errors_of(self.model, x, self.on_device(labels), draws)
 
     def errors_of(self, model: Generator, x: Tensor, labels: Tensor,
                   draws: Draws) -> tuple[Tensor, Tensor]:
@@ -58,8 +56,8 @@ class MeanFlowTrainer(GeneratorTrainer):
         """The errors of the EMA weights."""
         return self.errors_of(self.ema.model, x, labels, draws)[0]
 
-    def state(self) -> dict:
-        return {**super().state(), "teacher": self.teacher.state_dict()}
+    def more_state(self) -> dict:
+        return {**super().more_state(), "teacher": self.teacher.state_dict()}
 
     def load_state(self, state: dict) -> None:
         super().load_state(state)

@@ -7,6 +7,7 @@ import dataclasses
 from equimini.config import Checked, flag
 
 BUILT_IN = ("synthetic", "synthetic-object")  # data drawn by code
+PRECISIONS = ("float32", "tf32", "bf16")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,11 +43,6 @@ class Setup:
     def __post_init__(self) -> None:
         self.start = self.resumed["step"] if self.resumed else 0  # the first step to train
 
-    def config(self) -> dict[str, Any]:
-        """The configuration as plain values, for the checkpoint."""
-        parts = {"model": self.model, "training": self.training, "run": self.run}
-        return {"preset": self.preset, **{k: dataclasses.asdict(v) for k, v in parts.items()}}
-
     def folder(self) -> AbstractContextManager:
         """A context in which no other training writes to the folder."""
         writes = distributed.is_main() and not self.dry_run

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from equimini.autoencoder import TokenizerConfig
 from equimini.discriminator import FeatureCritic, PatchGAN
-from equimini.losses import hinge_loss
-from equimini.noise import rng
-from equimini.presets import TokenizerTraining
+from equimini.presets import PRESETS, TokenizerTraining
 from equimini.pretrained.published_weights import chosen, load_dino, load_dinov2, load_lpips, unused
 from equimini.pretrained.torchscript import (FeatureDistance, ScriptFeatures, ScriptTeacher,
                                              script_maps)
 from equimini.pretrained.vision_transformer import DinoFeatures, DinoV2Teacher
-from equimini.training.precision import load_optimizer
-from equimini.training.step import Stepper
-from equimini.utils import checkpoint
+from equimini.training.setup import Setup
 from equimini.utils.errors import UserError, first_line
 
 
@@ -75,55 +74,23 @@ def make_critic(cfg: TokenizerTraining, images: Tensor) -> PatchGAN | FeatureCri
     return critic.train()
 
 
-class Adversary:
-    """A critic with its optimizer."""
+def match_semantics(setup: Setup, teacher: nn.Module | None) -> TokenizerConfig:
+    """The model's configuration with a semantic head as wide as the teacher, none without one.
 
-    def __init__(self, critic: PatchGAN | FeatureCritic, cfg: TokenizerTraining,
-                 seed: int) -> None:
-        self.critic, self.seed = critic, seed
-        self.lr = cfg.disc_lr or cfg.lr  # constant, as in the release
-        self.optimizer = torch.optim.Adam(critic.parameters(), lr=self.lr, betas=(0.5, 0.9))
-        self.stepper = Stepper(self.optimizer)
-
-    def features(self, images: Tensor, step: int, real: bool, first: int = 0) -> list[Tensor]:
-        """The critic's features of images at a step; the draws of x and x̂ differ.
-
-        first: the place of the first image in the global batch.
-        """
-        return self.critic.features(images, [rng("critic", self.seed, step, int(real), first + i)
-                                             for i in range(len(images))])
-
-    def backward(self, real: list[Tensor], fake: list[Tensor],
-                 weight: float = 1.0) -> dict[str, Tensor]:
-        """Add the gradient of the critic's loss on features of x and x̂; returns what to log.
-
-        weight: these images' part of the global batch.
-        """
-        real_logits, fake_logits = (self.critic.logits([x.detach() for x in features])
-                                    for features in (real, fake))
-        loss = weight * hinge_loss(real_logits, fake_logits)
-        loss.backward()
-        return {"disc_loss": loss.detach(), "logit_real": weight * real_logits.detach().mean(),
-                "logit_fake": weight * fake_logits.detach().mean()}
-
-    def state(self) -> dict:
-        """For the checkpoint: the critic's weights and its optimizer's state."""
-        return {"disc": self.critic.state_dict(), "disc_optimizer": self.optimizer.state_dict()}
-
-    def load_state(self, state: dict) -> None:
-        """The inverse of `state`; a checkpoint from before the critic's start has none."""
-        if "disc" in state:
-            checkpoint.load_weights(self.critic, state["disc"], "last.pt")
-            load_optimizer(self.optimizer, state["disc_optimizer"])
-
-    def carry_over(self, state: dict, path: str) -> None:
-        """Begin with the critic of stage 1's checkpoint; its optimizer starts afresh."""
-        if "disc" not in state:
-            print(f"{path} holds no discriminator; stage 2 begins with a new one")
-            return
-        try:
-            self.critic.load_state_dict(state["disc"])
-        except RuntimeError:
-            raise UserError(f"the discriminator in {path} is of another layout than that of the "
-                            "flags; give the same --discriminator and channels as in stage 1, or "
-                            "--no-carry-disc") from None
+    A model that is already there (resumed, or to start from) keeps its head.  Raises
+    UserError where its width, or that of the flags, is not the teacher's.
+    """
+    given, wanted = setup.model.semantic_channels, teacher.channels if teacher else 0
+    fixed = setup.resumed or setup.initial
+    if fixed and (given == wanted or not teacher):
+        return setup.model
+    if fixed or given not in (0, wanted, PRESETS[setup.preset].tokenizer.semantic_channels):
+        raise UserError(f"--semantic-channels: the model's semantic head has {given} channels, "
+                        + (f"the teacher {wanted}" if teacher else "and no teacher is given; "
+                           "give --dinov2-weights or --align-net"))
+    try:
+        setup.model = replace(setup.model, semantic_channels=wanted)
+    except ValueError as error:
+        raise UserError(f"the teacher's map cannot be used: {error}; choose another "
+                        "--align-map") from None
+    return setup.model

@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from equimini.autoencoder import Tokenizer, add_noise, noise_variance
 from equimini.config import flag
-from equimini.losses import (ImageGradients, adaptive_weight, adversarial_ramp, alignment_loss,
+from equimini.discriminator import FeatureCritic, PatchGAN
+from equimini.losses import (ImageGradients, adaptive_weight, alignment_loss, hinge_loss,
                              image_gradients, kl_loss, psnr, reconstruction_loss)
 from equimini.noise import normal, rng, seed_torch
 from equimini.presets import TokenizerTraining
-from equimini.training.options import RunConfig
-from equimini.training.precision import PRECISIONS, set_float32
-from equimini.training.step import MicroBatch, Trainer, add, micro_batches, warmup_decay_lr
-from equimini.training.tokenizer_losses import Adversary
+from equimini.training.loop import (MicroBatch, Stepper, Trainer, add, load_optimizer,
+                                    micro_batches, total, warmup_decay_lr)
+from equimini.training.options import PRECISIONS, RunConfig
 from equimini.utils import checkpoint, distributed
+from equimini.utils.errors import UserError
 from equimini.utils.images import grid, save_png, to_float
 
 
@@ -41,10 +42,64 @@ class TokenizerRun(RunConfig):
 class Decoded(NamedTuple):
     """Images x in [−1, 1], their means μ (B, N, D), decoded x̂, and the semantic head's map."""
 
-    x: torch.Tensor
-    mean: torch.Tensor
-    x_hat: torch.Tensor
-    semantics: torch.Tensor | None
+    x: Tensor
+    mean: Tensor
+    x_hat: Tensor
+    semantics: Tensor | None
+
+
+class Adversary:
+    """A critic with its optimizer."""
+
+    def __init__(self, critic: PatchGAN | FeatureCritic, cfg: TokenizerTraining,
+                 seed: int) -> None:
+        self.critic, self.seed = critic, seed
+        self.lr = cfg.disc_lr or cfg.lr  # constant, as in the release
+        self.optimizer = torch.optim.Adam(critic.parameters(), lr=self.lr, betas=(0.5, 0.9))
+        self.stepper = Stepper(self.optimizer)
+
+    def features(self, images: Tensor, step: int, real: bool, first: int = 0) -> list[Tensor]:
+        """The critic's features of images at a step; the draws of x and x̂ differ.
+
+        first: the place of the first image in the global batch.
+        """
+        return self.critic.features(images, [rng("critic", self.seed, step, int(real), first + i)
+                                             for i in range(len(images))])
+
+    def backward(self, real: list[Tensor], fake: list[Tensor],
+                 weight: float = 1.0) -> dict[str, Tensor]:
+        """Add the gradient of the critic's loss on features of x and x̂; returns what to log.
+
+        weight: these images' part of the global batch.
+        """
+        real_logits, fake_logits = (self.critic.logits([x.detach() for x in features])
+                                    for features in (real, fake))
+        loss = weight * hinge_loss(real_logits, fake_logits)
+        loss.backward()
+        return {"disc_loss": loss.detach(), "logit_real": weight * real_logits.detach().mean(),
+                "logit_fake": weight * fake_logits.detach().mean()}
+
+    def state(self) -> dict:
+        """For the checkpoint: the critic's weights and its optimizer's state."""
+        return {"disc": self.critic.state_dict(), "disc_optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict) -> None:
+        """The inverse of `state`; a checkpoint from before the critic's start has none."""
+        if "disc" in state:
+            checkpoint.load_weights(self.critic, state["disc"], "last.pt")
+            load_optimizer(self.optimizer, state["disc_optimizer"])
+
+    def carry_over(self, state: dict, path: str) -> None:
+        """Begin with the critic of stage 1's checkpoint; its optimizer starts afresh."""
+        if "disc" not in state:
+            print(f"{path} holds no discriminator; stage 2 begins with a new one")
+            return
+        try:
+            self.critic.load_state_dict(state["disc"])
+        except RuntimeError:
+            raise UserError(f"the discriminator in {path} is of another layout than that of the "
+                            "flags; give the same --discriminator and channels as in stage 1, or "
+                            "--no-carry-disc") from None
 
 
 class TokenizerTrainer(Trainer):
@@ -52,10 +107,9 @@ class TokenizerTrainer(Trainer):
 
     def __init__(self, model: Tokenizer, distance: nn.Module | None, teacher: nn.Module | None,
                  adversary: Adversary | None, cfg: TokenizerTraining, opts: TokenizerRun,
-                 shown: torch.Tensor) -> None:
+                 shown: Tensor) -> None:
         """All parts on one device, frozen what is to stay; shown: held-out images (n, 3, H, W) in
         [−1, 1], for the previews."""
-        set_float32(opts.precision, shown.device)
         if opts.channels_last:
             model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad],
@@ -69,12 +123,12 @@ class TokenizerTrainer(Trainer):
         self.encode, self.decode = compiled(model.encode), compiled(model.decode)
         self.decode_with_semantics = compiled(model.decode_with_semantics)
 
-    def reconstruction(self, x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
+    def reconstruction(self, x: Tensor, x_hat: Tensor) -> Tensor:
         """L1 plus perceptual distance, summed over pixels, averaged over the batch."""
         distance = self.cfg.perceptual_weight * self.distance(x, x_hat) if self.distance else 0.0
         return reconstruction_loss(x, x_hat, distance)
 
-    def step(self, step: int, images: torch.Tensor, _labels: torch.Tensor) -> dict:
+    def step(self, step: int, images: Tensor, _labels: Tensor) -> dict:
         """One step of the autoencoder, and one of the critic: Eq. 5, as losses.total_loss has it.
 
         images: (B, 3, H, W) uint8, this process's local batch; labels are not used.  Returns the
@@ -95,7 +149,7 @@ class TokenizerTrainer(Trainer):
             out = kept or self.decoded(step, images, part)
             self.loss(out, part.weight, at_image, factor, sums).backward()
         lr = warmup_decay_lr(step, cfg.lr, cfg.warmup_steps, cfg.lr_decay, cfg.lr_decay_every)
-        scalars = {"lr": lr, **distributed.total(sums), **found}
+        scalars = {"lr": lr, **total(sums), **found}
         scalars["grad_norm"] = self.stepper(lr, cfg.grad_clip)  # Adam
         self.ema.update(self.model)
         if ramp:
@@ -104,7 +158,7 @@ class TokenizerTrainer(Trainer):
                 + cfg.align_weight * scalars.get("align", 0.0))
         return {"loss": loss, **scalars}
 
-    def decoded(self, step: int, images: torch.Tensor, part: MicroBatch) -> Decoded:
+    def decoded(self, step: int, images: Tensor, part: MicroBatch) -> Decoded:
         """A micro-batch through the autoencoder, with noise on its tokens."""
         seed_torch(self.seed, 1, step, part.places[0])  # dropout
         x = to_float(images[part.rows].to(self.device))
@@ -141,7 +195,7 @@ class TokenizerTrainer(Trainer):
                 "adv_grad": norms[1].item()}
 
     def loss(self, out: Decoded, weight: float, gradients: ImageGradients | None, factor: float,
-             sums: dict) -> torch.Tensor:
+             sums: dict) -> Tensor:
         """A micro-batch's part of the loss, `weight` being its part of the batch.
 
         With `gradients`, reconstruction and critic are in it by these (`factor` being that of the
@@ -162,8 +216,8 @@ class TokenizerTrainer(Trainer):
         add(sums, terms)
         return loss
 
-    def state(self) -> dict:
-        return {**super().state(), "ema_updates": self.ema.updates,
+    def more_state(self) -> dict:
+        return {"ema_updates": self.ema.updates,
                 **(self.adversary.state() if self.adversary else {})}
 
     def load_state(self, state: dict) -> None:
@@ -195,7 +249,7 @@ class TokenizerTrainer(Trainer):
             loss = self.reconstruction(x, x_hat) + self.cfg.kl_weight * kl_loss(mean)
             add(sums, {"loss": len(x) * loss.cpu().double(), "count": torch.tensor(len(x)),
                        "psnr": psnr(x, x_hat).cpu().double().sum()})
-        found = distributed.total(sums)
+        found = total(sums)
         return {f"val_{name}": found[name] / found["count"] for name in ("loss", "psnr")}
 
     @torch.no_grad()
@@ -203,6 +257,14 @@ class TokenizerTrainer(Trainer):
         """Held-out originals above their reconstructions."""
         x_hat = self.ema.model.decode(self.ema.model.encode(self.shown))
         save_png(grid([self.shown, x_hat], ["original", "decoded"]), path)
+
+
+def adversarial_ramp(step: int, start: int, length: int) -> float:
+    """Share of the adversarial weight at a step: 0 before `start`, then up to 1 in `length` steps
+    (0: at once)."""
+    if step < start:
+        return 0.0
+    return min(1.0, (step - start + 1) / length) if length else 1.0
 
 
 @torch.no_grad()
@@ -218,7 +280,7 @@ def measure_statistics(tokenizer: Tokenizer, loader, device: torch.device) -> No
         mean = tokenizer.encode(to_float(images.to(device))).flatten(0, 1).cpu().double()
         add(sums, {"mean": mean.sum(0), "squares": mean.square().sum(0),
                    "count": torch.tensor(len(mean))})
-    found = distributed.total(sums)
+    found = total(sums)
     mean, squares = (torch.tensor(found[name], dtype=torch.float64) / found["count"]
                      for name in ("mean", "squares"))
     variance = (squares - mean.square()).clamp_min(0)

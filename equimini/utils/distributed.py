@@ -135,20 +135,9 @@ def largest(x: Tensor) -> Tensor:
     """The largest of all processes' values, element by element, on x's device."""
     if world_size() == 1:
         return x
-    sent = _sendable(x.clone())
+    sent = sendable(x.clone())
     dist.all_reduce(sent, dist.ReduceOp.MAX)
     return sent.to(x.device)
-
-
-def total(sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
-    """Scalars and vectors, each a sum over this process's part, summed over all and as numbers.
-
-    One message between the processes, and one wait for the device.
-    """
-    flat = _sendable(torch.cat([v.detach().flatten() for v in sums.values()]))
-    sum_tensors([flat])
-    parts = flat.cpu().split([v.numel() for v in sums.values()])
-    return {name: part.view_as(v).tolist() for (name, v), part in zip(sums.items(), parts)}
 
 
 def copy_from_main(*modules: nn.Module) -> None:
@@ -158,7 +147,7 @@ def copy_from_main(*modules: nn.Module) -> None:
                 dist.broadcast(tensor.data, 0)
 
 
-def _sendable(x: Tensor) -> Tensor:
+def sendable(x: Tensor) -> Tensor:
     """x where the processes can exchange it: NCCL knows GPUs only."""
     return x.cuda() if world_size() > 1 and dist.get_backend() == "nccl" else x
 

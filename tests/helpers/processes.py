@@ -17,11 +17,10 @@ from equimini.discriminator import PatchGAN
 from equimini.generator import Generator, GeneratorConfig
 from equimini.noise import rng
 from equimini.presets import GeneratorTraining, TokenizerTraining
+from equimini.training.data import Batches
 from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
-from equimini.training.loaders import Batches
 from equimini.training.mean_flow_trainer import MeanFlowTrainer
-from equimini.training.tokenizer_losses import Adversary
-from equimini.training.tokenizer_trainer import TokenizerRun, TokenizerTrainer
+from equimini.training.tokenizer_trainer import Adversary, TokenizerRun, TokenizerTrainer
 from equimini.utils import distributed
 from equimini.utils.command_line import run
 

@@ -25,8 +25,7 @@ from equimini.sampling import image_generator
 from equimini.sampling.cuda_graphs import GraphedColumn, GraphedStep
 from equimini.sampling.options import SamplingOptions
 from equimini.training.generator_trainer import GeneratorRun, GeneratorTrainer
-from equimini.training.tokenizer_losses import Adversary
-from equimini.training.tokenizer_trainer import TokenizerRun, TokenizerTrainer
+from equimini.training.tokenizer_trainer import Adversary, TokenizerRun, TokenizerTrainer
 from tests.conftest import SMALL_TOKENIZER, small_generator
 
 META = torch.device("meta")

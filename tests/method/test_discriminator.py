@@ -15,7 +15,8 @@ from equimini.noise import rng
 from equimini.presets import TokenizerTraining
 from equimini.pretrained.torchscript import ScriptFeatures, script_maps
 from equimini.pretrained.vision_transformer import DinoFeatures, VisionTransformer
-from equimini.training.tokenizer_losses import Adversary, make_critic
+from equimini.training.tokenizer_losses import make_critic
+from equimini.training.tokenizer_trainer import Adversary
 from equimini.utils.errors import UserError
 
 CFG = TokenizerTraining(discriminator="dino", disc_head_channels=8, lr=1e-3)

@@ -6,7 +6,7 @@ import torch
 from equimini.flow_head import FlowHead, time_embedding
 from equimini.generator import Generator, SelfAttention, flow_matching_loss
 from equimini.rope import rope_tables
-from equimini.training.step import weight_decay_groups
+from equimini.training.generator_trainer import weight_decay_groups
 from tests.conftest import SMALL_GENERATOR, randomize, small_generator
 
 LABELS = torch.tensor([0, 2])

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from equimini.losses import (adaptive_weight, adversarial_ramp, alignment_loss, hinge_loss,
-                             image_gradients, kl_loss, psnr, reconstruction_loss)
+from equimini.losses import (adaptive_weight, alignment_loss, hinge_loss, image_gradients, kl_loss,
+                             psnr, reconstruction_loss)
 from equimini.pretrained.torchscript import FeatureDistance
+from equimini.training.tokenizer_trainer import adversarial_ramp
 from equimini.utils.errors import UserError
 from tests.conftest import TwoMaps
 

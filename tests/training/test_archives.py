@@ -6,8 +6,8 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 import tarfile
-import zipfile
 
 import numpy as np
 import pytest
@@ -15,13 +15,12 @@ import torch
 from PIL import Image
 
 from equimini.training import archives, index
-from equimini.training.data import ImageFolder, load_data
+from equimini.training.data import ImageFolder
 from equimini.training.index import open_source
-from equimini.training.options import RunConfig
 from equimini.training.split import part
-from equimini.utils.errors import UserError
-from tests.conftest import SMALL_TOKENIZER
 from tests.helpers.scripts import TOKENIZER, call
+from tests.training.conftest import load
+from tests.training.test_scripts import records
 
 LONG = "cat/" + 40 * "long " + "é.png"  # more than the 100 bytes of a tar's header
 
@@ -39,8 +38,22 @@ def everything(source):
              int(source.hashes[i])) for i in range(len(source))]
 
 
-def check_same(root, archive):
+TAR_OF_TARS = ("cd pictures; for c in *; do tar -cf ../$c.tar -C $c .; done; cd ..; "
+               "tar -cf x.tar ???.tar")  # a class per tar, as ImageNet comes
+
+
+@pytest.mark.parametrize("tool, command", (
+    ("tar", "tar --format=gnu -cf x.tar -C pictures ."), ("tar", "tar --format=gnu -cf x.tar pictures"),
+    ("tar", "tar --format=pax -cf x.tar -C pictures ."), ("tar", "tar --format=pax -cf x.tar pictures"),
+    ("tar", TAR_OF_TARS), ("zip", "cd pictures && zip -qr -0 ../x.zip ."),
+    ("zip", "cd pictures && zip -qr -9 ../x.zip ."),
+    (sys.executable, f"{sys.executable} -m zipfile -c x.zip pictures")))
+def test_an_archive_of_a_folder_is_the_same_data(root, tmp_path, tool, command):
     """Names, classes, bytes and hashes; and what training sees."""
+    if not shutil.which(tool):
+        pytest.skip(f"no {tool}")
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    archive, = tmp_path.glob("x.*")
     folder, found = open_source(str(root)), open_source(str(archive))
     assert folder.classes == found.classes == ["bat", "cat", "dog", "eel"]
     assert everything(found) == everything(folder) and len(found) == 13
@@ -48,64 +61,6 @@ def check_same(root, archive):
     for key in ((0, 0), (1, 5), (2, 12)):
         (x, *rest), (y, *same) = (view[key] for view in views)
         assert torch.equal(x, y) and rest == same
-
-
-@pytest.mark.skipif(not shutil.which("tar"), reason="no tar")
-@pytest.mark.parametrize("form", ("gnu", "pax"))
-def test_tar(root, tmp_path, form):
-    for name, place in (("flat", ["-C", root, "."]), ("top", ["-C", tmp_path, "pictures"])):
-        path = tmp_path / f"{name}.tar"
-        subprocess.run(["tar", f"--format={form}", "-cf", path, *place], check=True)
-        check_same(root, path)
-
-
-def test_tar_of_a_class_per_tar_as_imagenet_comes(root, tmp_path):
-    with tarfile.open(tmp_path / "ILSVRC.tar", "w") as outer:
-        for folder in sorted(root.iterdir()):
-            with tarfile.open(tmp_path / f"{folder.name}.tar", "w") as inner:
-                for path in folder.iterdir():
-                    inner.add(path, path.name)
-            outer.add(tmp_path / f"{folder.name}.tar", f"{folder.name}.tar")
-    check_same(root, tmp_path / "ILSVRC.tar")
-
-
-@pytest.mark.skipif(not shutil.which("zip"), reason="no zip")
-@pytest.mark.parametrize("level", ("-0", "-9"))
-def test_zip_made_by_zip(root, tmp_path, level):
-    subprocess.run(["zip", "-qr", level, tmp_path / "x.zip", "."], cwd=root, check=True)
-    check_same(root, tmp_path / "x.zip")
-
-
-@pytest.mark.parametrize("method", (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
-def test_zip_made_by_python(root, tmp_path, method):
-    with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
-        for path in root.rglob("*"):
-            archive.write(path, path.relative_to(root))
-    check_same(root, tmp_path / "x.zip")
-
-
-def stylegan(path, root, labels):
-    """A zip as dataset_tool.py of StyleGAN and EDM writes it."""
-    pictures = sorted(root.rglob("*.png"))[:4]
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        names = [f"00000/img{i:08d}.png" for i in range(4)]
-        for name, picture in zip(names, pictures):
-            archive.writestr(name, picture.read_bytes())
-        pairs = labels and [[name, label] for name, label in zip(names, labels)]
-        archive.writestr("dataset.json", json.dumps({"labels": pairs}))
-
-
-def test_zip_of_stylegan_and_edm(root, tmp_path):
-    stylegan(tmp_path / "x.zip", root, [2, 0, 10, 2])
-    source = open_source(str(tmp_path / "x.zip"))
-    assert source.classes == [str(k) for k in range(11)]
-    assert {source.name(i): int(label) for i, label in enumerate(source.labels)} == {
-        f"{k}/00000/img{i:08d}.png": k for i, k in enumerate((2, 0, 10, 2))}
-    stylegan(tmp_path / "none.zip", root, None)
-    assert open_source(str(tmp_path / "none.zip")).labels.tolist() == [0] * 4
-    stylegan(tmp_path / "vectors.zip", root, [[0, 1]] * 4)
-    with pytest.raises(UserError, match="vectors"):
-        open_source(str(tmp_path / "vectors.zip"))
 
 
 def shards(tmp_path, samples, per=2):
@@ -198,13 +153,6 @@ def test_parquet(root, tmp_path, struct, monkeypatch):
     assert len(groups) == 5 + 4
 
 
-@pytest.fixture
-def tar(root, tmp_path):
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        archive.add(root, ".")
-    return tmp_path / "x.tar"
-
-
 def test_a_later_member_replaces_an_earlier_one_as_it_does_unpacked(root, tar):
     with tarfile.open(tar, "a") as archive:
         archive.add(root / "dog/1.png", "./cat/0.png")
@@ -269,10 +217,9 @@ def test_a_search_that_was_interrupted_is_taken_up(root, tar, tmp_path, keeping,
 
 def test_commands_keep_an_index_in_their_output_folder(tar, tmp_path, keeping):
     (tmp_path / "out").mkdir()
-    run = RunConfig(data=str(tar), out=str(tmp_path / "out"), workers=0)
-    train, val, classes = load_data(run, SMALL_TOKENIZER)
+    train, val, _ = load(tar, out=str(tmp_path / "out"))
     assert list((tmp_path / "out/index").glob("*.npz"))
-    assert len(train) + len(val) == 13 and train.source.kept
+    assert len(train) + len(val) == 12 and train.source.kept
 
 
 def test_training_from_a_tar_and_resumed_is_that_from_the_folder(root, tar, tmp_path, keeping):
@@ -283,8 +230,8 @@ def test_training_from_a_tar_and_resumed_is_that_from_the_folder(root, tar, tmp_
         for i, count in enumerate(steps):
             call("train_tokenizer.py", *options, "--steps", count, *["--resume"] * (i > 0),
                  cwd=tmp_path)
-        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
-        logs[name] = {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+        logs[name] = {r["step"]: r["loss"] for r in records(tmp_path / name / "log.jsonl")
+                      if "loss" in r}
     assert logs["tar"] == logs["folder"] and 2 in logs["tar"]
     config = torch.load(tmp_path / "tar/last.pt", weights_only=True)["config"]["run"]
     assert config["split"] == "name" and config["val_fraction"] == 0.05

@@ -71,7 +71,7 @@ def test_stored_crops_are_spread_as_random_crops_are(tokenizer, tmp_path):
     for i in range(2):
         Image.fromarray(ramp).save(tmp_path / "data" / f"{i}.png")
     train, _, _ = load_data(RunConfig(data=str(tmp_path / "data")), tokenizer.config)
-    views, _ = Views(train, 0, 1, crops=64, augment=True)[0]
+    views, _ = Views(train, range(1), 0, crops=64, augment=True)[0]
     lefts = views[::2, 0, 0, 0].long() // 2  # the unmirrored ones
     assert torch.equal(views[1::2], views[::2].flip(3))
     assert lefts.min() >= 0 and lefts.max() <= 64 and len(lefts.unique()) > 30

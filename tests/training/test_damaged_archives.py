@@ -1,7 +1,5 @@
 """Archives that are damaged, locked, or hold what cannot be used: one sentence each."""
 
-import io
-import json
 import shutil
 import subprocess
 import tarfile
@@ -11,15 +9,9 @@ import pytest
 
 from equimini.training.index import open_source
 from equimini.utils.errors import UserError
+from tests.training.conftest import add, stylegan
 
 ZIP = pytest.mark.skipif(not shutil.which("zip"), reason="no zip")
-
-
-@pytest.fixture
-def tar(picture_folder, tmp_path):
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        archive.add(picture_folder, ".")
-    return tmp_path / "x.tar"
 
 
 def found(path, **options):
@@ -68,56 +60,33 @@ def test_nothing_to_use_is_said_in_one_sentence(tmp_path, name, content):
             open_source(str(tmp_path / name), truncated=truncated)
 
 
-def stylegan(path, picture, table):
-    """A zip or tar as the dataset tool lays it out, three pictures a folder."""
-    content = {f"{i // 3:05d}/img{i:08d}.png": picture for i in range(6)}
-    content["dataset.json"] = table
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, data in content.items():
-                archive.writestr(name, data)
-    else:
-        with tarfile.open(path, "w") as archive:
-            for name, data in content.items():
-                add(archive, name, data)
-    return path
-
-
-def add(archive, name, data, **fields):
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    for key, value in fields.items():
-        setattr(info, key, value)
-    archive.addfile(info, io.BytesIO(data))
-
-
 @pytest.mark.parametrize("kind", (".zip", ".tar", "folder"))
 def test_labels_of_dataset_json(picture_folder, tmp_path, kind):
     picture = (picture_folder / "cat/0.png").read_bytes()
-    labels = {f"{i // 3:05d}/img{i:08d}.png": k for i, k in enumerate((2, 0, -1, 10**30, 1))}
-    path = stylegan(tmp_path / f"x{kind.replace('folder', '.zip')}", picture,
-                    json.dumps({"labels": list(labels.items())}).encode())
+    path = stylegan(tmp_path / f"x{kind.replace('folder', '.zip')}", 6 * [picture],
+                    (2, 0, -1, 10**30, 10))
     if kind == "folder":
         zipfile.ZipFile(path).extractall(path := tmp_path / "folder")
     source = open_source(str(path))
-    assert [source.name(i)[:2] for i in range(3)] == ["0/", "1/", "2/"]
-    assert all(source.read(i) == picture for i in range(3))
+    assert source.classes == [str(k) for k in range(11)]
+    assert [(source.name(i), label, source.read(i)) for i, label in enumerate(source.labels)] == [
+        (f"{k}/{i // 3:05d}/img{i:08d}.png", k, picture) for k, i in ((0, 1), (10, 4), (2, 0))]
     assert found(path) == (3, [1, 2])  # one without a label, two out of range
 
 
 def test_dataset_json_without_labels_of_others_and_lost(picture_folder, tmp_path):
-    picture, path = (picture_folder / "cat/0.png").read_bytes(), tmp_path / "x.zip"
-    stylegan(path, picture, b'{"labels": null}')
+    pictures, path = 6 * [(picture_folder / "cat/0.png").read_bytes()], tmp_path / "x.zip"
+    stylegan(path, pictures, table=b'{"labels": null}')
     assert open_source(str(path)).classes == ["0"] and found(path) == (6, [])
-    path.write_bytes(path.read_bytes()[:5 * len(picture)])
+    path.write_bytes(path.read_bytes()[:5 * len(pictures[0])])
     source = open_source(str(path), truncated=True)  # whose folders are no classes
     assert source.classes == ["0"] and any("labels" in reason for reason in source.left_out)
-    stylegan(path, picture, b'{"version": 1}')
+    stylegan(path, pictures, table=b'{"version": 1}')
     assert open_source(str(path)).classes == ["00000", "00001"] and found(path) == (6, [1])
     for table, words in ((b"{", "damaged"), (b'{"labels": [["x", 1.5]]}', "1.5"),
-                         (b'{"labels": 5}', "damaged")):
+                         (b'{"labels": 5}', "damaged"), (b'{"labels": [["x", [0, 1]]]}', "vectors")):
         with pytest.raises(UserError, match=words):
-            open_source(str(stylegan(path, picture, table)))
+            open_source(str(stylegan(path, pictures, table=table)))
 
 
 def test_of_a_tar_of_tars_the_undamaged_ones_are_used(picture_folder, tmp_path):
@@ -226,15 +195,11 @@ def test_a_tar_with_rubbish_in_the_middle(tar):
         open_source(str(tar))
 
 
-def test_members_that_are_no_files_or_lead_outside(picture_folder, tmp_path):
+def test_members_that_are_no_files_or_lead_outside(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         for name in ("cat/0.png", "../up.png", "/root.png", "cat/a/../../../b.png"):
-            info = tarfile.TarInfo(name)
-            info.size = (picture_folder / "cat/0.png").stat().st_size
-            archive.addfile(info, open(picture_folder / "cat/0.png", "rb"))
-        info = tarfile.TarInfo("cat/link.png")
-        info.type, info.linkname = tarfile.SYMTYPE, "0.png"
-        archive.addfile(info)
+            add(archive, name, b"12345")
+        add(archive, "cat/link.png", b"", type=tarfile.SYMTYPE, linkname="0.png")
     source = open_source(str(tmp_path / "x.tar"))
     assert len(source) == 1
     assert sorted(n for n, _ in source.left_out.values()) == [1, 3]

@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import zipfile
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.helpers.scripts import GENERATOR, ROOT, TOKENIZER, call
+from tests.training.conftest import stylegan
 
 PAGE = (ROOT / "docs/data.md").read_text()
 ROWS = dict(re.findall(r"^\| (.+?) \| (`python train_.+`) \|$", PAGE, re.MULTILINE))
@@ -73,15 +73,10 @@ def shards(here):
     return ["cat", "dog", "eel"]
 
 
-def stylegan(here):
-    """Layout of the dataset tool: 00000/img00000000.png, and the labels in dataset.json."""
+def edm(here):
     found = sorted(pictures(here / "x", ("a", "b"), ".png").rglob("*.png"))
-    names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(len(found))]
-    with zipfile.ZipFile(here / "imagenet-256x256.zip", "w", zipfile.ZIP_STORED) as archive:
-        for name, path in zip(names, found):
-            archive.write(path, name)
-        labels = [[name, i % 3] for i, name in enumerate(names)]
-        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    stylegan(here / "imagenet-256x256.zip", [p.read_bytes() for p in found],
+             [i % 3 for i in range(len(found))])
     return ["0", "1", "2"]
 
 
@@ -100,7 +95,7 @@ def parquet(here):
     return ["goldfish", "crane"]
 
 
-MAKERS = dict(zip(ROWS, (folder, imagenet, tar, shards, zipped, stylegan, parquet), strict=True))
+MAKERS = dict(zip(ROWS, (folder, imagenet, tar, shards, zipped, edm, parquet), strict=True))
 
 
 @pytest.mark.slow

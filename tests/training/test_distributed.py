@@ -1,7 +1,6 @@
 """Several processes (gloo) and gradient accumulation against one process that does it all."""
 
 import functools
-import json
 import os
 import signal
 import subprocess
@@ -16,10 +15,11 @@ import torch
 from equimini.noise import rng
 from equimini.presets import GeneratorTraining
 from equimini.training.generator_trainer import GeneratorTrainer
-from equimini.training.step import micro_batches
+from equimini.training.loop import micro_batches
 from equimini.utils import distributed
 from equimini.utils.errors import UserError
-from tests.helpers.scripts import (ENDLESS, ENVIRONMENT, GENERATOR, TOKENIZER, call, command, start)
+from tests.helpers.scripts import ENDLESS, ENVIRONMENT, GENERATOR, TOKENIZER, call, command, start
+from tests.training.test_scripts import records
 
 SLOW = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -71,10 +71,6 @@ def test_processes_and_pieces_give_the_losses_and_gradients_of_one(found, kind, 
         assert weights[1] == pytest.approx(weights[0], rel=1e-3) and weights[0] > 0
 
 
-def records(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 @SLOW
 def test_both_scripts_in_two_processes_and_resumed_in_one(tmp_path):
     """Only one writes; all held-out pictures count once; the number of processes may change."""
@@ -87,7 +83,7 @@ def test_both_scripts_in_two_processes_and_resumed_in_one(tmp_path):
         assert printed.count("held out)") == 1 and printed.count("done: ") == 1
         call(script, "--resume", "--steps", 6, "--out", folders[2], cwd=tmp_path)
         call(script, *flags, "--steps", 6, "--out", folders[1], cwd=tmp_path)
-        mine, theirs = (records(folders[n]) for n in (1, 2))
+        mine, theirs = (records(folders[n] / "log.jsonl") for n in (1, 2))
         assert [r["step"] for r in mine] == [r["step"] for r in theirs]
         for a, b in zip(mine, theirs):
             for name in {"loss", "val_loss", "val_psnr"} & a.keys():
@@ -142,7 +138,7 @@ def test_a_stopped_training_leaves_one_checkpoint_of_one_step(tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and output.count("a checkpoint is written") == 1
     step = torch.load(tmp_path / "runs/tokenizer/last.pt")["step"]
-    assert step == records(tmp_path / "runs/tokenizer")[-1]["step"] > 0
+    assert step == records(tmp_path / "runs/tokenizer/log.jsonl")[-1]["step"] > 0
 
 
 def set_launcher(monkeypatch, **variables):

@@ -1,7 +1,6 @@
 """What the generator's training computes in fewer bits, compiled, or a second time."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -11,13 +10,12 @@ import train_generator
 from equimini import flow_head
 from equimini.generator import Generator, flow_matching_loss
 from equimini.sampling.packed_weights import packed
-from equimini.training import precision
-from equimini.training.generator_trainer import GeneratorRun
-from equimini.training.precision import adamw, compiled, load_optimizer, set_float32
+from equimini.training import generator_trainer
+from equimini.training.generator_trainer import GeneratorRun, adamw, compiled, weight_decay_groups
+from equimini.training.loop import load_optimizer, set_float32
 from equimini.training.setup import set_up
-from equimini.training.step import weight_decay_groups
 from equimini.utils.errors import UserError
-from tests.conftest import SMALL_GENERATOR, randomize
+from tests.conftest import small_generator
 
 LABELS = torch.tensor([0, 2])
 
@@ -60,8 +58,7 @@ class Dtypes(TorchDispatchMode):
 
 @pytest.mark.parametrize("dropout", (0.0, 0.1))  # they attend with different kernels
 def test_autocast_leaves_what_is_delicate_in_float32(dropout):
-    config = dataclasses.replace(SMALL_GENERATOR, dropout=dropout)
-    model, sizes, inputs = randomize(Generator(config, 3, 6)).train(), [], {}
+    model, inputs = small_generator(dropout=dropout).train(), {}
 
     def note(module, args, out):
         inputs.setdefault(module, []).append(args[0].dtype)
@@ -101,7 +98,7 @@ def test_a_copy_for_sampling_still_takes_norms_and_times(generator):
 @pytest.mark.parametrize("bf16", (False, True))
 def test_checkpointed_gradients_are_the_plain_ones(bf16):
     """The same operators on the same numbers, dropout's draws included: equal bit for bit."""
-    model = randomize(Generator(SMALL_GENERATOR, 3, 6)).train()
+    model = small_generator().train()
     plain, calls = gradients(model, bf16=bf16), []
     model.checkpoint_activations()
     for block in (*model.blocks, *model.head.blocks):
@@ -122,8 +119,7 @@ def test_compiled_loss_and_gradients(recompute: bool):
 
     Values are equal bit for bit; gradients that meet may be added in another order (torch 2.6).
     """
-    config = dataclasses.replace(SMALL_GENERATOR, layers=3, head_depth=2)
-    model = randomize(Generator(config, 3, 6)).train()
+    model = small_generator(layers=3, head_depth=2).train()
     if recompute:
         model.checkpoint_activations()
     plain, programs = copy.deepcopy(model), torch._dynamo.utils.counters
@@ -151,7 +147,7 @@ def test_what_does_not_compile_is_said_in_one_line():
     def broken(graph, inputs):
         raise RuntimeError("no compiler\nand a long trace")
 
-    model = randomize(Generator(SMALL_GENERATOR, 3, 6)).train()
+    model = small_generator().train()
     with pytest.raises(UserError, match="^--compile does not work here") as error:
         gradients(model, compiled(flow_matching_loss, broken))
     assert "\n" not in str(error.value)
@@ -159,7 +155,7 @@ def test_what_does_not_compile_is_said_in_one_line():
 
 def test_fused_adamw_is_adamw_and_resumes_either():
     """Both are AdamW up to the rounding of each of some ten operations per weight and step."""
-    start = randomize(Generator(SMALL_GENERATOR, 3, 6))
+    start = small_generator()
     models, optimizers = [copy.deepcopy(start) for _ in range(2)], []
     for model, fused in zip(models, (False, True)):
         optimizers.append(adamw(weight_decay_groups(model, 0.02), 1e-3, fused))
@@ -196,7 +192,7 @@ def test_options_a_device_does_not_have(monkeypatch):
     def no_fused(*_, **__):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(precision.torch.optim, "AdamW", no_fused)
+    monkeypatch.setattr(generator_trainer.torch.optim, "AdamW", no_fused)
     with pytest.raises(UserError, match="--no-fused-optimizer"):
         adamw([], 1e-3, True)
 

@@ -2,12 +2,9 @@
 
 import dataclasses
 import shutil
-import struct
 import warnings
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from equimini.noise import rng
@@ -18,18 +15,8 @@ from equimini.training.split import as_trained, check_split
 from equimini.utils import checkpoint
 from equimini.utils.command_line import config_from_dict
 from equimini.utils.errors import UserError
-from equimini.utils.images import read_rgb
 from tests.conftest import SMALL_TOKENIZER
-
-
-def run(data, **options) -> RunConfig:
-    return RunConfig(data=str(data), out="", workers=0, **options)
-
-
-def load(data, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return load_data(run(data, **options), SMALL_TOKENIZER)
+from tests.training.conftest import load, run
 
 
 def names(data):
@@ -122,7 +109,7 @@ def test_of_a_few_pictures_one_that_can_be_read_is_held_out(tmp_path, split):
 
 def test_no_index_is_left_beside_a_small_source(picture_folder, tmp_path):
     (tmp_path / "out").mkdir()
-    load_data(RunConfig(data=str(picture_folder), out=str(tmp_path / "out")), SMALL_TOKENIZER)
+    load(picture_folder, out=str(tmp_path / "out"))
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -234,28 +221,3 @@ def test_class_names_by_wnid(picture_folder, tmp_path):
     (tmp_path / "words.txt").write_text("one name\n")
     with pytest.raises(UserError, match="has 1 names, the data 2 classes"):
         load(picture_folder, class_names=str(tmp_path / "words.txt"))
-
-
-def test_exif_orientation_beside_an_odd_tag(tmp_path):
-    tags = (0x103, 4, 70_000), (0x112, 3, 6)  # a 32-bit number where 16 are expected
-    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(
-        struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags) + bytes(4)
-    Image.new("RGB", (60, 20), "red").save(tmp_path / "x.jpg", exif=exif)
-    assert read_rgb(tmp_path / "x.jpg").size == (20, 60)
-
-
-@pytest.mark.parametrize("top", (255, 1023, 4095, 65535))
-def test_pictures_of_many_bits(tmp_path, top):
-    values = np.linspace(0, top, 40 * 50).reshape(40, 50)
-    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "whole.png")
-    Image.fromarray(values.astype(np.float32)).save(tmp_path / "float.tif")
-    for name in ("whole.png", "float.tif"):
-        found = np.asarray(read_rgb(tmp_path / name)).astype(int)[..., 0]
-        assert abs(found - values * (255 / top)).max() <= 1
-
-
-def test_floats_a_little_above_one_are_not_black(tmp_path):
-    values = np.linspace(0, 1.02, 2000, dtype=np.float32).reshape(40, 50)
-    Image.fromarray(values).save(tmp_path / "x.tif")
-    found = torch.from_numpy(np.asarray(read_rgb(tmp_path / "x.tif"))).float()
-    assert abs(found.mean() - 128) < 3

@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import math
-import runpy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +16,8 @@ from equimini.experiments import tokenizer as ablation
 from equimini.experiments.training_runs import TrainingRun
 from equimini.losses import total_loss
 from equimini.presets import PRESETS, TokenizerTraining
+from equimini.training.loop import Ema, micro_batches
 from equimini.training.setup import Setup
-from equimini.training.step import Ema, micro_batches
 from equimini.training.tokenizer_trainer import TokenizerRun
 from equimini.utils import checkpoint
 from equimini.utils.checkpoint import latents_hash, tokenizer_hash
@@ -28,11 +25,11 @@ from equimini.utils.command_line import config_from_dict
 from equimini.utils.errors import UserError
 from equimini.utils.images import to_float
 from tests.conftest import SMALL_TOKENIZER, randomize
-from tests.helpers.scripts import TRAINED
+from tests.helpers.scripts import GENERATOR, TRAINED, call, mistake
 from tests.method.test_losses import TwoMaps
+from tests.training.test_scripts import records, same
 from train_tokenizer import make_trainer
 
-ROOT = Path(__file__).parents[2]
 SIZES = ("--image-size 32 --base-channels 8 --norm-groups 1 --z-channels 8 --attention-rows 8 "
          "--token-channels 8").split()
 TRAINING = ("--batch-size 4 --stats-images 8 --disc-channels 8 --disc-layers 2 --align-map -1 "
@@ -41,13 +38,8 @@ STARTS = "--workers 0 --val-images 4 --adv-start 1 --align-start 1".split()
 SMALL = [*SIZES, *TRAINING, *STARTS]
 
 
-def script(name, *arguments):
-    """Run a script in this process."""
-    argv, sys.argv = sys.argv, [name, *map(str, arguments)]
-    try:
-        runpy.run_path(str(ROOT / name), run_name="__main__")
-    finally:
-        sys.argv = argv
+def train(*arguments, out):
+    call("train_tokenizer.py", *arguments, "--out", out, cwd=out.parent)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +47,7 @@ def stage_one(tmp_path_factory):
     """A folder with a TorchScript network, and a tokenizer trained with every loss."""
     folder = tmp_path_factory.mktemp("stage_one")
     torch.jit.script(TwoMaps()).save(str(folder / "maps.pt"))
-    script("train_tokenizer.py", *SMALL, *networks(folder), "--steps", 4, "--out", folder / "one")
+    train(*SMALL, *networks(folder), "--steps", 4, out=folder / "one")
     return folder
 
 
@@ -66,7 +58,7 @@ def networks(folder):
 
 
 def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return records(folder / "log.jsonl")
 
 
 def weights(path, which="ema"):
@@ -91,8 +83,8 @@ def test_stage_two_trains_the_decoder_alone(stage_one, critic, tmp_path):
     extra = {"dino": ["--disc-net", stage_one / "maps.pt"],
              "patchgan": ["--no-carry-disc"]}[critic]  # stage one has another
     before = stage_one / "one/last.pt"
-    script("train_tokenizer.py", *TRAINING, *STARTS, *extra, "--discriminator", critic, "--steps",
-           3, "--finetune-decoder", before, "--out", tmp_path / "two", "--stats-images", 4)
+    train(*TRAINING, *STARTS, *extra, "--discriminator", critic, "--steps", 3,
+          "--finetune-decoder", before, "--stats-images", 4, out=tmp_path / "two")
     a = weights(before)
     for which in ("model", "ema"):
         b = weights(tmp_path / "two/last.pt", which)
@@ -115,12 +107,11 @@ def trainer(folder, tmp_path, **run):
     cfg = TokenizerTraining(steps=9, batch_size=4, lr=1e-3, warmup_steps=0, perceptual_net=net,
                             discriminator="dino", disc_net=net, disc_head_channels=8, adv_start=0,
                             align_net=net, align_start=0)
-    initial = {} if run.get("finetune_decoder") else None
+    initial = {"some": "checkpoint"} if options.finetune_decoder else None
     model = dataclasses.replace(SMALL_TOKENIZER, semantic_channels=3, norm_groups=1)
     setup = Setup("tiny", model, cfg, options, torch.device("cpu"), tmp_path, None, initial)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    setup.initial = setup.initial if initial is None else {"some": "checkpoint"}
     return make_trainer(setup, to_float(images)), images
 
 
@@ -206,11 +197,11 @@ def test_channels_last_and_compile_change_nothing_but_speed(stage_one, tmp_path,
 
 def test_a_resumed_run_with_every_network_equals_an_uninterrupted_one(stage_one, tmp_path):
     twin = tmp_path / "twin"
-    script("train_tokenizer.py", *SMALL, *networks(stage_one), "--steps", 2, "--out", twin)
-    script("train_tokenizer.py", "--resume", "--steps", 4, "--out", twin)
+    train(*SMALL, *networks(stage_one), "--steps", 2, out=twin)
+    train("--resume", "--steps", 4, out=twin)
     for which in ("model", "ema", "disc"):
         a, b = weights(stage_one / "one/last.pt", which), weights(twin / "last.pt", which)
-        assert all(torch.equal(a[k].nan_to_num(7), b[k].nan_to_num(7)) for k in a), which
+        assert same(a, b), which
 
 
 @pytest.mark.slow
@@ -221,14 +212,13 @@ def test_a_fork_is_the_same_as_a_training_from_the_start(stage_one, tmp_path):
     start = TrainingRun("tokenizer", tmp_path / "start", 1, [*flags, "--discriminator", "none"])
     fork = TrainingRun("tokenizer", tmp_path / "fork", 3, [*flags, "--discriminator", "patchgan"],
                        start)
-    script("train_tokenizer.py", *start.flags, "--steps", 1, "--out", start.folder)
+    train(*start.flags, "--steps", 1, out=start.folder)
     fork.train()
     assert fork.record()["steps"] == 3
-    script("train_tokenizer.py", *flags, "--discriminator", "patchgan", "--steps", 3, "--out",
-           tmp_path / "alone")
+    train(*flags, "--discriminator", "patchgan", "--steps", 3, out=tmp_path / "alone")
     for which in ("model", "ema", "disc"):
         a, b = (weights(tmp_path / n / "last.pt", which) for n in ("fork", "alone"))
-        assert all(torch.equal(a[k].nan_to_num(7), b[k].nan_to_num(7)) for k in a), which
+        assert same(a, b), which
     before = fork.last.stat().st_mtime_ns
     fork.train()  # nothing left to do
     assert fork.last.stat().st_mtime_ns == before
@@ -247,14 +237,14 @@ def test_the_ablation_ends_in_a_table_and_a_picture(stage_one, picture_folder, t
     torch.jit.script(Features()).save(str(tmp_path / "features.pt"))
     trained = []
 
-    def train(run):  # in this process
+    def train_here(run):  # in this process
         trained.append(run.folder.name)
         run.folder.mkdir(exist_ok=True)
         if run.fork:
             run.last.write_bytes(run.fork.last.read_bytes())
-        script("train_tokenizer.py", "--out", run.folder, "--steps", run.steps, *run.flags,
-               *(["--resume"] if run.fork else []))
-    monkeypatch.setattr(TrainingRun, "train", train)
+        train("--steps", run.steps, *run.flags, *(["--resume"] if run.fork else []),
+              out=run.folder)
+    monkeypatch.setattr(TrainingRun, "train", train_here)
     command = ["--data", str(picture_folder), "--val-data", str(picture_folder), "--workers", "0",
                "--maps-network", str(stage_one / "maps.pt"), "--metrics-network",
                str(tmp_path / "features.pt"), "--steps", "6", "--shown", "2", "--out",
@@ -282,28 +272,25 @@ def test_the_ablation_ends_in_a_table_and_a_picture(stage_one, picture_folder, t
         ablation.main(["--out", str(tmp_path / "x")])
 
 
-def test_a_generator_takes_the_fine_tuned_decoder_and_no_other_tokenizer(stage_one, tmp_path,
-                                                                         monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    script("train_tokenizer.py", *TRAINING, *STARTS, "--discriminator", "none", "--steps", 3,
-           "--finetune-decoder", stage_one / "one/last.pt", "--out", "two")
-    script("train_tokenizer.py", *SMALL, "--discriminator", "none", "--steps", 1, "--seed", 5,
-           "--out", "other")
-    script("train_generator.py", "--layers", 1, "--embed-dim", 32, "--heads", 2, "--head-width",
-           32, "--head-depth", 1, "--batch-size", 2, "--workers", 0, "--val-images", 2, "--steps",
-           1, "--preview-steps", 1, "--tokenizer", stage_one / "one/last.pt")
+def test_a_generator_takes_the_fine_tuned_decoder_and_no_other_tokenizer(stage_one, tmp_path):
+    before = stage_one / "one/last.pt"
+    train(*TRAINING, *STARTS, "--discriminator", "none", "--steps", 3, "--finetune-decoder",
+          before, out=tmp_path / "two")
+    train(*SMALL, "--discriminator", "none", "--steps", 1, "--seed", 5, out=tmp_path / "other")
+    call("train_generator.py", *GENERATOR, "--steps", 1, "--tokenizer", before, cwd=tmp_path)
     sample = ["sample.py", *TRAINED, "--classes", "sea", "--count", 1, "--steps", 2]
-    script(*sample, "--out", "one.png")
-    script(*sample, "--tokenizer", "two/last.pt", "--out", "two.png")
-    a, b = (np.asarray(Image.open(n)).astype(int) for n in ("one.png", "two.png"))
+    call(*sample, "--out", "one.png", cwd=tmp_path)
+    call(*sample, "--tokenizer", "two/last.pt", "--out", "two.png", cwd=tmp_path)
+    a, b = (np.asarray(Image.open(tmp_path / n)).astype(int) for n in ("one.png", "two.png"))
     assert a.shape == b.shape and abs(a - b).max() > 0
     with pytest.raises(UserError, match="other tokens"):
-        load_generator("runs/generator/last.pt", tokenizer_path="other/last.pt")
+        load_generator(tmp_path / "runs/generator/last.pt",
+                       tokenizer_path=tmp_path / "other/last.pt")
 
 
 def test_alignment_and_heads_on_wide_crops_and_odd_batches(stage_one, tmp_path):
-    script("train_tokenizer.py", *SMALL, *networks(stage_one), "--width", 52, "--steps", 2,
-           "--batch-size", 9, "--out", tmp_path)
+    train(*SMALL, *networks(stage_one), "--width", 52, "--steps", 2, "--batch-size", 9,
+          out=tmp_path)
     last = [r for r in log(tmp_path) if "align" in r][-1]
     assert math.isfinite(last["align"]) and math.isfinite(last["logit_fake"])
 
@@ -319,12 +306,10 @@ def test_alignment_and_heads_on_wide_crops_and_odd_batches(stage_one, tmp_path):
     ([*SMALL, "--finetune-decoder", "missing.pt"], "missing.pt"),
     (["--finetune-decoder", "STAGE", "--token-channels", "12"], "other sizes"),
     (["--finetune-decoder", "STAGE", "--init-from", "STAGE"], "not both")))
-def test_mistakes_end_in_one_clear_error(stage_one, arguments, text, tmp_path, capsys):
+def test_mistakes_end_in_one_clear_error(stage_one, arguments, text, tmp_path):
     places = {"MAPS": stage_one / "maps.pt", "STAGE": stage_one / "one/last.pt"}
-    with pytest.raises(SystemExit) as stop:
-        script("train_tokenizer.py", *(places.get(a, a) for a in arguments), "--out", tmp_path)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and text in message and message.count("\n") == 1
+    assert text in mistake("train_tokenizer.py", *(places.get(a, a) for a in arguments), "--out",
+                           "x", cwd=tmp_path)
 
 
 def test_ema_leaves_frozen_parameters_alone():
