@@ -95,7 +95,7 @@ def run(words: list[str], folder: Path) -> None:
         os.execve(sys.executable, [sys.executable, *words], ENVIRONMENT)
     sys.argv = words[words[0] == "-m":]
     index.SMALL, index.PAUSE = 0, 0.1  # small sizes that no option sets
-    cache_latents.SHARD = feature_shards.SHARD = 50
+    cache_latents.SHARD = feature_shards.SHARD = 64  # no fewer: "cached" is one shard
     within = {"search": lambda: index.open_source("many.tar", words[1]),
               "cache": cache_latents.main}
     try:
