@@ -64,7 +64,8 @@ class ExperimentConfig(Checked):
     out: str = flag("runs/experiments", "folder to write to; experiments on the same data share "
                     "their trainings in it")
     scale: str = flag("default", "size of models and trainings: default takes at most half an hour "
-                      "on two cores, large takes a GPU or patience, small minutes, toy shows nothing",
+                      "on two cores, small minutes, large takes a GPU or patience, toy shows "
+                      "nothing",
                       choices=tuple(SCALES))
     seeds: int = flag(3, "trainings of every variant, which gives the spread", min=1)
     steps: int = flag(0, "training steps of every generator; 0: the scale's", min=0)
@@ -72,8 +73,8 @@ class ExperimentConfig(Checked):
     grid_shift: int = flag(1, "position augmentation of the 2-D baseline, as --position-shift of "
                            "train_generator.py; 1: none, it is a part of the equivariant method",
                            min=1)
-    precision: str = flag("bf16", "arithmetic of the generators' matrix products; float32 is faster "
-                          "where the processor has no bf16",
+    precision: str = flag("bf16", "arithmetic of the generators' matrix products; float32 is "
+                          "faster where the processor has no bf16",
                           choices=("bf16", "float32"))
     workers: int = flag(1, "processes that load images; 0: none but the main one", min=0)
     device: str = flag("auto", "where to compute: auto, cpu, cuda, cuda:N, mps")

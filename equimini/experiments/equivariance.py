@@ -17,13 +17,16 @@ zero-shot transfer costs over these models?
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Sequence
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from equimini.config import flag
 from equimini.experiments.common import ExperimentConfig, Lab
+from equimini.experiments.matrix import opened
 from equimini.experiments.probe import Probe
 from equimini.experiments.report import Report, rank_correlation, spread, verdict
 from equimini.experiments.training_runs import TrainingRun, losses
@@ -50,6 +53,8 @@ MODELS = {  # layout, name of its runs, flags; N: the number of tokens
 class EquivarianceConfig(ExperimentConfig):
     early: tuple[int, ...] = flag((10, 30), "when to measure besides the end, in percent of the "
                                   "steps", min=1, max=99)
+    checkpoint: str = flag("", "a generator's checkpoint, measured in place of the models of the "
+                           "table; --seeds is then how many sets of pictures")
     half: int = flag(256, "training pictures of either half", min=1)
     models: int = flag(len(MODELS), "how many models, the first of the table", min=2,
                        max=len(MODELS))
@@ -67,15 +72,12 @@ def agreement(c: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -> np.
     return np.mean(pairs, 0) / c.diagonal(0, -2, -1)[..., sorted({*rows, *columns})].mean(-1)
 
 
-def measured(cfg: EquivarianceConfig, lab: Lab, run: TrainingRun, layout: str,
-             seed: int) -> np.ndarray:
-    """C (N, N) of a generator; kept in its folder."""
-    kept = run.folder / f"cosines-{cfg.half}.npy"
+def measured(cfg: EquivarianceConfig, probe: Probe, data: Dataset, kept: Path,
+             seed: int = 0) -> np.ndarray:
+    """C (N, N) of a generator on these pictures or means; kept in a file."""
     if kept.exists():
         return np.load(kept)
-    probe = Probe(run.last, pick_device(cfg.device))
-    latents = CachedLatents(str(lab.latents(layout, seed=seed)[1]), "train", probe.tokenizer, seed)
-    batches = list(fixed_loader(latents, min(BATCH, cfg.half), 2 * cfg.half))
+    batches = list(fixed_loader(data, min(BATCH, cfg.half), 2 * cfg.half, seed=seed))
     middle = len(batches) // 2
     c = cosines(probe.gradients(batches[:middle]), probe.gradients(batches[middle:]))
     with replacing(kept) as file:
@@ -83,8 +85,23 @@ def measured(cfg: EquivarianceConfig, lab: Lab, run: TrainingRun, layout: str,
     return c
 
 
+def of_checkpoint(cfg: EquivarianceConfig, lab: Lab) -> np.ndarray:
+    """C (seeds, N, N) of --checkpoint, every seed on other pictures."""
+    probe, data, _ = opened(cfg, Path(cfg.checkpoint))
+    return np.stack([measured(cfg, probe, data, lab.folder / (
+        f"cosines-{probe.path.stem}-{cfg.half}-{seed}.npy"), seed) for seed in range(cfg.seeds)])
+
+
+def of_run(cfg: EquivarianceConfig, lab: Lab, run: TrainingRun, layout: str,
+           seed: int) -> np.ndarray:
+    """C (N, N) of a training."""
+    probe = Probe(run.last, pick_device(cfg.device))
+    data = CachedLatents(str(lab.latents(layout, seed=seed)[1]), "train", probe.tokenizer, seed)
+    return measured(cfg, probe, data, run.folder / f"cosines-{cfg.half}.npy")
+
+
 def train(cfg: EquivarianceConfig, lab: Lab) -> tuple[dict, dict]:
-    """C (seeds, N, N) by model and stage in percent; by model the rise (seeds) of transfer, in %."""
+    """C (seeds, N, N) by model and stage in percent; by model the rise of transfer (seeds), %."""
     n, found, rises = lab.tokens(), {}, {}
     half = f" --subtasks {','.join(map(str, range(0, n, 2)))}"
     for name, (layout, of, flags) in list(MODELS.items())[:cfg.models]:
@@ -92,7 +109,7 @@ def train(cfg: EquivarianceConfig, lab: Lab) -> tuple[dict, dict]:
         for percent in (*sorted(cfg.early), 100):
             runs = make(flags, of + f"-at-{percent}" * (percent < 100),
                         steps=max(1, lab.steps * percent // 100), forks=runs)
-            found[name, percent] = np.stack([measured(cfg, lab, run, layout, seed)
+            found[name, percent] = np.stack([of_run(cfg, lab, run, layout, seed)
                                              for seed, run in enumerate(runs)])
         if "real" not in of:  # trained on crops, it has no subtasks to leave out
             part = make(flags + half, f"{of}-half")
@@ -120,22 +137,27 @@ def read(ends: dict[str, np.ndarray], rises: dict[str, np.ndarray]) -> str:
 
 def main(argv: list[str]) -> None:
     cfg = parse("equimini.experiments equivariance", __doc__, EquivarianceConfig(), argv)
-    lab = Lab("equivariance", cfg)
-    found, rises = train(cfg, lab)
-    n, inner, k = lab.tokens(), range(WINDOW - 1, lab.tokens()), WINDOW - 1
+    lab, rises, stages = Lab("equivariance", cfg), {}, (*sorted(cfg.early), 100)
+    if cfg.checkpoint:
+        stages, name = (100,), Path(cfg.checkpoint).stem
+        found = {(name, 100): of_checkpoint(cfg, lab)}
+    else:
+        found, rises = train(cfg, lab)
+    n, k = next(iter(found.values())).shape[-1], WINDOW - 1
+    inner = range(k, n)
     parts = [(range(n), range(n)), (range(k), inner), (range(n - k, n), inner)]
-    rows = [("model", *(f"E at {p} %" for p in (*sorted(cfg.early), 100)), "E of all",
-             f"first {k} with interior", f"last {k} with interior", "noise floor",
-             "rise without training, %")]
-    for name in list(MODELS)[:cfg.models]:
-        stages = [c for (of, _), c in found.items() if of == name]  # (seeds, N, N) each
-        floor = stages[-1].diagonal(0, 1, 2)[:, k:].mean(1)
-        rows.append((name, *(spread(agreement(c, inner, inner), 2) for c in stages),
-                     *(spread(agreement(stages[-1], *of), 2) for of in parts), spread(floor, 2),
+    rows = [("model", *(f"E at {p} %" for p in stages), "E of all", f"first {k} with interior",
+             f"last {k} with interior", "noise floor", "rise without training, %")]
+    ends = {name: agreement(c, inner, inner) for (name, p), c in found.items() if p == 100}
+    for name in ends:
+        c, floor = found[name, 100], found[name, 100].diagonal(0, 1, 2)[:, k:].mean(1)
+        rows.append((name, *(spread(agreement(found[name, p], inner, inner), 2) for p in stages),
+                     *(spread(agreement(c, *of), 2) for of in parts), spread(floor, 2),
                      spread(rises[name], 2, True) if name in rises else "–"))
-    ends = {of: agreement(c, inner, inner) for (of, p), c in found.items() if p == 100}
-    Report("A measure of equivariance", PAPER, rows, read(ends, rises), [
+    reading = read(ends, rises) if rises else f"E of {name} is {spread(ends[name], 2)}."
+    Report("A measure of equivariance", PAPER, rows, reading, [
         f"E over the interior (subtasks {WINDOW} to {n}) at stages of the training; all else at "
         f"its end. Noise floor: mean C_ii, from two times {cfg.half} pictures. Rise: of the loss "
-        "on every second subtask, if only the others are trained."],
+        "on every second subtask, if only the others are trained. ± is over seeds, of a "
+        "--checkpoint over sets of pictures."],
         {"cosines": {f"{of} {p}": c for (of, p), c in found.items()}, "rises": rises}).write(lab)

@@ -77,21 +77,22 @@ def checkpoints(cfg: MatrixConfig, lab: Lab) -> dict[str, list[Path]]:
             for name, generators in (("columns", lab.columns), ("grid", lab.grid))}
 
 
-def measured(cfg: MatrixConfig, path: Path, seed: int) -> np.ndarray:
-    """The matrix of a checkpoint; raises UserError if --data has other classes."""
+def opened(cfg: ExperimentConfig, path: Path) -> tuple[Probe, Dataset, Dataset]:
+    """A checkpoint, training and held-out pictures; UserError if --data has other classes."""
     probe = Probe(path, pick_device(cfg.device), cfg.precision)
     train, val, classes = load_data(cfg.pictures(path), probe.tokenizer.config)
     if classes != probe.classes:
         raise UserError(f"{path} knows the classes {', '.join(probe.classes)}, --data has "
                         f"{', '.join(classes)}")
-    return transfer_matrix(probe, train, val, cfg, seed)
+    return probe, train, val
 
 
 def main(argv: list[str]) -> None:
     cfg = parse("equimini.experiments matrix", __doc__, MatrixConfig(), argv)
     lab, found, left_out = Lab("matrix", cfg), {}, []
     for name, paths in checkpoints(cfg, lab).items():
-        found[name] = np.stack([measured(cfg, path, seed) for seed, path in enumerate(paths)])
+        found[name] = np.stack([transfer_matrix(*opened(cfg, path), cfg, seed)
+                                for seed, path in enumerate(paths)])
         left_out.append(heat_map(lab.folder / f"matrix-{name}.png", -found[name].mean(0),
                                  "subtask trained alone", "subtask measured",
                                  f"{name}: gain of each subtask"))

@@ -225,6 +225,15 @@ def test_gradients_of_subtasks_and_what_they_have_in_common(runs):
     assert (rho, p) == pytest.approx((-1, 2 / 24))
 
 
+def test_equivariance_of_a_checkpoint(runs, tmp_path):
+    invoke("equimini.experiments", "equivariance", "--checkpoint",
+           runs / "runs/generator/last.pt", "--half", 2, "--seeds", 2, cwd=tmp_path)
+    result = json.loads((tmp_path / "runs/experiments/equivariance/results.json").read_text())
+    c = np.array(result["values"]["cosines"]["last 100"])
+    assert np.allclose(c, c.transpose(0, 2, 1)) and not (c[0] == c[1]).any()  # (2, N, N)
+    assert result["reading"].startswith("E of last is ") and len(result["table"]) == 2
+
+
 @pytest.mark.parametrize("start", range(5))
 def test_guidance_is_searched_downhill(start):
     assert samples.lowest(lambda i: [3, 2, 1, 2, 9][i], start, 5) == 2
