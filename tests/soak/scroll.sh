@@ -9,7 +9,7 @@ set -euo pipefail
 columns=$1 out=$2 tile=256
 sample=(python "$(dirname "$0")/../../sample.py" --steps 2 --classes forest:200,sea:200
         --tile-columns $tile "${@:3}")
-tiles() { ls "$out" | grep -c tile || true; }
+tiles() { ls "$out" 2>/dev/null | grep -c tile || true; }
 "${sample[@]}" --scroll "$columns" --out "$out" >/dev/null 2>&1 &
 pid=$! begun=$SECONDS shown=0
 while kill -0 $pid 2>/dev/null; do
