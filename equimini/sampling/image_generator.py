@@ -168,8 +168,7 @@ def load_generator(path: Path | str, device: str | torch.device = "cpu", ema: bo
     with reading(path):
         classes = list(content["classes"])
         config = config_from_dict(GeneratorConfig, content["config"]["model"])
-        generator = checkpoint.unfilled(make_generator, config, len(classes),
-                                        tokenizer.config.token_channels)
+        generator = make_generator(config, len(classes), tokenizer.config.token_channels)
         checkpoint.load_weights(generator, checkpoint.weights_of(content, ema, path), path)
         run = content["config"].get("run", {})  # says both in files that do not themselves
         columns = content.get("columns", 0) or run.get("width", 0) // tokenizer.config.f

@@ -12,7 +12,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from equimini.utils.command_line import config_from_dict
 from equimini.utils.errors import UserError, first_line, reading
 from equimini.utils.files import replacing
 
-Module = TypeVar("Module", bound=torch.nn.Module)
 FORMAT = 1  # of the dict's layout
 BOX = Path(__file__).parents[1] / "assets"  # models that come with equimini
 IN_THE_BOX = ("scenes", "scenes-tokenizer", "scenes-mean-flow")
@@ -159,13 +158,6 @@ def missing(path: Path | str, kind: str) -> str:
             f"one{f', or the name of a model in the box: {names}' if names else ''}")
 
 
-def unfilled(make: Callable[..., Module], *sizes: Any) -> Module:
-    """make(*sizes) without the time for first weights, for `load_weights` to fill."""
-    with torch.device("meta"):
-        module = make(*sizes)
-    return module.to_empty(device="cpu")
-
-
 def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: Any) -> None:
     """Load a state dict strictly; raises UserError naming the file if it does not fit."""
     try:
@@ -186,8 +178,7 @@ def weights_of(content: dict[str, Any], ema: bool, path: Any) -> dict[str, torch
 def tokenizer_from_dict(content: dict[str, Any], path: Any, ema: bool = True) -> Tokenizer:
     """The tokenizer of a loaded checkpoint, in eval mode, with the EMA (or the raw) weights."""
     with reading(path):
-        config = config_from_dict(TokenizerConfig, content["config"]["model"])
-        tokenizer = unfilled(Tokenizer, config)
+        tokenizer = Tokenizer(config_from_dict(TokenizerConfig, content["config"]["model"]))
         load_weights(tokenizer, weights_of(content, ema, path), path)
     return tokenizer.eval().requires_grad_(False)
 
