@@ -63,9 +63,8 @@ class ExperimentConfig(Checked):
     val_data: str = flag("", "folder of held-out images; empty: a share of --data")
     out: str = flag("runs/experiments", "folder to write to; experiments on the same data share "
                     "their trainings in it")
-    scale: str = flag("default", "size of models and trainings: default takes at most half an hour "
-                      "on two cores, small minutes, large takes a GPU or patience, toy shows "
-                      "nothing",
+    scale: str = flag("default", "size of models and trainings: small, default (some minutes a training "
+                      "on two cores), large (a GPU or patience); toy shows nothing",
                       choices=tuple(SCALES))
     seeds: int = flag(3, "trainings of every variant, which gives the spread", min=1)
     steps: int = flag(0, "training steps of every generator; 0: the scale's", min=0)
