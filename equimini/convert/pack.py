@@ -76,7 +76,9 @@ def pack(source: Path, out: Path, file_mb: float = 15, total_mb: float = 30,
     """
     content = checkpoint.load(source, "generator")
     if base:
-        return [pack_onto(Path(base), content, source, out)]
+        if tokenizer:
+            raise UserError("--base has a tokenizer already; leave out --tokenizer")
+        return [pack_onto(Path(base), content, source, out, file_mb)]
     inside = tokenizer_content(load_generator(source, tokenizer_path=tokenizer).tokenizer)
     beside = out.with_name(f"{out.stem}-tokenizer{out.suffix}")
     weights = {out: half(content["ema"], source), beside: half(inside["weights"], source)}
@@ -89,20 +91,22 @@ def pack(source: Path, out: Path, file_mb: float = 15, total_mb: float = 30,
     return [out, beside]
 
 
-def pack_onto(base: Path, content: dict[str, Any], source: Path, out: Path) -> Path:
+def pack_onto(base: Path, content: dict[str, Any], source: Path, out: Path,
+              file_mb: float) -> Path:
     """Write the weights of `source` that the packed generator `base` has not; returns `out`."""
     below = checkpoint.load(base, "generator")
     if base.resolve().parent != out.resolve().parent or base.name == out.name or "base" in below:
         raise UserError(f"--base {base} and --out {out} must be two files of one folder, and "
                         "--base a whole one")
-    theirs, mine = (tokenizer_inside(c, path).state_dict()
+    theirs, mine = (half(tokenizer_inside(c, path).state_dict(), path)
                     for c, path in ((below, base), (content, source)))
-    if below["classes"] != content["classes"] or any(
-            not torch.equal(half(mine, source)[name].float(), theirs[name]) for name in theirs):
+    if below["classes"] != content["classes"] or not all(
+            torch.equal(mine[name], tensor) for name, tensor in theirs.items()):
         raise UserError(f"{source} was not trained from {base}: it has other classes or another "
                         "tokenizer")
     new = {name: tensor for name, tensor in half(content["ema"], source).items()
            if name not in below["ema"] or not torch.equal(tensor, below["ema"][name])}
+    check_sizes({out: new}, file_mb, file_mb)
     checkpoint.save(out, "generator", {
         **kept(content), "ema": new, "tokenizer": below["tokenizer"],
         "base": {"file": base.name, "weights": weights_hash(below["ema"])}})

@@ -24,8 +24,8 @@ from equimini.utils.files import replacing
 
 FORMAT = 1  # of the dict's layout
 BOX = Path(__file__).parents[1] / "assets"  # models that come with equimini
-IN_THE_BOX = ("scenes", "scenes-tokenizer", "scenes-mean-flow")
-DRAWN_WITH = IN_THE_BOX[2]  # by sample.py and the page, where no other checkpoint is asked for
+DRAWN_WITH = "scenes-mean-flow"  # by sample.py and the page, if no other checkpoint is asked for
+IN_THE_BOX = ("scenes", "scenes-tokenizer", DRAWN_WITH)
 
 
 def save(path: Path | str, kind: str, content: dict[str, Any], keep: int = 1) -> None:

@@ -84,6 +84,11 @@ def test_a_head_is_packed_onto_the_generator_that_it_was_trained_on(heads, tmp_p
             (tmp_path / "other.pt", base, tmp_path / "more.pt", "was not trained from")):
         with pytest.raises(UserError, match=text):
             pack(source, to, base=onto)
+    for asked, text in (({"tokenizer": "t.pt"}, "leave out --tokenizer"),
+                        ({"file_mb": 1e-4}, "more.pt would be .*--file-mb")):
+        with pytest.raises(UserError, match=text):
+            pack(heads / "runs/head/last.pt", tmp_path / "more.pt", base=base, **asked)
+    assert not (tmp_path / "more.pt").exists()
 
     content = torch.load(base, weights_only=True)
     content["ema"]["no_class"] += 1
