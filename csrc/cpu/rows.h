@@ -46,7 +46,11 @@ constexpr int kLanes = kVectorBytes / sizeof(C);
 
 // 16-bit values as they lie in memory.
 struct BFloat16 { uint16_t bits; };
+#ifdef __F16C__  // instructions convert it; Clang 14 has no _Float16 for these processors
+struct Float16 { uint16_t bits; };
+#else
 using Float16 = _Float16;
+#endif
 
 // Aligned scratch of one thread, handed out piece by piece.
 template <class C>

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/few_rows.h"
+#include "parallel.h"
 
 using namespace equimini;
 
@@ -35,10 +36,11 @@ static void show(const char* name, const float* y, int64_t n) {
 
 template <class T>
 void one_case() {
-  const Parallel parallel{3, [](int64_t n, int64_t, const auto& body) {  // in three parts, in turn
-                            for (int i = 0; i < 3; i++)
-                              if (n * i / 3 < n * (i + 1) / 3) body(n * i / 3, n * (i + 1) / 3);
-                          }};
+#ifdef THREADS  // tests/kernel/threads.cpp says how
+  const Parallel parallel = on_threads();
+#else
+  const Parallel parallel = in_turn(3);
+#endif
   const int64_t rows = between(1, 30), in = between(1, 70), out = between(1, 70);
   float* y = numbers(rows * padded(out));
   linear(y, numbers(rows * in), rows, in, out, numbers<T>(padded(out) * in), numbers(padded(out)),

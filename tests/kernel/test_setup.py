@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import runpy
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -78,3 +81,14 @@ def test_where_toolkits_are_looked_for(setup_py: dict, monkeypatch):
     monkeypatch.delenv("CUDA_HOME")
     monkeypatch.delenv("CUDA_PATH", raising=False)
     assert setup_py["toolkits"]("13.0")[-2:] == ["/usr/local/cuda-13.0", "/usr/local/cuda"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="for a processor of another kind")
+def test_clang_compiles_for_plain_avx2():
+    """Of which Clang 14, the oldest, has no _Float16."""
+    compiler = next(filter(shutil.which, ("clang++-14", "clang++")), None)
+    if compiler is None:
+        pytest.skip("there is no Clang")
+    csrc = SETUP.parent / "csrc"
+    subprocess.run([compiler, "-std=c++20", "-march=haswell", "-fsyntax-only",
+                    csrc / "cpu" / "attention.cpp"], check=True)

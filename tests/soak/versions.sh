@@ -6,16 +6,21 @@
 # Installs these packages and a wheel of equimini (FROM=sdist: made from a source archive) into an
 # environment that holds nothing else; from another folder uses the Python interface, asks every
 # command for --help and runs the three scripts by path; then runs TESTS (pytest's words), with no
-# equimini beside them.  EQUIMINI_BUILD, EQUIMINI_MARCH and CXX choose the build.
+# equimini beside them.  EQUIMINI_BUILD, EQUIMINI_MARCH and CXX choose the build; what lies in WORK
+# stays, and is tested again by another call.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= work=${WORK:-$(mktemp -d)}
+tests() {
+  . "$work/venv/bin/activate" && cd "$work/beside"
+  python -m pytest -q -p no:cacheprovider ${TESTS:-tests/method tests/kernel tests/sampling} | tail -n "${TAIL:-8}"
+}
+if [ -d "$work/beside" ]; then tests; exit; fi
+[ -n "${WORK:-}" ] || trap 'rm -rf "$work"' EXIT
 "$1" -m venv "$work/venv"
 . "$work/venv/bin/activate"
-export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 pip install -q "${@:2}" "setuptools>=77" wheel ninja
-mkdir "$work/source" "$work/beside"
+mkdir -p "$work/source" "$work/beside"
 git -C "$root" archive HEAD | tar -x -C "$work/source"
 cd "$work/source"
 cp -r tests csrc docs findings *.py *.md pyproject.toml "$work/beside"
@@ -40,4 +45,4 @@ python train_tokenizer.py $small --stats-images 2 >/dev/null 2>&1
 python train_generator.py $small --preview-steps 1 >/dev/null 2>&1
 python sample.py --checkpoint runs/generator/last.pt --steps 1 >/dev/null 2>&1
 echo "three scripts: right"
-python -m pytest -q -p no:cacheprovider ${TESTS:-tests/method tests/kernel tests/sampling} | tail -n "${TAIL:-8}"
+tests
