@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import time
 from dataclasses import dataclass, fields
@@ -22,7 +23,7 @@ from equimini.sampling.edit import FADE, UNKNOWN, Tokens
 from equimini.sampling.fit import LOOK_AHEAD, reach
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
-from equimini.sampling.strip import (cut, encode, fill, flat, mirrored, painted, preview,
+from equimini.sampling.strip import (CONTEXT, cut, encode, fill, flat, mirrored, painted, preview,
                                      row_type)
 from equimini.utils.checkpoint import DRAWN_WITH, latents_hash
 from equimini.utils.errors import UserError
@@ -162,10 +163,10 @@ class Studio:
 
     def grow(self, order: Order, seed: int) -> Iterator[Piece]:
         """Columns at the end, or at the beginning: those that follow the strip seen in a mirror."""
-        left, old = order.do == "left", self.strip.columns
+        left, old, more = order.do == "left", self.strip.columns, {}
         if left:
-            old = mirrored(old[:CHUNK])
-            old["token"] = encode(self.model, old)
+            more["start"] = "start.pt" if "mirror" in self.strip.last() else "start.png"
+            old = self.in_mirror()
         n, gap = len(old), range(len(old), len(old) + order.columns)
         rows = self.prepared(old, gap, order.classes[::-1 if left else 1], seed)
         tokens, work = fill(self.model, rows, gap, [seed], order.options, order.fit,
@@ -179,8 +180,10 @@ class Studio:
             near = painted(self.model, rows[:n + done], n + saved, n + done, ring)
             if left:
                 near = self.turned(rows[:n + done], n + saved, near)
+                seen = rows["token"][:n + done][-max(CONTEXT, reach(self.model.generator.config)):]
+                more["mirror"] = base64.b64encode(seen.tobytes()).decode()  # to draw on from
             span = (0, done) if left else (n, n + done)
-            return self.save(near, order, seed, span, saved > 0, ring)
+            return self.save(near, order, seed, span, saved > 0, ring, **more)
 
         try:
             for _, done in work:
@@ -197,6 +200,20 @@ class Studio:
         finally:  # also where nobody listens any more
             pieces = save() if done > saved else []
         yield from pieces
+
+    def in_mirror(self) -> np.ndarray:
+        """The strip's first columns in a mirror; encoded anew, unless they were just drawn there."""
+        strip, tokens = mirrored(self.strip.columns[:CHUNK]), self.drawn_in_mirror(self.strip.last())
+        if len(tokens):
+            strip["token"][-len(tokens):] = tokens  # no others are looked at
+        else:
+            strip["token"] = encode(self.model, strip)
+        return strip
+
+    def drawn_in_mirror(self, edit: dict[str, Any]) -> np.ndarray:
+        """Tokens (M, C) of the strip's first columns, as an edit on the left drew them; else none."""
+        tokens = np.frombuffer(base64.b64decode(edit.get("mirror", "")), np.float32)
+        return tokens.reshape(-1, self.model.generator.channels)
 
     def turned(self, rows: np.ndarray, first: int,
                near: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -256,14 +273,14 @@ class Studio:
 
     def save(self, near: tuple[np.ndarray, np.ndarray], order: Order, seed: int,
              span: tuple[int, int], joined: bool = False, ring: bool = False,
-             do: str = "") -> list[Piece]:
+             **more: Any) -> list[Piece]:
         """Put columns in their places, as one step; returns what is to be shown of it."""
         pieces, cuts = [], np.flatnonzero(np.diff(near[0]) != 1) + 1  # a ring's lie at both ends
         for places, rows in zip(*(np.split(part, cuts) for part in near)):
             at = max(int(places[0]), 0)
             take = max(0, min(len(self.strip.columns), int(places[-1]) + 1) - at)
-            self.strip.edit(at, take, rows, joined or bool(pieces), do=do or order.do, span=span,
-                            seed=seed, ring=ring, fit=order.fit, options=order.how)
+            self.strip.edit(at, take, rows, joined or bool(pieces), span=span, seed=seed, ring=ring,
+                            fit=order.fit, options=order.how, **{"do": order.do, **more})
             pieces.append({"at": int(places[0]), "pixels": flat(rows),
                            "columns": len(self.strip.columns)})
         return pieces
@@ -303,13 +320,19 @@ class Studio:
         rows["label"] = rows["seed"] = UNKNOWN
         self.strip.edit(0, len(self.strip.columns), rows)
 
-    def tokens(self, rows: np.ndarray | None = None) -> Tokens:
+    def tokens(self) -> Tokens:
         """A token file's content; columns of no class have the one that they were read with."""
-        rows, last = self.strip.columns if rows is None else rows, self.strip.last()
-        labels, seeds = torch.tensor(rows["label"])[None], torch.tensor(rows["seed"])[None]
+        last = self.strip.last()
+        tokens = self.token_file(self.strip.columns, last)
         if "span" in last:
-            labels[labels == UNKNOWN] = int(self.strip.columns["label"][last["span"][0]])
-        return Tokens(torch.tensor(rows["token"])[None], labels, seeds, last.get("options", {}))
+            tokens.labels[tokens.labels == UNKNOWN] = tokens.labels[0, last["span"][0]]
+        return tokens
+
+    def token_file(self, rows: np.ndarray, edit: dict[str, Any]) -> Tokens:
+        """The same of the columns after an edit."""
+        mirror = torch.tensor(self.drawn_in_mirror(edit))[None]
+        return Tokens(*(torch.tensor(rows[name])[None] for name in ("token", "label", "seed")),
+                      self.strip.last().get("options", {}), mirror if mirror.numel() else None)
 
     def command(self) -> str:
         """The command that draws the last columns again; it begins with one of the page's files."""
@@ -320,9 +343,10 @@ class Studio:
         words = [command_line(cfg, SamplingOptions(**last["options"])), f"--seed {last['seed']}"]
         (first, end), do, fit = last["span"], last["do"], f" --fit {last['fit']}"
         if do == "left":
-            words += [f"--continue-left-from start.png --columns {end}", self.classes(end, 0)]
+            words += [f"--continue-left-from {last.get('start', 'start.png')} --columns {end}",
+                      self.classes(end, 0)]
         elif do == "ring" and last["ring"]:
-            first = len(self.strip.before())
+            first = len(self.strip.before()[0])
             words += [f"--continue-from start.pt --ring{fit} --columns {n - first}",
                       self.classes(first, n)]
         else:

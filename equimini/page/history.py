@@ -15,13 +15,14 @@ import sqlite3
 import tempfile
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
 import numpy as np
 
 from equimini.utils.errors import UserError, first_line, reading
+from equimini.utils.files import replacing
 
 
 class History:
@@ -33,15 +34,20 @@ class History:
     def __init__(self, folder: Path, row: np.dtype) -> None:
         self.path, self.row, self.columns = folder / "history.db", row, np.empty(0, row)
         self.version = int(time.time())  # none that a page of an earlier server has
-        if not self.path.exists() and (folder / "history.jsonl").exists():
-            convert(folder, row)
-        with reading(self.path):
+        if not self.path.exists():
+            (convert if (folder / "history.jsonl").exists() else create)(folder, row)
+        try:
             self.db = sqlite3.connect(self.path, check_same_thread=False)
-            self.db.execute("PRAGMA page_size = 65536")  # in 4 KiB there is room for one edit
-            self.db.execute("CREATE TABLE IF NOT EXISTS edits (number INTEGER PRIMARY KEY, "
-                            "record BLOB NOT NULL)")
-            self.edits, = self.db.execute("SELECT COUNT(*) FROM edits").fetchone()
-            self.done, = self.db.execute("PRAGMA user_version").fetchone()
+            self.edits, self.done, other = self.db.execute(
+                "SELECT (SELECT COUNT(record) FROM edits), user_version, application_id "
+                "FROM pragma_user_version, pragma_application_id").fetchone()
+            if other or not 0 <= self.done <= self.edits:
+                raise ValueError("another program or a later version wrote it")
+        except (sqlite3.Error, ValueError) as error:
+            empty = self.path.is_file() and not self.path.stat().st_size  # a database, to SQLite
+            raise UserError(f"{self.path} holds no strip that can be read "
+                            f"({'it is empty' if empty else first_line(error)}); put a copy of it "
+                            "back, or move it away to begin anew, or choose another --out") from None
         for k in range(self.done):
             self.columns = self._changed(self.columns, k + 1)
 
@@ -76,9 +82,10 @@ class History:
         """The edit that the present strip ends with; {} where there is none."""
         return self._read(self.done)[0] if self.done else {}
 
-    def before(self) -> np.ndarray:
-        """The columns that the last step found."""
-        return self._earlier()[0]
+    def before(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """The columns that the last step found, and the edit that they ended with."""
+        columns, done = self._earlier()
+        return columns, self._read(done)[0] if done else {}
 
     def _earlier(self) -> tuple[np.ndarray, int]:
         columns, done, joined = self.columns, self.done, True
@@ -140,6 +147,14 @@ def _columns(wide: np.ndarray, row: np.dtype) -> np.ndarray:
     pixels[:] = pixels.cumsum(1, np.uint8)
     pixels[..., ::2] += pixels[..., 1:2]
     return columns
+
+
+def create(folder: Path, row: np.dtype) -> None:
+    """Make history.db with no edits; it is there as a whole or not at all."""
+    path = folder / "history.db"
+    with reading(path), replacing(path) as file, closing(sqlite3.connect(file.name)) as db:
+        db.execute("PRAGMA page_size = 65536")  # in 4 KiB there is room for one edit
+        db.execute("CREATE TABLE edits (number INTEGER PRIMARY KEY, record BLOB NOT NULL)")
 
 
 def convert(folder: Path, row: np.dtype) -> None:

@@ -1,7 +1,8 @@
 """The page's server: for the browser of this machine, one drawing at a time.
 
     GET  /                   the page
-    GET  /state              the strip and what may be asked for, as JSON (`Studio.state`)
+    GET  /state              the strip and what may be asked for, as JSON (`Studio.state`), "busy":
+                             whether something is being drawn
     GET  /strip.png?from=&to=  the strip's pixels, or columns of it;  /candidate?k=  one that waits
     GET  /strip.pt           its token file;  /start.png, /start.pt  the strip before the last step
                              (the picture: its beginning)
@@ -117,9 +118,9 @@ class Handler(BaseHTTPRequestHandler):
             "/strip.png": lambda: self.send_png(strip.columns[
                 self.number("from", 0):self.number("to", len(strip.columns))]),
             "/candidate": lambda: self.send_png(studio.candidate(self.number("k"))[1]),
-            "/start.png": lambda: self.send_png(strip.before()[:CHUNK]),
+            "/start.png": lambda: self.send_png(strip.before()[0][:CHUNK]),
             "/strip.pt": lambda: self.send_tokens(studio.tokens()),
-            "/start.pt": lambda: self.send_tokens(studio.tokens(strip.before()))})
+            "/start.pt": lambda: self.send_tokens(studio.token_file(*strip.before()))})
 
     def do_POST(self) -> None:
         self.answer({
@@ -144,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:
             status, text = told(error)
             if self.begun:
-                self.line({"error": text, "state": self.server.studio.state()})
+                self.line({"error": text, "state": self.state()})
             else:
                 self.send(json.dumps({"error": text}).encode(), status=status)
 
@@ -196,12 +197,16 @@ class Handler(BaseHTTPRequestHandler):
                     self.line(piece)
         finally:
             self.server.turn.release()
-        self.line({"state": studio.state()})
+        self.line({"state": self.state()})
 
     # answers -------------------------------------------------------------------------------------
 
+    def state(self) -> dict[str, Any]:
+        """busy: something is being drawn, so the page asks again."""
+        return {"busy": self.server.turn.locked(), **self.server.studio.state()}
+
     def send_state(self) -> None:
-        self.send(json.dumps(self.server.studio.state()).encode())
+        self.send(json.dumps(self.state()).encode())
 
     def send_png(self, columns: np.ndarray) -> None:
         if not len(columns):

@@ -39,11 +39,12 @@ class Tokens:
     labels: Tensor  # (B, N) int64 class numbers, or UNKNOWN
     seeds: Tensor  # (B, N) int64 seeds, or UNKNOWN
     options: dict[str, Any] = field(default_factory=dict)  # with which they were drawn
+    mirror: Tensor | None = None  # (B, M, C): the first M columns, drawn as seen in a mirror
 
     def __getitem__(self, i: int) -> Tokens:
         """Picture i alone."""
         return Tokens(self.tokens[i:i + 1], self.labels[i:i + 1], self.seeds[i:i + 1],
-                      self.options)
+                      self.options, self.mirror if self.mirror is None else self.mirror[i:i + 1])
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -58,12 +59,14 @@ def save_tokens(path: Path | str, model: ImageGenerator, drawn: Tokens) -> None:
     """Write a token file; raises UserError if it cannot be written.
 
     It holds plain tensors, numbers and strings: the normalised tokens, class numbers and seeds of
-    every column, class names, options, and the SHA-256 of the tokenizer but for its decoder.
+    every column, class names, options, and the SHA-256 of the tokenizer but for its decoder; of a
+    strip drawn to the left, its first columns in the mirror.
     """
     checkpoint.save(path, "tokens", {
         "tokens": drawn.tokens.cpu().float().clone(), "labels": drawn.labels.cpu().clone(),
         "seeds": drawn.seeds.cpu().clone(), "classes": list(model.classes),
-        "tokenizer": latents_hash(model.tokenizer), "options": drawn.options})
+        "tokenizer": latents_hash(model.tokenizer), "options": drawn.options,
+        **({} if drawn.mirror is None else {"mirror": drawn.mirror.cpu().clone()})})
 
 
 def load_tokens(path: Path | str, model: ImageGenerator) -> Tokens:
@@ -82,6 +85,9 @@ def load_tokens(path: Path | str, model: ImageGenerator) -> Tokens:
                 and labels.dtype == seeds.dtype == torch.int64
                 and bool((labels < len(names)).all()) and bool(tokens.isfinite().all()))
         fits = fits and isinstance(options, dict) and min(labels.min(), seeds.min()) >= UNKNOWN
+        if (mirror := content.get("mirror")) is not None:
+            fits = (fits and mirror.dtype == torch.float32 and bool(mirror.isfinite().all())
+                    and tokens[:, :mirror.shape[1]].shape == mirror.shape != tokens[:, :0].shape)
     except Exception:  # other things than tensors raise many kinds
         fits = False
     if not fits:
@@ -91,7 +97,7 @@ def load_tokens(path: Path | str, model: ImageGenerator) -> Tokens:
                         "generator; give the --checkpoint they were drawn with")
     known = torch.tensor([model.classes.index(name) if name in model.classes else UNKNOWN
                           for name in names] + [UNKNOWN])  # UNKNOWN is the last index
-    return Tokens(tokens, known[labels.clamp(min=UNKNOWN)], seeds, options)
+    return Tokens(tokens, known[labels.clamp(min=UNKNOWN)], seeds, options, mirror)
 
 
 def open_picture(path: str, model: ImageGenerator, pick: int | None = None,
@@ -197,14 +203,17 @@ def _known(labels: Tensor) -> Tensor:
 def mirror(model: ImageGenerator, picture: Tokens, pixels: Tensor) -> Tokens:
     """The picture (B = 1) seen in a mirror: `pixels` (1, 3, H, N·f), mirrored and encoded anew.
 
-    Continued to the right, it is the picture continued to the left.  The way back is another call
+    Continued to the right, it is the picture continued to the left; columns that were drawn in the
+    mirror are not encoded, but as they were drawn (`Tokens.mirror`).  The way back is another call
     with the mirrored pixels.  Raises UserError for a generator that has not seen mirrored pictures.
     """
     if not model.mirrored:
         raise UserError("this generator was trained without mirrored pictures (the built-in data "
                         "has none), so it cannot continue pictures to the left")
-    return Tokens(model.encode(pixels.flip(3)).cpu(), picture.labels.flip(1),
-                  picture.seeds.flip(1), picture.options)
+    tokens = model.encode(pixels.flip(3)).cpu()
+    if picture.mirror is not None:
+        tokens[:, -picture.mirror.shape[1]:] = picture.mirror
+    return Tokens(tokens, picture.labels.flip(1), picture.seeds.flip(1), picture.options)
 
 
 def _draw(model: ImageGenerator, source: Tokens, labels: Tensor, drawn: list[int],

@@ -308,14 +308,8 @@ def test_stop_and_reload(page):
     assert (shows_the_strip(page) != shown).any()
     page.keys(" ")
     page.until(f"running && N >= {drawn}")
-    page.open()  # in the middle of a drawing: it stops, what it drew is there
-    page.until(f"N >= {drawn} && N < {drawn} + 500")
-    before, strip = b"", page.fetched("strip.png")
-    while strip != before:  # the column under way may still come
-        time.sleep(1)
-        before, strip = strip, page.fetched("strip.png")
-    page.open()
-    page.until(f"N >= {drawn} && N < {drawn} + 500")
+    page.open()  # in the middle of a drawing: it stops, what it drew comes
+    page.until(f"!S.busy && !reloading && N >= {drawn} && N < {drawn} + 500")
     shows_the_strip(page)
 
 

@@ -6,10 +6,12 @@ import io
 import json
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,8 +20,10 @@ import torch
 from PIL import Image
 
 from equimini import load_generator
+from equimini.page import drawing
 from equimini.page import server as page_server
 from equimini.page.drawing import Studio
+from equimini.page.history import create
 from equimini.page.server import Server
 from equimini.sampling.edit import load_tokens
 from equimini.sampling.strip import flat, row_type
@@ -139,6 +143,27 @@ def test_to_the_left_kept_columns_stay_and_a_ring_joins(client):
         {"do": "left", "columns": 2}))[1]["error"]
 
 
+def test_on_the_left_pixels_are_encoded_once_for_a_change_of_direction(client, model, tmp_path,
+                                                                       monkeypatch):
+    """What follows on the left is drawn from what was drawn there, also after undo and a restart."""
+    client.draw(columns=20, classes=[1] * 20)
+    encode, seen = drawing.encode, []
+    monkeypatch.setattr(drawing, "encode", lambda m, strip: seen.append(1) or encode(m, strip))
+    counts, order = [], {"do": "left", "columns": 5, "classes": [2] * 5, "seed": 7}
+    for what in (order, order, {"columns": 2}, order):
+        client.draw(**what)
+        counts.append(len(seen))
+    assert counts == [2, 3, 3, 5]  # one of them is the way back
+    client.do("undo"), client.do("undo"), client.do("undo")
+    drawn = set()
+    for studio in (client.studio, Studio(model, tmp_path), Studio(model, tmp_path)):
+        client.studio = client.server.studio = studio
+        client.draw(**order)
+        drawn.add(studio.strip.columns.tobytes())
+        client.do("undo")
+    assert len(drawn) == 1
+
+
 def test_undo_and_redo_without_end(client, model, tmp_path):
     client.draw(columns=3, classes=[0] * 3)
     states = [client.studio.strip.columns]
@@ -162,7 +187,7 @@ def test_undo_and_redo_without_end(client, model, tmp_path):
     again = Studio(model, tmp_path).strip
     assert np.array_equal(again.columns[1:], states[-2][1:])
     again.edit(2, 1, states[0][:0], joined=True)  # a step of two
-    assert np.array_equal(again.before(), states[-2])
+    assert np.array_equal(again.before()[0], states[-2])
     again.undo()
     assert np.array_equal(again.columns, states[-2])
     again.redo()
@@ -217,6 +242,29 @@ def test_a_damaged_line_of_an_older_history_loses_nothing(model, tmp_path, line)
         Studio(model, tmp_path)
     assert (tmp_path / "history.jsonl").read_text() == f"{line}\n{log}"
     assert not (tmp_path / "history.db").exists()
+
+
+@pytest.mark.parametrize("content, words", (
+    (b"", "it is empty"), (b"PK" * 4000, "not a database"), (None, "unable to open"),
+    ("CREATE TABLE other (a)", "no such table"), ("CREATE TABLE edits (number)", "record"),
+    ("PRAGMA application_id = 2", "later version"), ("PRAGMA user_version = -1", "later version"),
+    ("PRAGMA user_version = 9", "later version")))
+def test_what_is_no_history_is_refused_and_left_alone(model, tmp_path, content, words):
+    path = tmp_path / "history.db"
+    if isinstance(content, str):
+        if not content.startswith("CREATE"):
+            create(tmp_path, row_type(model))
+        with closing(sqlite3.connect(path)) as db:
+            db.execute(content)
+    elif content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    before = path.is_file() and path.read_bytes()
+    with pytest.raises(UserError, match=f"no strip that can be read .*{words}.* move it away"):
+        Studio(model, tmp_path)
+    assert (path.is_file() and path.read_bytes()) == before
+    assert {p.name for p in tmp_path.iterdir()} == {"history.db", "plan.json"}
 
 
 def test_a_full_disk_leaves_the_strip_as_it_was(client, model, tmp_path):
@@ -358,6 +406,16 @@ def test_stop_a_closed_tab_and_the_queue(client):
     assert client.do("undo")["labels"] == labels
 
 
+def test_a_page_loaded_in_the_middle_of_a_drawing_is_told_so(client):
+    link, lines = start(client, columns=4000, classes=[0] * 4000)
+    lines.readline()
+    assert client.ask("GET", "/state")[1]["busy"]
+    link.close(), lines.close()
+    while (state := client.ask("GET", "/state")[1])["busy"]:  # what the closed one still saves
+        time.sleep(0.05)
+    assert state["labels"] == client.studio.strip.columns["label"].tolist()
+
+
 @pytest.mark.slow  # a server of its own
 def test_sigterm_in_the_middle_of_a_drawing(tmp_path):
     words = [sys.executable, "-m", "equimini.page", "--port", "0", "--out", tmp_path / "page"]
@@ -409,10 +467,12 @@ def test_the_command_draws_the_same_tokens(tmp_path):
             torch.testing.assert_close(again.tokens, mine.tokens, rtol=1e-3, atol=1e-3)
             assert torch.equal(again.labels, mine.labels) and torch.equal(again.seeds, mine.seeds)
         assert "--ring" in client.ask("GET", "/state")[1]["command"]
-        client.draw(do="left", columns=4, classes=[5, 5, 4, 4], **order)
-        again, mine = drawn_again(client, model, tmp_path)
-        assert again.labels[0].tolist()[:4] == [5, 5, 4, 4]  # from pixels: near, not equal
-        assert (again.tokens - mine.tokens)[:, :4].square().mean().sqrt() < 0.1
+        for start in ("start.png", "start.pt"):
+            client.draw(do="left", columns=4, classes=[5, 5, 4, 4], **order)
+            assert f"--continue-left-from {start}" in client.ask("GET", "/state")[1]["command"]
+            again, mine = drawn_again(client, model, tmp_path)
+            assert again.labels[0].tolist()[:4] == [5, 5, 4, 4]  # from pixels: near, not equal
+            assert (again.tokens - mine.tokens)[:, :4].square().mean().sqrt() < 0.1
     finally:
         client.close()
 

@@ -62,7 +62,9 @@ def test_token_files_that_do_not_serve_are_refused(model, drawn, tmp_path):
     save_tokens(path, model, drawn)
     good = torch.load(path, weights_only=True)
     for change in ({"labels": good["labels"][:, 1:]}, {"tokens": good["tokens"] * torch.nan},
-                   {"seeds": "none"}, {"labels": good["labels"] + 3}, {"classes": None}):
+                   {"seeds": "none"}, {"labels": good["labels"] + 3}, {"classes": None},
+                   *({"mirror": x} for x in (3, good["tokens"][:1], good["tokens"][:, :0],
+                                             good["tokens"].repeat(1, 2, 1)))):
         checkpoint.save(path, "tokens", {**good, **change})
         with pytest.raises(UserError, match="do not fit together"):
             load_tokens(path, model)
