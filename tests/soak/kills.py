@@ -3,7 +3,7 @@
     python -m tests.soak.kills --times 30 --what killed     # of each; continues in soak/kills.json
     python -m tests.soak.kills --only tokenizer scroll        # each kind of trouble once
 
-A command of tests/soak/jobs.py is killed (SIGKILL), stopped for a minute, interrupted twice in a
+A command is killed (SIGKILL), stopped for a minute, interrupted twice in a
 row, loses a process that loads pictures, finds its folder deleted, its disk read-only (both disks
 need root), or full: a disk with room for one write more at each start.  But for the first two it
 must end with one sentence.  Started again it must end with the files of one that was left alone,
@@ -13,42 +13,200 @@ bit for bit (wall-clock figures excepted), and leave nothing behind.
 from __future__ import annotations
 
 import argparse
+import atexit
+import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
+import sys
+import tarfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from tests.soak.common import Progress, figures
-from tests.soak.jobs import (Job, at_work, compare, family, finish, make_jobs, must_end_with, said,
-                             send, start)
+import numpy as np
+import torch
+from PIL import Image
+
+from equimini.evaluate import feature_shards
+from equimini.training import cache_latents, index
+from equimini.utils import command_line
+from tests.evaluate.test_evaluate import TinyNet
+from tests.helpers.scripts import ENVIRONMENT, GENERATOR, ROOT, TOKENIZER, call
+from tests.soak.common import Progress, figures, options
+from tests.training.test_scripts import same
 
 PER_RUN = 8  # kills of a run, after which it may end
 BLOCK, WRITES = 4096, 30  # bytes of a tmpfs's blocks; steps in which it grows to what a run needs
-TROUBLES = ("killed", "stopped", "interrupted", "loader killed", "folder deleted", "read-only",
-            "disk full")
+CODES = {"killed": -signal.SIGKILL, "stopped": 0, "interrupted": 130, "loader killed": 2,
+         "folder deleted": 2, "read-only": 2, "disk full": 2}  # a run's exit code, or 0 at its end
+TRAINED = "--val-every 7 --preview-every 10 --deterministic --steps 40"
+SCROLL = "--scroll 1500 --tile-columns 50 --classes 0:30,1:20"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def disturb(what: str, process: BaseProcess, out: Path, pause: float) -> int:
-    """Let it happen to a run; returns the exit code that it must have."""
+class Job(NamedTuple):
+    """words: of a fresh start, OUT for its folder; again: where the file `there` is, instead."""
+
+    words: list[str]
+    again: list[str] | None = None
+    there: str = "last.pt"
+
+
+def make_jobs(folder: Path) -> dict[str, Job]:
+    """What the jobs run; the models and files that they need are made once."""
+    if not (folder / "many.tar").exists():
+        folder.mkdir(exist_ok=True)
+        call("train_tokenizer.py", *TOKENIZER, "--steps", 6, "--overwrite", cwd=folder)
+        call("train_generator.py", *GENERATOR, "--steps", 6, "--overwrite", cwd=folder)
+        torch.jit.script(TinyNet()).save(str(folder / "net.pt"))
+        call("equimini.training.cache_latents", "--images", 64, "--workers", 0, "--out", "cached",
+             cwd=folder)
+        with tarfile.open(folder / "making.tar", "w") as archive:
+            for k in range(20_000):
+                archive.addfile(tarfile.TarInfo(f"{k % 10}/{k}.png"))
+        os.utime(folder / "making.tar", (0, 0))  # long ago: its index is trusted
+        (folder / "making.tar").rename(folder / "many.tar")
+
+    def training(kind: str, *more: str, first: list[str] = []) -> Job:
+        script = [*first, f"{ROOT}/train_{kind}.py", "--out", "OUT"]
+        flags = TOKENIZER if kind == "tokenizer" else GENERATOR
+        return Job([*script, *flags, *TRAINED.split(), *more], [*script, "--resume"])
+
+    drawn = "--checkpoint runs/generator/last.pt --steps 1 --out OUT"
+    scroll = [f"{ROOT}/sample.py", *drawn.split(), *SCROLL.split()]
+    return {
+        "tokenizer": training("tokenizer"), "generator": training("generator"),
+        "generator from latents": training("generator", "--latents", "cached"),
+        "generator in 2 processes": training("generator", first=TORCHRUN),
+        "cache_latents": Job("cache --workers 0 --images 300 --out OUT".split()),
+        "evaluate": Job(f"-m equimini.evaluate generator {drawn} --network net.pt --n 100 "
+                        "--cfg 1,2 --reference-n 100 --workers 0 --cache OUT/features".split()),
+        "scroll": Job(scroll, [*scroll, "--resume"], "state.pt"), "index": Job(["search", "OUT"])}
+
+
+def start(job: Job, out: Path) -> BaseProcess:
+    """The command in a process forked from this one, which has imported torch already."""
+    words = job.again if job.again and (out / job.there).exists() else job.words
+    words = [word.replace("OUT", out.name) for word in words]
+    (process := get_context("fork").Process(target=run, args=(words, out.parent))).start()
+    return process
+
+
+def run(words: list[str], folder: Path) -> None:
+    """Python's command line in this process; what it prints goes to said.txt."""
+    os.chdir(folder)
+    printed = os.open("said.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
+    os.dup2(printed, 1), os.dup2(printed, 2)
+    if words[:2] == TORCHRUN[:2]:
+        os.execve(sys.executable, [sys.executable, *words], ENVIRONMENT)
+    sys.argv = words[words[0] == "-m":]
+    index.SMALL, index.PAUSE = 0, 0.1  # small sizes that no option sets
+    cache_latents.SHARD = feature_shards.SHARD = 64  # no fewer: "cached" is one shard
+    try:
+        if words[0] == "search":
+            command_line.run(lambda: index.open_source("many.tar", words[1]))
+        elif words[0] == "cache":
+            command_line.run(cache_latents.main)
+        elif words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__")
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it began, directly or not (torchrun's have a session of their own)."""
+    below = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    return [pid, *(each for child in below.split() for each in family(int(child)))]
+
+
+def send(process: BaseProcess, number: int) -> None:
+    for pid in family(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def changed(out: Path) -> int:
+    """The latest change of anything in a folder, nanoseconds; 0 where there is none."""
+    times = [0]
+    for path in [out, *out.rglob("*")]:
+        with suppress(OSError):  # renamed meanwhile
+            times.append(path.stat().st_mtime_ns)
+    return max(times)
+
+
+def begin(job: Job, out: Path) -> BaseProcess:
+    """Start it and wait until it writes something, or ends."""
+    before, process = changed(out), start(job, out)
+    while process.is_alive() and changed(out) == before:
+        time.sleep(0.01)
+    return process
+
+
+def finish(job: Job, out: Path) -> float:
+    """Let it end, which it must; returns the seconds since it first wrote something."""
+    process, begun = begin(job, out), time.time()
+    must_end_with(process, out, 0)
+    return time.time() - begun
+
+
+def must_end_with(process: BaseProcess, out: Path, *codes: int) -> None:
+    """One of these exit codes, in time; 2 and 130 (interrupted) without a traceback."""
+    process.join(600)
+    code, text = process.exitcode, said(out)
+    faults = text.count("Traceback") - text.count("Exception ignored")  # a loader that just began
+    if code not in codes or code and (faults > 0 or code == 2 and text.count("error: ") != 1):
+        send(process, signal.SIGKILL)
+        raise SystemExit(f"it ends with exit code {code}, not {codes}:\n{text}")
+
+
+def said(out: Path) -> str:
+    return (out.parent / "said.txt").read_text()
+
+
+def content(path: Path, out: str) -> Any:
+    """What is compared of a file: all but times, and the folder's name."""
+    match path.suffix:
+        case ".pt":
+            found = torch.load(path, weights_only=True)
+            return {name: found[name] for name in found.keys() - {"config", "settings"}}
+        case ".npz":
+            found = {name: (x.dtype, x.shape, x.tobytes()) for name, x in np.load(path).items()}
+            if "about" in found:  # JSON, of an index
+                found["about"] = {**json.loads(found["about"][2]), "built": 0}
+            return found
+        case ".jsonl":
+            return [{**json.loads(line), "images_per_s": 0}
+                    for line in path.read_text().splitlines()]
+        case ".png":
+            return (image := Image.open(path)).size, image.tobytes()
+    return path.read_bytes().replace(out.encode(), b"OUT")
+
+
+def compare(whole: Path, killed: Path) -> list[str]:
+    """The files in which two output folders differ; leftovers of dead processes, too."""
+    found = [{path.relative_to(out): None if path.is_dir() else content(path, out.name)
+              for path in out.rglob("*")} for out in (whole, killed)]
+    return sorted(str(name) for name in found[0].keys() | found[1].keys()
+                  if not same(*(each.get(name, "missing") for each in found)))
+
+
+def disturb(what: str, process: BaseProcess, out: Path, pause: float) -> None:
     match what:
         case "killed":
             send(process, signal.SIGKILL)
-            return -signal.SIGKILL
-        case "stopped":
-            send(process, signal.SIGSTOP)
-            time.sleep(pause)
-            send(process, signal.SIGCONT)
-            return 0
-        case "interrupted":
-            send(process, signal.SIGINT)
-            time.sleep(random.uniform(0, 0.3))
-            send(process, signal.SIGINT)
-            return 130
+        case "stopped" | "interrupted":
+            send(process, signal.SIGSTOP if what == "stopped" else signal.SIGINT)
+            time.sleep(pause if what == "stopped" else random.uniform(0, 0.3))
+            send(process, signal.SIGCONT if what == "stopped" else signal.SIGINT)
         case "loader killed":
             while len(found := family(process.pid)) < 2 and process.is_alive():
                 time.sleep(0.01)
@@ -59,12 +217,11 @@ def disturb(what: str, process: BaseProcess, out: Path, pause: float) -> int:
         case "read-only":
             while not remount(out, "ro"):
                 pass  # a file is open to be written
-    return 2
 
 
 def remount(out: Path, how: str) -> bool:
-    return not subprocess.run(["mount", "-o", f"remount,{how}", out],
-                              capture_output=True).returncode
+    words = ["mount", "-o", f"remount,{how}", out]
+    return subprocess.run(words, capture_output=True).returncode == 0
 
 
 def applies(what: str, name: str, job: Job) -> bool:
@@ -80,11 +237,16 @@ def befall(what: str, job: Job, out: Path, seconds: float, pause: float, times: 
     if what in ("interrupted", "loader killed") and "--workers" in job.words:
         disturbed = job._replace(words=[*job.words, "--workers", "2"])
     while happened < times:
-        process = at_work(disturbed, out, seconds, draw, early=what == "killed")
+        if what == "killed" and draw.random() < 0.1:  # before it does anything
+            process = start(disturbed, out)
+        else:
+            process = begin(disturbed, out)
+            time.sleep(draw.uniform(0, 0.6 * seconds))
         if not process.is_alive():
             must_end_with(process, out, 0)
             return happened
-        must_end_with(process, out, 0, disturb(what, process, out, pause))  # 0: close to its end
+        disturb(what, process, out, pause)
+        must_end_with(process, out, 0, CODES[what])
         happened += 1
         if what == "read-only":
             must_end_with(start(job, out), out, 2)
@@ -105,8 +267,7 @@ def fill(job: Job, out: Path, needed: int) -> int:
 
 def soak(name: str, what: str, job: Job, folder: Path, seconds: float, args: argparse.Namespace,
          done: Progress) -> None:
-    """Runs until it happened so many times."""
-    whole, out, key = folder / "whole", folder / "killed", f"{name}, {what}"
+    whole, out, key, begun = folder / "whole", folder / "killed", f"{name}, {what}", time.time()
     needed = sum(path.stat().st_size for path in whole.rglob("*"))
     while (left := args.times - done[key]) > 0:
         shutil.rmtree(out, ignore_errors=True)
@@ -120,32 +281,25 @@ def soak(name: str, what: str, job: Job, folder: Path, seconds: float, args: arg
                 random.Random(f"{args.seed} {key} {done[key]}"))
             if found := compare(whole, out):
                 raise SystemExit(f"{key}, {happened} times; these differ: {', '.join(found[:10])}")
-        done.add(key, happened)
-        done.add(f"{key}, runs")
+        done.update({key: happened, f"{key}, runs": 1})
         done.save()
+    figures(key, begun, times=done[key], runs=done[f"{key}, runs"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--times", type=int, default=1, help="of each [1]")
-    parser.add_argument("--what", nargs="*", default=TROUBLES, help="of these [all]")
+    parser.add_argument("--what", nargs="*", default=CODES, help="of these [all]")
     parser.add_argument("--only", nargs="*", help="these commands [all]")
-    parser.add_argument("--pause", type=float, default=60, help="seconds that it is stopped [60]")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments [0]")
-    parser.add_argument("--out", type=Path, default=Path("soak"), help="counts are kept here")
-    args = parser.parse_args()
-    done = Progress(args.out.resolve() / "kills.json")
-    folder = args.out.resolve() / "kills"
+    args = options(parser, times=(1, "of each"), pause=(60.0, "seconds that it is stopped"), seed=(
+        0, "of the moments"), out=(Path("soak"), "counts are kept here"))
+    done, folder = Progress(args.out.resolve() / "kills.json"), args.out.resolve() / "kills"
     jobs = make_jobs(folder)
     for name in args.only or jobs:
         shutil.rmtree(folder / "whole", ignore_errors=True)
         seconds = finish(jobs[name], folder / "whole")
         for what in args.what:
             if applies(what, name, jobs[name]):
-                begun = time.time()
                 soak(name, what, jobs[name], folder, seconds, args, done)
-                figures(f"{name}, {what}", begun, times=done[f"{name}, {what}"],
-                        runs=done[f"{name}, {what}, runs"])
 
 
 if __name__ == "__main__":

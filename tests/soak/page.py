@@ -1,18 +1,18 @@
 """Load on the page's server: edits by a script, and beside them many, slow and half requests.
 
-    python -m tests.soak.page --edits 1000 --clients 50
+    python -m tests.soak.page --edits 1000 --clients 50 --seconds 600
     python -m tests.soak.page --kills 30 --edits 0         # kills it while it draws
 
-One client draws a column again and takes a candidate, or undoes or redoes, so many times, and
-compares the strip with its own account of it.  Others meanwhile read pictures, send orders that are
-refused, or headers byte by byte, stop in the middle of a body, or close the connection while they
-are answered.  In the end nothing may be lost and no thread is left.
+One client edits, and compares the strip with its own account of it.  Others meanwhile read, send
+orders that are refused, or headers byte by byte, stop in the middle of a body, or close the
+connection while they are answered.  In the end nothing may be lost and no thread is left.
 Of a server killed while it draws, the strip must be that of an undisturbed one, up to some part.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import random
 import socket
@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,22 @@ from equimini.page.history import History
 from equimini.page.server import Server
 from equimini.sampling.strip import row_type
 from tests.helpers.scripts import ENVIRONMENT
-from tests.soak.common import ask, figures
+from tests.soak.common import figures, memory, options
 
 QUICK = {"solver": "euler", "steps": 2}
+
+
+def ask(host: str, method: str, path: str, fields: dict | None = None) -> tuple[int, bytes]:
+    """Status and body of the answer; (0, b"") where the page has no connection free."""
+    link = http.client.HTTPConnection(host, timeout=120)
+    try:
+        link.request(method, path, None if fields is None else json.dumps(fields))
+        answer = link.getresponse()
+        return answer.status, answer.read()
+    except (OSError, http.client.HTTPException):
+        return 0, b""
+    finally:
+        link.close()
 
 
 def change(host: str, fields: dict) -> dict[str, Any]:
@@ -53,80 +67,59 @@ def change(host: str, fields: dict) -> dict[str, Any]:
     raise SystemExit(f"{fields}: no answer")
 
 
-def edit(host: str, studio: Studio, edits: int, draw: random.Random) -> Counter:
-    """The edits, each checked; the columns outside an edit must stay as they are."""
+def edit(host: str, studio: Studio, edits: int, until: float, draw: random.Random) -> int:
+    """At least so many edits, each checked; the columns outside an edit must stay as they are."""
     change(host, {"do": "new"})
-    done, now = Counter(), change(host, {"columns": 64, "classes": [0] * 64, **QUICK})
-    history, place = [studio.strip.columns.tobytes()], 0
-    while sum(done.values()) < edits:
-        act = draw.choice(("redraw", "redraw", "undo", "redo"))
+    change(host, {"columns": 64, "classes": [0] * 64, **QUICK})
+    history, place, done = [studio.strip.columns.copy()], 0, 0
+    while done < edits or time.time() < until:
+        act = draw.choice(["redraw", "redraw", *["undo"] * (place > 0),
+                           *["redo"] * (place + 1 < len(history))])
         if act == "redraw":
             at = draw.randrange(4, 60)
-            change(host, {"do": "redraw", "start": at, "end": at + 1, "candidates": 2, "fit": 1,
+            change(host, {"do": act, "start": at, "end": at + 1, "candidates": 2, "fit": 1,
                           **QUICK})
             now = change(host, {"do": "choose", "candidate": draw.randrange(2)})
-            tokens, before = studio.strip.columns["token"], np.frombuffer(
-                history[place], studio.strip.row)["token"]
-            if not np.array_equal(*(np.delete(x, at, 0) for x in (tokens, before))):
+            history[place + 1:] = [studio.strip.columns.copy()]
+            if not np.array_equal(*(np.delete(x["token"], at, 0) for x in history[place:])):
                 raise SystemExit("a column outside the edit changed")
-            history[place + 1:] = [studio.strip.columns.tobytes()]
-            place += 1
-        elif act == "undo" and place > 0 or act == "redo" and place + 1 < len(history):
-            place += 1 if act == "redo" else -1
-            now = change(host, {"do": act})
         else:
-            continue
-        done[act] += 1
-        if len(now["labels"]) != 64 or studio.strip.columns.tobytes() != history[place]:
+            now = change(host, {"do": act})
+        place, done = place + (-1 if act == "undo" else 1), done + 1
+        if (len(now["labels"]), studio.strip.columns.tobytes()) != (64, history[place].tobytes()):
             raise SystemExit(f"after {act} the strip is another one")
     return done
 
 
 def disturb(host: str, stop: threading.Event, draw: random.Random, seen: Counter) -> None:
     """One client that behaves badly, or only reads."""
-    header, address = f"Host: {host}\r\n", (host.split(":")[0], int(host.split(":")[1]))
-    while not stop.is_set():
-        what = draw.choice(("read", "read", "slow", "half", "gone", "wrong", "stale"))
-        seen[what] += 1
-        if what == "read":
-            ask(host, "GET", "/" + draw.choice(("", "state", "strip.png?from=3&to=9", "strip.png",
-                                                "strip.pt")))
-        elif what == "wrong":
-            ask(host, "POST", "/draw", {"columns": draw.choice((-1, "x", 10**9, None))})
-        elif what == "stale":
-            ask(host, "POST", "/draw", {"do": "new", "version": 0})
-        else:
-            try:
-                with socket.create_connection(address, timeout=5) as link:
-                    if what == "gone":
-                        link.sendall(f"GET /strip.png HTTP/1.0\r\n{header}\r\n".encode())
-                    elif what == "half":
-                        link.sendall(f"POST /draw HTTP/1.0\r\n{header}Content-Length: 50\r\n\r\n"
-                                     '{"columns"'.encode())
-                    else:
-                        for byte in f"GET /state HTTP/1.0\r\n{header}".encode():
-                            link.sendall(bytes([byte]))
-                            time.sleep(0.02)
-            except OSError:
-                pass
-        time.sleep(draw.uniform(0, 4))
+    header, (address, port) = f"HTTP/1.0\r\nHost: {host}\r\n", host.split(":")
+    gone = [f"GET /strip.png {header}\r\n"]
+    half = [f"POST /draw {header}Content-Length: 50\r\n\r\n\"columns\""]
+    slow = f"GET /state {header}"  # byte by byte
+    while not stop.wait(draw.uniform(0, 4)):
+        seen["requests"] += 1
+        read = "/" + draw.choice(("", "state", "strip.png?from=3&to=9", "strip.png", "strip.pt"))
+        wrong, stale = {"columns": draw.choice((-1, "x", 10**9, None))}, {"do": "new", "version": 0}
+        what = draw.choice((read, read, wrong, stale, gone, half, slow))
+        if what is read or isinstance(what, dict):
+            ask(host, *(("GET", read) if what is read else ("POST", "/draw", what)))
+            continue
+        with suppress(OSError), socket.create_connection((address, int(port)), 5) as link:
+            for part in what:
+                link.sendall(part.encode())
+                time.sleep(0.02 * (what is slow))
 
 
-def memory() -> float:
-    """This process's resident memory, in MiB."""
-    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
-
-
-def kill(kills: int, checkpoint: str, folder: Path, draw: random.Random) -> int:
-    """Kill servers while they draw 256 columns; returns how many columns were kept in all."""
-    row, order = row_type(load_generator(checkpoint)), {
-        "columns": 256, "classes": [0] * 256, "seed": 3, "steps": 2}
-    whole, seconds, kept = None, 0.0, 0
-    for _ in range(kills + 1):  # the first one is left alone
-        server = subprocess.Popen([sys.executable, "-m", "equimini.page", "--port", "0", "--out",
-                                   folder, "--checkpoint", checkpoint], env=ENVIRONMENT,
-                                  stdout=subprocess.PIPE, text=True)
-        host, begun = server.stdout.readline().split("/")[2], time.time()
+def kill(args: argparse.Namespace, folder: Path, draw: random.Random) -> None:
+    order = {"columns": 256, "classes": [0] * 256, "seed": 3, "steps": 2}
+    words = [sys.executable, "-m", "equimini.page", "--port", "0", "--out", folder, "--checkpoint",
+             args.checkpoint]
+    row = row_type(load_generator(args.checkpoint))
+    whole, seconds, kept, begun = None, 0.0, 0, time.time()
+    for _ in range(args.kills + 1):  # the first one is left alone
+        server = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+        host, started = server.stdout.readline().split("/")[2], time.time()
         change(host, {"do": "new"})
         drawing = threading.Thread(target=ask, args=(host, "POST", "/draw", order))
         drawing.start()
@@ -134,64 +127,53 @@ def kill(kills: int, checkpoint: str, folder: Path, draw: random.Random) -> int:
         server.kill()
         server.wait()
         drawing.join()
-        strip, seconds = History(folder, row).columns, seconds or time.time() - begun
+        strip, seconds = History(folder, row).columns["token"], seconds or time.time() - started
         whole = strip if whole is None else whole
         kept += (n := len(strip))
-        if len(whole) != 256 or n % 64 or not np.array_equal(strip["token"], whole["token"][:n]):
+        if len(whole) != 256 or n % 64 or not np.array_equal(strip, whole[:n]):
             raise SystemExit(f"after a kill the strip of {n} columns is another one")
-    return kept
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--edits", type=int, default=1000, help="of the strip [1000]")
-    parser.add_argument("--clients", type=int, default=50, help="beside the one that edits [50]")
-    parser.add_argument("--kills", type=int, default=0, help="of servers that draw [0]")
-    parser.add_argument("--checkpoint", default="scenes", help="generator to draw with [scenes]")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    draw = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.kills:
-            begun = time.time()
-            kept = kill(args.kills, args.checkpoint, Path(folder) / "killed", draw)
-            figures("page", begun, kills=args.kills, columns_kept=kept)
-        if args.edits:
-            load(args, Path(folder), draw)
+    figures("page", begun, kills=args.kills, columns_kept=kept)
 
 
 def load(args: argparse.Namespace, folder: Path, draw: random.Random) -> None:
-    """Edits, and beside them the other clients; raises SystemExit for what must not be."""
     begun, seen, stop = time.time(), Counter(), threading.Event()
     studio = Studio(load_generator(args.checkpoint), folder)
     server = Server(studio, 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host = server.hosts[0]
-    edit(host, studio, 20, draw)  # a warm-up
-    threads, used = threading.active_count(), memory()
-    clients = [threading.Thread(target=disturb, args=(host, stop, random.Random(k), seen),
-                                daemon=True) for k in range(args.clients)]
-    for client in clients:
-        client.start()
-    done = edit(host, studio, args.edits, draw)
-    grown = memory() - used
+    edit(host, studio, 20, 0, draw)  # a warm-up
+    threads, used = threading.active_count(), memory("VmRSS")
+    for k in range(args.clients):
+        threading.Thread(target=disturb, args=(host, stop, random.Random(k), seen),
+                         daemon=True).start()
+    done = edit(host, studio, args.edits, begun + args.seconds, draw)
+    grown = (memory("VmRSS") - used) / 2**20
     stop.set()
-    for client in clients:
-        client.join()
-    deadline = time.time() + 30
+    deadline = time.time() + 150  # what is being answered may take two minutes
     while threading.active_count() > threads and time.time() < deadline:
         time.sleep(0.1)
-    left = threading.active_count() - threads
-    kept = studio.strip.columns.tobytes()
+    left, kept = threading.active_count() - threads, studio.strip.columns.tobytes()
     server.shutdown()
     server.server_close()
     if Studio(studio.model, folder).strip.columns.tobytes() != kept:
         raise SystemExit("what is on disk is not the strip that was shown")
-    figures("page", begun, edits=sum(done.values()),
-            requests_beside=sum(seen.values()), threads_left=left, MiB_grown=f"{grown:.0f}")
+    figures("page", begun, edits=done, requests_beside=seen["requests"], threads_left=left,
+            MiB_grown=f"{grown:.0f}")
     if left:
         raise SystemExit(f"threads are left: {threading.enumerate()}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    args = options(parser, edits=(1000, "of the strip, at least"), seconds=(0.0, "at least"),
+                   clients=(50, "beside the one that edits"), kills=(0, "of servers that draw"),
+                   checkpoint=("scenes", "generator to draw with"), seed=(0, "of the moments"))
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.kills:
+            kill(args, Path(folder) / "killed", random.Random(args.seed))
+        if args.edits:
+            load(args, Path(folder), random.Random(args.seed))
 
 
 if __name__ == "__main__":

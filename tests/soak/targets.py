@@ -1,10 +1,11 @@
-"""The kinds of files for tests.soak.files: right ones, how they are changed, what reads them."""
+"""What tests.soak.files tries: right files, how they are changed, and what reads them."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -12,15 +13,13 @@ import shutil
 import tarfile
 import zipfile
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-import equimini.training.index as index
 import sample
 import train_generator
 import train_tokenizer
@@ -29,15 +28,13 @@ from equimini.convert import release
 from equimini.evaluate.sources import Reference, open_source
 from equimini.page.history import History
 from equimini.sampling.edit import open_picture
-from equimini.training import cache_latents
-from equimini.training.cache_latents import CachedLatents
+from equimini.training import cache_latents, index
 from equimini.training.options import DataConfig
 from equimini.utils import command_line
 from equimini.utils.checkpoint import load_tokenizer
 from equimini.utils.images import load_columns
 from tests.convert.test_convert import random_tokenizer, tokenizer_file
 from tests.helpers.scripts import GENERATOR, TOKENIZER, call
-from tests.soak.mutations import damage, in_checkpoint, in_json, in_zip
 
 ROW = np.dtype([("token", "f4", 4), ("pixels", "u1", (4, 2, 3)), ("label", "i4")])
 TEXTS = (
@@ -45,30 +42,23 @@ TEXTS = (
     ",", "1,,2", "5-3", "0-99999999999", "{0..2}", "*", "..", "/", "/dev/null", "x.png", "s/s.npz",
     "generator.pt", "tokenizer.pt", "pictures", "é\u200b\n", "\udcff", "all", "forest", "forest:3",
     "auto", "cpu", "cuda:9", "mps", "none", "--", "linear", "euler", "bf16", "x" * 300)
+NUMBERS = (0, 1, 127, 128, 255, 2**15 - 1, 2**16 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
+ODD = (None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 0.5, -1e308, float("nan"), float("inf"), "",
+       "..", "../x", "/", "a\0b", "\ud800", "x" * 3000, [], [[]], {}, {"": 1}, [None] * 3, b"")
+SCROLL = "--checkpoint generator.pt --steps 1 --tile-columns 4 --out walk --classes 0:2,1:2"
 
 
-@dataclass
-class Target:
+class Target(NamedTuple):
     """One kind.  files: a folder that each case gets a copy of; mutated: names in it of which one
-    is changed (none: a command line is made instead); use: called in that folder; checked: changed
-    bytes must be noticed, or not matter."""
+    is changed (none: a command line is made instead); use: called in that folder; right: what it
+    gives, where changed bytes must be noticed or not matter."""
 
     name: str
     files: Path
     mutated: list[str]
     mutations: tuple[Callable, ...]
     use: Callable[..., Any]
-    checked: bool = False
     right: Any = None
-
-    def check(self) -> Any:
-        """What the undamaged files give."""
-        os.chdir(self.files)
-        return self.use()
-
-
-def sha(*values: Any) -> str:
-    return hashlib.sha256(b"".join(np.ascontiguousarray(v).tobytes() for v in values)).hexdigest()
 
 
 def make_targets(folder: Path) -> dict[str, Target]:
@@ -81,14 +71,13 @@ def make_targets(folder: Path) -> dict[str, Target]:
     shutil.copy(made / "runs/generator/last.pt", made / "generator.pt")
     draw = np.random.default_rng(0)
     for k in range(6):
-        (made / f"pictures/{k % 2}").mkdir(parents=True, exist_ok=True)
-        pixels = draw.integers(0, 256, (40, 50, 3), np.uint8)
-        ending = ("png", "jpg", "webp")[k // 2]
-        Image.fromarray(pixels).save(made / f"pictures/{k % 2}/{k}.{ending}")
+        (path := made / f"pictures/{k % 2}/{k}").parent.mkdir(parents=True, exist_ok=True)
+        pixels = Image.fromarray(draw.integers(0, 256, (40, 50, 3), np.uint8))
+        pixels.save(path.with_suffix((".png", ".jpg", ".webp")[k // 2]))
     call("equimini.training.cache_latents", "--tokenizer", "tokenizer.pt", "--out", "latents",
          "--data", "pictures", "--workers", 0, "--val-fraction", 0.4, cwd=made)
-    words = "--checkpoint generator.pt --steps 1"
-    call("sample.py", *words.split(), "--save-tokens", "tokens.pt", "--columns", 5, cwd=made)
+    words = "--checkpoint generator.pt --steps 1 --columns 5 --save-tokens tokens.pt"
+    call("sample.py", *words.split(), cwd=made)
     call("sample.py", *SCROLL.split(), "--scroll", 12, cwd=made)
     square = draw.normal(size=(8, 40))
     (made / "s").mkdir()
@@ -113,53 +102,145 @@ def make_targets(folder: Path) -> dict[str, Target]:
         history.edit(k, 0, np.zeros(3, ROW), joined=k == 2, seed=k)
     history.undo(), history.redo()
 
-    targets: dict[str, Target] = {}
-
-    def add(name: str, names: str, mutated: str | list[str], mutations: tuple[Callable, ...],
-            use: Callable[..., Any], checked: bool = False) -> None:
-        """A kind whose cases get a folder with `names`."""
-        for each in names.split():
-            (target := folder / name / each).parent.mkdir(parents=True, exist_ok=True)
-            (shutil.copytree if (made / each).is_dir() else shutil.copy2)(made / each, target)
-        targets[name] = Target(name, folder / name, mutated.split() if isinstance(mutated, str)
-                               else mutated, mutations, use, checked)
-
-    def resume(script: Any) -> Callable[[], int]:
-        return lambda: script.main(["--resume", "--steps", "7"]) or 1
-
-    model, tokenizer = load_generator(made / "generator.pt"), load_tokenizer(made / "tokenizer.pt")
-    pt, packed = (damage, in_zip, in_checkpoint, in_checkpoint), (damage, in_zip, in_zip)
+    for name in PROGRAMS:
+        options_of(name)  # kept for all cases
+    model, tokenizer = load_generator("generator.pt"), load_tokenizer("tokenizer.pt")
+    pt, npz = (damage, in_zip, in_checkpoint, in_checkpoint), (damage, in_zip, in_zip)
     text, mixed = (damage, in_json), (damage, inside)
-    latents = [f"latents/{p.name}" for p in sorted((made / "latents").iterdir())]
-    add("generator", "generator.pt", "generator.pt", pt, draw_picture, True)
-    add("tokenizer", "tokenizer.pt", "tokenizer.pt", pt, decode, True)
-    add("resumed tokenizer", "runs/tokenizer", "runs/tokenizer/last.pt", pt,
-        resume(train_tokenizer))
-    add("resumed generator", "runs", "runs/generator/last.pt", pt, resume(train_generator))
-    add("log", "runs", "runs/generator/log.jsonl", text, resume(train_generator))
-    add("token file", "tokens.pt", "tokens.pt", pt,
-        lambda: sha(open_picture("tokens.pt", model, 0)[1]), True)
-    add("foreign", "new.ckpt old.ckpt", "new.ckpt old.ckpt", mixed, convert)
-    add("statistics", "s", "s/s.npz s/p.npz", packed, read_npz)
-    add("archive", "x.tar x.zip", "x.tar x.zip", mixed, read_archives)
-    add("index", "x.tar index", f"index/{kept}", packed,
-        lambda: read_all(index.open_source("x.tar", "index")))
-    add("latents", "latents", latents, mixed, lambda: [
-        CachedLatents("latents", split, tokenizer, 0)[0, 0] for split in ("train", "val")])
-    add("cache", "latents tokenizer.pt pictures", latents, mixed,
-        lambda: cache_latents.encode(cache_latents.CacheConfig(
-            out="latents", tokenizer="tokenizer.pt", data="pictures", workers=0,
-            val_fraction=0.4)) or 1)
-    add("scroll", "walk generator.pt", "walk/state.pt", pt,
-        lambda: sample.main([*SCROLL.split(), "--scroll", "14", "--resume"]) or 1)
-    add("strip", "strip", "strip/history.db", (damage,), read_strip)
-    add("picture", "pictures", "pictures/0/0.png pictures/0/2.jpg pictures/0/4.webp", (damage,),
-        read_pictures)
-    add("command line", "generator.pt tokenizer.pt s pictures", "", (command,), run_command)
+    latents = " ".join(map(str, sorted(Path("latents").iterdir())))
+    caching = cache_latents.CacheConfig(out="latents", tokenizer="tokenizer.pt", data="pictures",
+                                        workers=0, val_fraction=0.4)
+    targets = {}
+
+    def add(name: str, mutated: str, mutations: tuple[Callable, ...], use: Callable[..., Any],
+            beside: str = "", checked: bool = False) -> None:
+        """A kind whose cases get a folder with the files to be mutated, and those `beside`."""
+        for each in {*(beside or mutated).split()}:
+            (place := folder / name / each).parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if (made / each).is_dir() else shutil.copy2)(made / each, place)
+        os.chdir(folder / name)
+        targets[name] = Target(name, folder / name, mutated.split(), mutations, use,
+                               use() if checked else None)
+
+    def resume(script: Any) -> Callable[[], None]:
+        return lambda: script.main(["--resume", "--steps", "7"])
+
+    add("generator", "generator.pt", pt, draw_picture, checked=True)
+    add("tokenizer", "tokenizer.pt", pt, decode, checked=True)
+    add("resumed tokenizer", "runs/tokenizer/last.pt", pt, resume(train_tokenizer), "runs")
+    add("resumed generator", "runs/generator/last.pt", pt, resume(train_generator), "runs")
+    add("log", "runs/generator/log.jsonl", text, resume(train_generator), "runs")
+    add("token file", "tokens.pt", pt, lambda: sha(open_picture("tokens.pt", model, 0)[1]),
+        checked=True)
+    add("foreign", "new.ckpt old.ckpt", mixed, lambda: [
+        release.main([name, "--out", "out.pt"]) for name in ("new.ckpt", "old.ckpt")])
+    add("statistics", "s/s.npz s/p.npz", npz, read_npz)
+    add("archive", "x.tar x.zip", mixed, lambda: [read(index.open_source(
+        name, truncated=t)) for name in ("x.tar", "x.zip") for t in (True, False)])
+    add("index", f"index/{kept}", npz, lambda: read(index.open_source("x.tar", "index")),
+        "x.tar index")
+    add("latents", latents, mixed, lambda: [cache_latents.CachedLatents(
+        "latents", split, tokenizer, 0)[0, 0] for split in ("train", "val")])
+    add("cache", latents, mixed, lambda: cache_latents.encode(caching),
+        "latents tokenizer.pt pictures")
+    add("scroll", "walk/state.pt", pt,
+        lambda: sample.main([*SCROLL.split(), "--scroll", "14", "--resume"]), "walk generator.pt")
+    add("strip", "strip/history.db", (damage,), read_strip, "strip")
+    add("picture", "pictures/0/0.png pictures/0/2.jpg pictures/0/4.webp", (damage,),
+        lambda: [load_columns(path, 32, 4) for path in sorted(Path("pictures").glob("*/*"))],
+        "pictures")
+    add("command line", "", (command,), lambda what: command_line.run(
+        lambda: PROGRAMS[what[0]][0](what[1])), "generator.pt tokenizer.pt s pictures")
     return targets
 
 
-SCROLL = "--checkpoint generator.pt --steps 1 --tile-columns 4 --out walk --classes 0:2,1:2"
+def damage(draw: random.Random, data: bytes) -> bytes:
+    """One to four changes of bytes: flipped, cut off, taken out, put in, doubled, zeroed."""
+    found = bytearray(data)
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        at, size = draw.randrange(len(found) + 1), draw.choice((1, 2, 4, 8, 100, 5000))
+        part, width = found[at:at + size], draw.choice((1, 2, 4, 8))
+        number = draw.choice(NUMBERS) % 256**width
+        length, new = draw.choice((
+            (1, bytes(x ^ 1 << draw.randrange(8) for x in part[:1])), (len(found), b""),
+            (size, b""), (0, draw.randbytes(min(size, 100))), (0, part), (size, bytes(len(part))),
+            (width, number.to_bytes(width, draw.choice(("little", "big"))))))
+        found[at:at + length] = new
+    return bytes(found)
+
+
+def in_zip(draw: random.Random, data: bytes) -> bytes:
+    """A zip with one member changed, left out, doubled or renamed; its checksums are right."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    k, written = draw.randrange(len(members)), io.BytesIO()
+    name, content = members[k]
+    other = draw.choice((name[:-1], "../" + name, name.upper(), "x"))
+    head = damage(draw, content[:128]) + content[128:]  # the first bytes say what it is
+    whole = name, damage(draw, content)
+    members[k:k + 1] = draw.choice(([], [members[k], whole], [(other, content)], [(name, head)],
+                                    [whole], [whole], [whole], [whole]))
+    with zipfile.ZipFile(written, "w", draw.choice((0, 0, zipfile.ZIP_DEFLATED))) as archive:
+        for member in members:
+            archive.writestr(*member)
+    return written.getvalue()
+
+
+def in_checkpoint(draw: random.Random, data: bytes) -> bytes:
+    """A checkpoint with one or two of its values or keys changed."""
+    content = torch.load(io.BytesIO(data), weights_only=True)
+    for _ in range(draw.choice((1, 1, 2))):
+        content = changed(draw, content, odd_tensor)
+    written = io.BytesIO()
+    torch.save(content, written)
+    return written.getvalue()
+
+
+def in_json(draw: random.Random, data: bytes) -> bytes:
+    """JSON, or lines of it, with a value or a key changed."""
+    lines = data.decode().splitlines(keepends=True)
+    if whole := not lines[0].rstrip().endswith("}"):
+        lines = [data.decode()]
+    k = draw.randrange(len(lines))
+    value = changed(draw, json.loads(lines[k]), lambda draw, old: draw.choice(ODD))
+    lines[k] = json.dumps(value, default=repr) + ("" if whole else "\n")
+    if draw.random() < 0.1:
+        lines.append(draw.choice(("[" * 10**5, "{}\n", "null\n", "\n", "\xff\n", '{"step": 1')))
+    return "".join(lines).encode("utf-8", "replace")
+
+
+def changed(draw: random.Random, value: Any, leaf: Any) -> Any:
+    """A nest of dicts and lists with one place, at random, that is odd."""
+    nest = isinstance(value, (dict, list, tuple))
+    if not nest or not value or draw.random() < 0.05:
+        return draw.choice(ODD) if draw.random() < 0.4 else leaf(draw, value)
+    copy, chance = dict(value) if isinstance(value, dict) else list(value), draw.random()
+    key = draw.choice(list(copy) if isinstance(value, dict) else range(len(copy)))
+    if chance < 0.1:
+        del copy[key]
+    elif chance < 0.15 and isinstance(copy, dict):
+        copy[draw.choice(("", "x", 0, str(key) + ".weight"))] = copy.pop(key)
+    else:
+        copy[key] = changed(draw, copy[key], leaf)
+    return tuple(copy) if isinstance(value, tuple) else copy
+
+
+def odd_tensor(draw: random.Random, old: Any) -> Any:
+    """A tensor of another shape, dtype or content; of anything else, something near it."""
+    if isinstance(old, torch.Tensor):
+        filled = (lambda x: torch.full_like(old, x) if old.is_floating_point() else old * 0)
+        return draw.choice((
+            lambda: old[None], lambda: old.flatten(), lambda: old[:0] if old.dim() else old.int(),
+            lambda: old.to(torch.complex64), lambda: old.to(torch.int64), lambda: old.bool(),
+            lambda: filled(float("nan")), lambda: filled(6e4), lambda: filled(0.0),
+            lambda: old.double(), lambda: old.half(), lambda: torch.zeros(1).expand(2**40),
+            lambda: torch.zeros(3, 0, 5), lambda: torch.tensor(1.0),
+            lambda: old.to_sparse(), lambda: old.tolist()))()
+    if isinstance(old, bool) or old is None:
+        return draw.choice((not old, 2))
+    if isinstance(old, (int, float)):
+        return draw.choice((-old, old + 1, old * 2, old * 10**6, str(old), [old], float(old)))
+    return draw.choice((str(old) + "x", [old], "")) if isinstance(old, str) else draw.choice(ODD)
 
 
 def inside(draw: random.Random, data: bytes) -> bytes:
@@ -168,60 +249,42 @@ def inside(draw: random.Random, data: bytes) -> bytes:
             damage)(draw, data)
 
 
+def sha(*values: Any) -> str:
+    return hashlib.sha256(b"".join(np.ascontiguousarray(v).tobytes() for v in values)).hexdigest()
+
+
 def draw_picture() -> str:
     model = load_generator("generator.pt")
     return sha(model.sample(model.classes[:1], seed=1, steps=1, columns=3))
 
 
+@torch.no_grad()
 def decode() -> str:
     tokenizer = load_tokenizer("tokenizer.pt")
-    with torch.no_grad():
-        return sha(tokenizer.decode(torch.zeros(1, 3, tokenizer.config.token_channels)))
+    return sha(tokenizer.decode(torch.zeros(1, 3, tokenizer.config.token_channels)))
 
 
-def convert() -> int:
-    for name in ("new.ckpt", "old.ckpt"):
-        release.main([name, "--out", name + ".pt"])
-    return 1
-
-
-def read_npz() -> int:
+def read_npz() -> None:
     for name in ("s/s.npz", "s/p.npz"):
         found = open_source(name, "--reference", 8, DataConfig(), None)
         if not isinstance(found, Reference):
             [found[0, k] for k in range(min(len(found), 20))]
-    return 1
 
 
-def read_archives() -> int:
-    for name in ("x.tar", "x.zip"):
-        read_all(index.open_source(name, truncated=True))
-        read_all(index.open_source(name))
-    return 1
-
-
-def read_all(source: index.Source) -> int:
+def read(source: index.Source) -> None:
     for k in range(min(len(source), 100)):
         source.where(k)
         with suppress(OSError, ValueError):  # a picture that cannot be read is left out
             source.read(k)
-    return 1
 
 
-def read_strip() -> int:
+def read_strip() -> None:
     history = History(Path("strip"), ROW)
     history.before(), history.last()
     for act in (history.undo, history.undo, history.redo):
         act()
     history.edit(0, min(2, len(history.columns)), np.zeros(1, ROW))
     History(Path("strip"), ROW)
-    return 1
-
-
-def read_pictures() -> int:
-    for path in sorted(Path("pictures").glob("*/*")):
-        load_columns(path, 32, 4)
-    return 1
 
 
 PROGRAMS = {  # what each is always given, so that no case takes long
@@ -248,8 +311,3 @@ def command(draw: random.Random) -> tuple[str, list[str]]:
     for _ in range(draw.choice((1, 1, 2, 4))):
         words += [draw.choice(options)] + [draw.choice(TEXTS)] * (draw.random() < 0.85)
     return name, words
-
-
-def run_command(what: tuple[str, list[str]]) -> int:
-    command_line.run(lambda: PROGRAMS[what[0]][0](what[1]))
-    return 1

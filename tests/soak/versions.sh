@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A row of the table of versions in docs/reliability.md: equimini from a wheel, in a new environment.
+# A row of the table of versions in docs/reliability.md: equimini from a wheel in a new environment.
 #
-#   bash tests/soak/versions.sh python3.10 torch==2.6.0 pillow==10.1.0 numpy==1.23.5
+#   bash tests/soak/versions.sh python3.10 torch==2.6.0 pillow==10.1.0 numpy==1.21.6
 #
 # Installs these packages and a wheel of equimini (FROM=sdist: made from a source archive) into an
 # environment that holds nothing else; from another folder uses the Python interface, asks every
@@ -13,7 +13,7 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= work=${WORK:-$(mktemp -d)}
 tests() {
   . "$work/venv/bin/activate" && cd "$work/beside"
-  python -m pytest -q -p no:cacheprovider ${TESTS:-tests/method tests/kernel tests/sampling} | tail -n "${TAIL:-8}"
+  python -m pytest -q -p no:cacheprovider ${TESTS:-tests/method tests/kernel tests/sampling}
 }
 if [ -d "$work/beside" ]; then tests; exit; fi
 [ -n "${WORK:-}" ] || trap 'rm -rf "$work"' EXIT
@@ -26,17 +26,14 @@ cd "$work/source"
 cp -r tests csrc docs findings *.py *.md pyproject.toml "$work/beside"
 if [ "${FROM:-wheel}" = sdist ]; then
   python setup.py -q sdist -d "$work/sdist" >/dev/null
-  rm -r "$work/source"
-  cd "$work"
+  cd "$work" && rm -r source
 fi
-pip wheel -q --no-build-isolation --no-deps -w "$work" $( [ -d sdist ] && echo sdist/*.tar.gz || echo . )
+pip wheel -q --no-build-isolation --no-deps -w "$work" $(ls sdist/*.tar.gz 2>/dev/null || echo .)
 pip install -q "$work"/equimini-*.whl pytest
 cd "$work/beside"
 python -m equimini.show versions
-python - <<'PYTHON'
-from equimini import load_generator
-print("pictures", tuple(load_generator("scenes").sample([0], steps=1, columns=4).shape))
-PYTHON
+python -c 'from equimini import load_generator
+print("pictures", tuple(load_generator("scenes").sample([0], steps=1, columns=4).shape))'
 for name in show bench evaluate convert experiments page training.cache_latents convert.pack; do
   python -m equimini.$name --help >/dev/null || echo "equimini.$name --help fails"
 done
