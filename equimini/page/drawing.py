@@ -61,13 +61,9 @@ class Order(Checked):
 
     @property
     def how(self) -> dict[str, Any]:
-        """Its sampling options; guidance does not depend on how long a strip is or becomes."""
+        """Its SamplingOptions; guidance does not depend on how long a strip is or becomes."""
         return {"cfg": self.cfg, "cfg_schedule": "constant", "solver": self.solver,
                 "steps": self.steps, "temperature": self.temperature}
-
-    @property
-    def options(self) -> SamplingOptions:
-        return SamplingOptions(**self.how)
 
 
 def read_order(values: dict[str, Any]) -> Order:
@@ -89,7 +85,7 @@ class Studio:
         claim(folder, {"tokenizer": latents_hash(model.tokenizer)}, "a strip",
               "give the --checkpoint that it was drawn with, or choose another --out")
         self.strip = History(folder, row_type(model))
-        self.waiting: dict[str, Any] = {}  # candidates to choose from
+        self.waiting: dict[str, Any] = {}  # candidates to choose from, of the present strip
         self.used = -1  # the highest seed of a candidate
 
     def state(self) -> dict[str, Any]:
@@ -104,12 +100,7 @@ class Studio:
             "command": self.command(), "seed": self.next_seed(),
             "checkpoint": Path(self.checkpoint).stem, "candidates": {
                 "at": int(waiting["versions"][0][0][0]), "span": waiting["span"],
-                "count": len(waiting["versions"])} if self.choosing else None}
-
-    @property
-    def choosing(self) -> bool:
-        """Whether candidates for the present strip wait."""
-        return self.waiting.get("version") == self.strip.version
+                "count": len(waiting["versions"])} if waiting else None}
 
     @property
     def ring(self) -> bool:
@@ -131,7 +122,7 @@ class Studio:
             if not order.start < order.end <= n:
                 raise UserError(f"start and end must lie in the strip, which has {n} columns, got "
                                 f"{order.start} and {order.end}")
-            drawn = self.end(order) - order.start
+            drawn = (order.end if order.later == "keep" else n) - order.start
         elif n + drawn > LONGEST:
             raise UserError(f"a strip has at most {LONGEST} columns")
         elif order.do != "right" and n < 2:
@@ -143,11 +134,7 @@ class Studio:
                               or max(order.classes) >= len(self.model.classes)):
             raise UserError(f"classes must be {drawn} numbers below {len(self.model.classes)}, got "
                             f"{len(order.classes)}, the largest {max(order.classes)}")
-        order.options.resolved(self.model.generator.head)
-
-    def end(self, order: Order) -> int:
-        """Behind the last column that is drawn again."""
-        return order.end if order.later == "keep" else len(self.strip.columns)
+        SamplingOptions(**order.how).resolved(self.model.generator.head)
 
     def draw(self, order: Order, data: bytes = b"") -> Iterator[Piece]:
         """Whole columns that were added stay, however it ends.  data: of a photograph."""
@@ -156,10 +143,10 @@ class Studio:
             {"choose": lambda: self.choose(order.candidate), "undo": self.strip.undo,
              "redo": self.strip.redo, "new": self.new, "photo": lambda: self.photo(data)
              }[order.do]()
-            return
         self.waiting = {}
-        seed = self.next_seed() if order.seed < 0 else order.seed
-        yield from (self.redraw if order.do == "redraw" else self.grow)(order, seed)
+        if order.do in DRAWN:
+            seed = self.next_seed() if order.seed < 0 else order.seed
+            yield from (self.redraw if order.do == "redraw" else self.grow)(order, seed)
 
     def grow(self, order: Order, seed: int) -> Iterator[Piece]:
         """Columns at the end, or at the beginning: those that follow the strip seen in a mirror."""
@@ -169,8 +156,8 @@ class Studio:
             old = self.in_mirror()
         n, gap = len(old), range(len(old), len(old) + order.columns)
         rows = self.prepared(old, gap, order.classes[::-1 if left else 1], seed)
-        tokens, work = fill(self.model, rows, gap, [seed], order.options, order.fit,
-                            order.do == "ring")
+        tokens, work = fill(self.model, rows, gap, [seed], SamplingOptions(**order.how),
+                            order.fit, order.do == "ring")
         shown = saved = done = due = 0
 
         def save() -> list[Piece]:
@@ -204,10 +191,9 @@ class Studio:
     def in_mirror(self) -> np.ndarray:
         """The strip's first columns in a mirror; encoded anew, unless they were just drawn there."""
         strip, tokens = mirrored(self.strip.columns[:CHUNK]), self.drawn_in_mirror(self.strip.last())
-        if len(tokens):
-            strip["token"][-len(tokens):] = tokens  # no others are looked at
-        else:
-            strip["token"] = encode(self.model, strip)
+        if not len(tokens):
+            tokens = encode(self.model, strip)
+        strip["token"][-len(tokens):] = tokens  # no others are looked at
         return strip
 
     def drawn_in_mirror(self, edit: dict[str, Any]) -> np.ndarray:
@@ -227,7 +213,8 @@ class Studio:
 
     def redraw(self, order: Order, seed: int) -> Iterator[Piece]:
         """Candidates for columns of the strip, which wait to be chosen."""
-        n, span = len(self.strip.columns), (order.start, self.end(order))
+        n = len(self.strip.columns)
+        span = order.start, order.end if order.later == "keep" else n
         near = span[0] < reach(self.model.generator.config) or span[1] + LOOK_AHEAD > n
         turn = span[1] if self.ring and near else 0  # a ring is turned until they are its end
         rows = self.prepared(self.strip.columns, range(*span), order.classes, seed)
@@ -235,8 +222,8 @@ class Studio:
         seeds, versions = range(seed, seed + order.candidates), []
         shown = due = 0
         self.used = max(self.used, seeds[-1])
-        tokens, work = fill(self.model, rows, range(start, end), seeds, order.options, order.fit,
-                            turn > 0)
+        tokens, work = fill(self.model, rows, range(start, end), seeds,
+                            SamplingOptions(**order.how), order.fit, turn > 0)
         for which, done in work:
             if self.stop.is_set():
                 return
@@ -254,8 +241,8 @@ class Studio:
                     yield {"at": (start + turn + shown) % n, "pixels": pixels, "candidate": k,
                            "done": done}
                 shown, due = done, time.monotonic() + BEAT
-        self.waiting = {"version": self.strip.version, "order": order, "seed": seed, "span": span,
-                        "versions": versions, "do": "turned" if turn else "redraw"}
+        self.waiting = {"order": order, "seed": seed, "span": span, "versions": versions,
+                        "do": "turned" if turn else "redraw"}
 
     def prepared(self, rows: np.ndarray, gap: range, classes: Sequence[int],
                  seed: int) -> np.ndarray:
@@ -289,7 +276,7 @@ class Studio:
 
     def candidate(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Places and columns of a candidate and of what it fades into."""
-        if not self.choosing or not k < len(self.waiting["versions"]):
+        if not k < len(self.waiting.get("versions", ())):
             raise UserError("there is no such candidate; draw the columns again")
         return self.waiting["versions"][k]
 

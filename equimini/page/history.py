@@ -15,9 +15,9 @@ import sqlite3
 import tempfile
 import time
 import zlib
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -58,16 +58,13 @@ class History:
         change = _bytes(put, rows) - _bytes(self.columns[at:at + take], rows)
         record = packer.compress(json.dumps(about).encode() + b"\n" + change.tobytes())
         columns = np.concatenate((self.columns[:at], put, self.columns[at + take:]))
-        with self._writing(columns, self.done + 1):
-            self.db.execute("DELETE FROM edits WHERE number > ?", (self.done,))
-            self.db.execute("INSERT INTO edits VALUES (?, ?)",
-                            (self.done + 1, record + packer.flush()))
+        self._write(columns, self.done + 1, ("DELETE FROM edits WHERE number > ?", (self.done,)),
+                    ("INSERT INTO edits VALUES (?, ?)", (self.done + 1, record + packer.flush())))
         self.edits = self.done
 
     def undo(self) -> None:
         """Take a step back, if there is one."""
-        with self._writing(*self._earlier()):
-            pass
+        self._write(*self._earlier())
 
     def redo(self) -> None:
         """Take an undo back, if there was one."""
@@ -75,8 +72,7 @@ class History:
         while done < self.edits and (done == self.done or self._read(done + 1)[0]["joined"]):
             done += 1
             columns = self._changed(columns, done)
-        with self._writing(columns, done):
-            pass
+        self._write(columns, done)
 
     def last(self) -> dict[str, Any]:
         """The edit that the present strip ends with; {} where there is none."""
@@ -112,13 +108,12 @@ class History:
         new = _columns(wide - change if back else wide + change, self.row)[:put]
         return np.concatenate((columns[:at], new, columns[at + take:]))
 
-    @contextmanager
-    def _writing(self, columns: np.ndarray, done: int) -> Iterator[None]:
-        """Write to the database, all or nothing; then so many edits hold, and these columns."""
+    def _write(self, columns: np.ndarray, done: int, *changes: tuple[str, tuple]) -> None:
+        """Change the database, all or nothing; then so many edits hold, and these columns."""
         try:
             with self.db:
-                yield
-                self.db.execute(f"PRAGMA user_version = {done}")
+                for change in (*changes, (f"PRAGMA user_version = {done}",)):
+                    self.db.execute(*change)
         except sqlite3.Error as error:
             raise UserError(f"cannot write {self.path}: {first_line(error)}; the strip is as it "
                             "was before") from None

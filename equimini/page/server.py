@@ -114,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         studio, strip = self.server.studio, self.server.studio.strip
         self.answer({
             "/": lambda: self.send(PAGE.read_bytes(), "text/html; charset=utf-8"),
-            "/state": self.send_state,
+            "/state": lambda: self.send(json.dumps(self.state()).encode()),
             "/strip.png": lambda: self.send_png(strip.columns[
                 self.number("from", 0):self.number("to", len(strip.columns))]),
             "/candidate": lambda: self.send_png(studio.candidate(self.number("k"))[1]),
@@ -127,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
             "/draw": lambda: self.draw(read_order(self.json())),
             "/photo": lambda: self.draw(Order(do="photo", version=self.number("version")),
                                         self.body),
-            "/stop": lambda: (self.server.studio.stop.set(), self.send_state())})
+            "/stop": lambda: (self.server.studio.stop.set(), self.send(b"{}"))})
 
     def answer(self, routes: dict[str, Callable[[], Any]]) -> None:
         """Carry out a request that is in order; errors become words."""
@@ -204,9 +204,6 @@ class Handler(BaseHTTPRequestHandler):
     def state(self) -> dict[str, Any]:
         """busy: something is being drawn, so the page asks again."""
         return {"busy": self.server.turn.locked(), **self.server.studio.state()}
-
-    def send_state(self) -> None:
-        self.send(json.dumps(self.state()).encode())
 
     def send_png(self, columns: np.ndarray) -> None:
         if not len(columns):
