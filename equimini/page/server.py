@@ -148,6 +148,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.line({"error": text, "state": self.state()})
             else:
                 self.send(json.dumps({"error": text}).encode(), status=status)
+                while status == 413 and self.rfile.read1(2**16):
+                    pass  # so that who is sending still sees the answer, no broken connection
 
     def check_sender(self) -> None:
         host = self.headers.get("Host", "")

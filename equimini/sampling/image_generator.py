@@ -133,8 +133,19 @@ class ImageGenerator:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, N·f) in [−1, 1] to normalised tokens (B, N, C)."""
-        return self.tokenizer.normalize(self.tokenizer.encode(images.to(self.device)))
+        """Images (B, 3, H, N·f) in [−1, 1] to normalised tokens (B, N, C).
+
+        Wide ones piece by piece, as all columns attend to all others: time and memory grow with N².
+        """
+        def whole(x: Tensor) -> Tensor:
+            return self.tokenizer.normalize(self.tokenizer.encode(x.to(self.device)))
+
+        f, around, piece = self.tokenizer.config.f, self.columns, 8 * self.columns
+        if images.shape[3] <= piece * f:
+            return whole(images)
+        starts = [(i, max(0, i - around)) for i in range(0, images.shape[3] // f, piece)]
+        return torch.cat([whole(images[..., first * f:(i + piece + around) * f])[:, i - first:][
+            :, :piece] for i, first in starts], 1)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, windows: Windows | None = None) -> Tensor:

@@ -327,6 +327,7 @@ def test_what_is_refused_changes_nothing(client, tmp_path):
             ("POST", "/draw", '{"classes": 5}', {}, 400, "classes must be whole"),
             ("POST", "/draw", '{"do": "redraw", "start": 3, "end": 5}', {}, 400, "has 4 columns"),
             ("POST", "/draw", " " * 200_000, {}, 413, "too large"),
+            ("POST", "/photo" + version, bytes(2**25 + 1), {}, 413, "too large"),
             ("POST", "/draw", None, {"Transfer-Encoding": "chunked"}, 411, "Content-Length"),
             ("POST", "/draw", "", {"Content-Length": "-5"}, 411, "Content-Length"),
             ("POST", "/draw", '{"do": "choose"}', {}, 400, "no such candidate"),

@@ -46,6 +46,18 @@ def test_token_files_come_back_as_they_were(model, drawn, tmp_path):
     assert (tmp_path / "a.pt").stat().st_size < 10_000
 
 
+def test_wide_pictures_are_encoded_in_pieces(model, monkeypatch):
+    x, widths = torch.randn(1, 3, 32, 4 * 150).clamp(-1, 1), []
+    encode = model.tokenizer.encode
+    monkeypatch.setattr(model.tokenizer, "encode", lambda x: widths.append(x.shape[3]) or encode(x))
+    found = model.encode(x)
+    assert found.shape[1] == 150 and widths == [4 * 72, 4 * 80, 4 * 30]
+    for part, middle in ((x[..., 4 * 56:4 * 136], found[:, 64:128]),
+                         (x[..., :256], model.encode(x[..., :256]))):
+        tokens = model.tokenizer.normalize(encode(part))
+        assert torch.equal(middle, tokens[:, -72:][:, :64])
+
+
 def test_classes_of_a_token_file_are_found_by_name(model, drawn, tmp_path):
     save_tokens(tmp_path / "a.pt", model, drawn)
     model.classes = ["eel", "ape", "dog"]
