@@ -52,11 +52,10 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 class Job(NamedTuple):
-    """words: of a fresh start, OUT for its folder; again: where the file `there` is, instead."""
+    """words: of a fresh start, OUT for its folder; again: where there is something to resume."""
 
     words: list[str]
     again: list[str] | None = None
-    there: str = "last.pt"
 
 
 def make_jobs(folder: Path) -> dict[str, Job]:
@@ -88,12 +87,13 @@ def make_jobs(folder: Path) -> dict[str, Job]:
         "cache_latents": Job("cache --workers 0 --images 300 --out OUT".split()),
         "evaluate": Job(f"-m equimini.evaluate generator {drawn} --network net.pt --n 100 "
                         "--cfg 1,2 --reference-n 100 --workers 0 --cache OUT/features".split()),
-        "scroll": Job(scroll, [*scroll, "--resume"], "state.pt"), "index": Job(["search", "OUT"])}
+        "scroll": Job(scroll, [*scroll, "--resume"]), "index": Job(["search", "OUT"])}
 
 
 def start(job: Job, out: Path) -> BaseProcess:
     """The command in a process forked from this one, which has imported torch already."""
-    words = job.again if job.again and (out / job.there).exists() else job.words
+    begun = any((out / name).exists() for name in ("last.pt", "state.pt"))
+    words = job.again if job.again and begun else job.words
     words = [word.replace("OUT", out.name) for word in words]
     (process := get_context("fork").Process(target=run, args=(words, out.parent))).start()
     return process

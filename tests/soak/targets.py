@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import json
@@ -102,11 +101,13 @@ def make_targets(folder: Path) -> dict[str, Target]:
         history.edit(k, 0, np.zeros(3, ROW), joined=k == 2, seed=k)
     history.undo(), history.redo()
 
-    for name in PROGRAMS:
-        options_of(name)  # kept for all cases
+    for name, (program, _) in PROGRAMS.items():
+        with suppress(SystemExit), redirect_stdout(said := io.StringIO()):
+            program(["--help"])
+        OPTIONS[name] = sorted({*re.findall(r"--[a-z][a-z-]+", said.getvalue())} - {"--help"})
     model, tokenizer = load_generator("generator.pt"), load_tokenizer("tokenizer.pt")
     pt, npz = (damage, in_zip, in_checkpoint, in_checkpoint), (damage, in_zip, in_zip)
-    text, mixed = (damage, in_json), (damage, inside)
+    text, mixed = (damage, in_json), (damage, in_zip)
     latents = " ".join(map(str, sorted(Path("latents").iterdir())))
     caching = cache_latents.CacheConfig(out="latents", tokenizer="tokenizer.pt", data="pictures",
                                         workers=0, val_fraction=0.4)
@@ -125,7 +126,8 @@ def make_targets(folder: Path) -> dict[str, Target]:
     def resume(script: Any) -> Callable[[], None]:
         return lambda: script.main(["--resume", "--steps", "7"])
 
-    add("generator", "generator.pt", pt, draw_picture, checked=True)
+    add("generator", "generator.pt", pt, lambda: sha((model := load_generator(
+        "generator.pt")).sample(model.classes[:1], seed=1, steps=1, columns=3)), checked=True)
     add("tokenizer", "tokenizer.pt", pt, decode, checked=True)
     add("resumed tokenizer", "runs/tokenizer/last.pt", pt, resume(train_tokenizer), "runs")
     add("resumed generator", "runs/generator/last.pt", pt, resume(train_generator), "runs")
@@ -170,7 +172,10 @@ def damage(draw: random.Random, data: bytes) -> bytes:
 
 
 def in_zip(draw: random.Random, data: bytes) -> bytes:
-    """A zip with one member changed, left out, doubled or renamed; its checksums are right."""
+    """A zip with one member changed, left out, doubled or renamed; its checksums are right.  What
+    is no zip is changed otherwise."""
+    if data[:2] != b"PK":
+        return (in_json if data[:1] in (b"{", b"[") else damage)(draw, data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [(info.filename, archive.read(info)) for info in archive.infolist()]
     k, written = draw.randrange(len(members)), io.BytesIO()
@@ -243,19 +248,8 @@ def odd_tensor(draw: random.Random, old: Any) -> Any:
     return draw.choice((str(old) + "x", [old], "")) if isinstance(old, str) else draw.choice(ODD)
 
 
-def inside(draw: random.Random, data: bytes) -> bytes:
-    """A change inside a zip or JSON; of bytes where the file is neither."""
-    return (in_json if data[:1] in (b"{", b"[") else in_zip if data[:2] == b"PK" else
-            damage)(draw, data)
-
-
 def sha(*values: Any) -> str:
     return hashlib.sha256(b"".join(np.ascontiguousarray(v).tobytes() for v in values)).hexdigest()
-
-
-def draw_picture() -> str:
-    model = load_generator("generator.pt")
-    return sha(model.sample(model.classes[:1], seed=1, steps=1, columns=3))
 
 
 @torch.no_grad()
@@ -293,21 +287,13 @@ PROGRAMS = {  # what each is always given, so that no case takes long
     "resumed": (train_generator.main, ["--resume", "--init-from", "generator.pt"]),
     "sample": (sample.main, "--checkpoint generator.pt --steps 1 --columns 3 --count 1".split()),
     "convert": (release.main, ["generator.pt", "--out", "out.pt"])}
-
-
-@functools.cache
-def options_of(name: str) -> list[str]:
-    """The options that a program's --help names."""
-    said = io.StringIO()
-    with suppress(SystemExit), redirect_stdout(said):
-        PROGRAMS[name][0](["--help"])
-    return sorted(set(re.findall(r"--[a-z][a-z-]+", said.getvalue())) - {"--help"})
+OPTIONS: dict[str, list[str]] = {}  # of each, as --help names them
 
 
 def command(draw: random.Random) -> tuple[str, list[str]]:
     """A program and words for it: its own options, with values of which most are odd."""
     name = draw.choice(list(PROGRAMS))
-    words, options = list(PROGRAMS[name][1]), options_of(name)
+    words, options = list(PROGRAMS[name][1]), OPTIONS[name]
     for _ in range(draw.choice((1, 1, 2, 4))):
         words += [draw.choice(options)] + [draw.choice(TEXTS)] * (draw.random() < 0.85)
     return name, words
