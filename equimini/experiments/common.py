@@ -69,6 +69,8 @@ class ExperimentConfig(Checked):
     seeds: int = flag(3, "trainings of every variant, which gives the spread", min=1)
     steps: int = flag(0, "training steps of every generator; 0: the scale's", min=0)
     tokenizer_steps: int = flag(0, "training steps of every tokenizer; 0: the scale's", min=0)
+    grid_tokenizer_steps: int = flag(0, "those of the 2-D baseline's, such as stop both at equal "
+                                     "PSNR; 0: the same", min=0)
     grid_shift: int = flag(1, "position augmentation of the 2-D baseline, as --position-shift of "
                            "train_generator.py; 1: none, it is a part of the equivariant method",
                            min=1)
@@ -128,7 +130,8 @@ class Lab:
         return run
 
     def tokenizer(self, layout: str = "columns", data: str = "", seed: int = 0) -> TrainingRun:
-        steps = self.cfg.tokenizer_steps or self.scale.tokenizer_steps
+        own = self.cfg.grid_tokenizer_steps if layout == "grid" else 0
+        steps = own or self.cfg.tokenizer_steps or self.scale.tokenizer_steps
         name = layout if not data or data == self.cfg.data else f"{layout}-{Path(data).name}"
         return self.train("tokenizer", name, steps, [
             *self.scale.tokenizer.split(), "--layout", layout, *self.data_flags(data)], seed)

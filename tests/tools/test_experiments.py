@@ -126,6 +126,12 @@ def test_interrupted_and_given_again_equals_uninterrupted(pictures, in_this_proc
             assert torch.equal(weight, states[1][part][name]), name
 
 
+def test_the_grid_may_have_a_number_of_tokenizer_steps_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(Lab, "train", lambda self, kind, name, steps, *_: steps)
+    lab = Lab("test", ExperimentConfig(out=str(tmp_path), scale="toy", grid_tokenizer_steps=7))
+    assert (lab.tokenizer(), lab.tokenizer("grid")) == (4, 7)
+
+
 def test_a_training_is_a_process_of_its_own(tmp_path, monkeypatch):
     """Its exit code and its CPU seconds are known; SIGTERM reaches it."""
     monkeypatch.setattr(training_runs, "ROOT", tmp_path)
