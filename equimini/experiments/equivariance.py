@@ -118,21 +118,20 @@ def train(cfg: EquivarianceConfig, lab: Lab) -> tuple[dict, dict]:
     return found, rises
 
 
-def read(ends: dict[str, np.ndarray], rises: dict[str, np.ndarray]) -> str:
-    """ends: E by model at the end of the training, (seeds)."""
-    shifts = [(k, f"{k}, no shift") for k in ends if f"{k}, no shift" in ends]
+def read(e: dict[str, np.ndarray], rises: dict[str, np.ndarray]) -> str:
+    """Of one stage; e: E by model, (seeds)."""
+    shifts = [(k, f"{k}, no shift") for k in e if f"{k}, no shift" in e]
     parts = [verdict("columns pull more alike than the grid, both as in the paper",
-                     ends["columns"] - ends["grid, no shift"], 2),
-             verdict("and lose less by transfer", rises["grid, no shift"] - rises["columns"], 2),
-             *(verdict(f"{k}: more alike with position augmentation", ends[k] - ends[other], 2)
+                     e["columns"] - e["grid, no shift"], 2),
+             *(verdict(f"{k}: more alike with position augmentation", e[k] - e[other], 2)
                for k, other in shifts)]
     if len(rises) > 3:  # of fewer models no order is rare
-        e, cost = (np.array([of[k] for k in rises]) for of in (ends, rises))  # (models, seeds)
+        e, cost = (np.array([of[k] for k in rises]) for of in (e, rises))  # (models, seeds)
         rho, p = rank_correlation(e.mean(1), cost.mean(1))
         each = ", ".join(f"{rank_correlation(*of)[0]:.2f}" for of in zip(e.T, cost.T))
         parts.append(f"rank correlation of E with the rise over {len(rises)} models, means of "
                      f"seeds: {rho:.2f} (exact p {p:.3f}; seeds one by one {each})")
-    return f"{'; '.join(parts)}."
+    return "; ".join(parts)
 
 
 def main(argv: list[str]) -> None:
@@ -145,19 +144,21 @@ def main(argv: list[str]) -> None:
         found, rises = train(cfg, lab)
     n, k = next(iter(found.values())).shape[-1], WINDOW - 1
     inner = range(k, n)
-    parts = [(range(n), range(n)), (range(k), inner), (range(n - k, n), inner)]
-    rows = [("model", *(f"E at {p} %" for p in stages), "E of all", f"first {k} with interior",
+    parts = [(inner, inner), (range(n), range(n)), (range(k), inner), (range(n - k, n), inner)]
+    rows = [("model", "measured at, %", "E", "E of all", f"first {k} with interior",
              f"last {k} with interior", "noise floor", "rise without training, %")]
-    ends = {name: agreement(c, inner, inner) for (name, p), c in found.items() if p == 100}
-    for name in ends:
-        c, floor = found[name, 100], found[name, 100].diagonal(0, 1, 2)[:, k:].mean(1)
-        rows.append((name, *(spread(agreement(found[name, p], inner, inner), 2) for p in stages),
-                     *(spread(agreement(c, *of), 2) for of in parts), spread(floor, 2),
-                     spread(rises[name], 2, True) if name in rises else "–"))
-    reading = read(ends, rises) if rises else f"E of {name} is {spread(ends[name], 2)}."
-    Report("A measure of equivariance", PAPER, rows, reading, [
-        f"E over the interior (subtasks {WINDOW} to {n}) at stages of the training; all else at "
-        f"its end. Noise floor: mean C_ii, from two times {cfg.half} pictures. Rise: of the loss "
-        "on every second subtask, if only the others are trained. ± is over seeds, of a "
-        "--checkpoint over sets of pictures."],
+    agreements = {}
+    for (name, p), c in found.items():
+        agreements[name, p] = agreement(c, inner, inner)
+        floor = c.diagonal(0, 1, 2)[:, k:].mean(1)
+        rise = spread(rises[name], 2, True) if p == 100 and name in rises else ""
+        rows.append((name, str(p), *(spread(agreement(c, *of), 2) for of in parts),
+                     spread(floor, 2), rise))
+    at = {p: {name: e for (name, stage), e in agreements.items() if stage == p} for p in stages}
+    reading = (f"E of {name} is {spread(at[100][name], 2)}" if cfg.checkpoint else
+               ". ".join(f"At {p} %: {read(e, rises)}" for p, e in at.items()))
+    Report("A measure of equivariance", PAPER, rows, f"{reading}.", [
+        f"E is over the interior, subtasks {WINDOW} to {n}. Noise floor: mean C_ii, from two times "
+        f"{cfg.half} pictures. Rise: of the loss on every second subtask, if only the others are "
+        "trained. ± is over seeds, of a --checkpoint over sets of pictures."],
         {"cosines": {f"{of} {p}": c for (of, p), c in found.items()}, "rises": rises}).write(lab)
