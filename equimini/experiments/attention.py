@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
             "windowed": lab.columns()}
     runs |= {f"window of {w}": lab.columns(f"--window {w}", f"window-{w}") for w in cfg.windows}
     found = {name: losses(of) for name, of in runs.items()}  # (seeds, N) each
-    judge, scales, distances = Judge(cfg, lab, decoded=True), {}, {}
+    judge, scales, distances = Judge(cfg, lab, "columns"), {}, {}
     for name, of in runs.items():
         scales[name], distances[name] = judge.best(of)
 

@@ -4,7 +4,8 @@
 
 Both tokenizers cut the same feature map into as many tokens of the same size.  The losses of their
 generators are of different tokens and cannot be compared, so pictures are drawn and compared with
-held-out ones: by the features of --network, or, without one, as 8×8 thumbnails.
+held-out ones: by the features of --network, or, without one, as 8×8 thumbnails.  And with held-out
+pictures as either tokenizer shows them: what is then left is the generator's.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ def main(argv: list[str]) -> None:
     lab = Lab("grid-vs-columns", cfg)
     runs = {"columns": lab.columns(), "grid": lab.grid()}
     judge, scales, distances, limits, pictures = Judge(cfg, lab), {}, {}, {}, []
+    own = {layout: Judge(cfg, lab, layout).best(of)[1] for layout, of in runs.items()}
     rows = [("model", "tokenizer, M", "generator, M", "tokenizer's PSNR, dB",
-             "reconstructions' distance", "loss", "guidance", "Fréchet distance")]
+             "reconstructions' distance", "loss", "guidance", "Fréchet distance",
+             "distance to decoded pictures")]
     for layout, of in runs.items():
         scales[layout], distances[layout] = judge.best(of)
         limits[layout] = judge.limits(layout, cfg.seeds)
@@ -37,18 +40,20 @@ def main(argv: list[str]) -> None:
         rows.append((layout, *(f"{parameters(part) / 1e6:.3f}"
                                for part in (model.tokenizer, model.generator)),
                      spread(psnr, 2), spread(limits[layout], 3), spread(losses(of).mean(1)),
-                     scales_text(scales[layout]), spread(distances[layout], 3)))
+                     scales_text(scales[layout]), spread(distances[layout], 3),
+                     spread(own[layout], 3)))
         pictures.append(model.sample([i % len(model.classes) for i in range(8)],
                                      cfg=scales[layout][0], **EXACT).cpu())
-    rows.append(("training pictures (floor)", "", "", "", "", "", "", f"{judge.floor:.3f}"))
+    rows.append(("training pictures (floor)", "", "", "", "", "", "", f"{judge.floor:.3f}", ""))
     save_png(grid(pictures, list(runs)), lab.folder / "samples.png")
-    closer, better = (v["grid"] - v["columns"] for v in (distances, limits))
+    closer, better, left = (v["grid"] - v["columns"] for v in (distances, limits, own))
     reading = (f"Samples lie {spread(distances['columns'], 3)} from held-out pictures with columns "
                f"and {spread(distances['grid'], 3)} with the grid ({judge.name}); "
                f"{verdict('columns are closer, as in the paper', closer)}. Of the tokenizers "
-               f"alone: {verdict('the columns reconstruct closer', better)}.")
+               f"alone: {verdict('the columns reconstruct closer', better)}. To pictures that its "
+               f"own tokenizer has decoded: {verdict('columns are closer', left)}.")
     Report("Columns against a 2-D grid (Table 3)", PAPER, rows, reading, [
         f"{judge.how} Losses are of different tokens. Reconstructions' distance: of held-out "
         "pictures, encoded and decoded, to themselves, the tokenizer's own limit."],
-        {"distances": distances, "guidance": scales, "reconstructions": limits,
+        {"distances": distances, "guidance": scales, "reconstructions": limits, "to_decoded": own,
          "floor": judge.floor}).write(lab)

@@ -69,12 +69,12 @@ def reconstructed(images: Tensor, tokenizer: Tokenizer | None) -> Tensor:
 class Judge:
     """Fréchet distances between a model's samples and the held-out pictures.
 
-    decoded: real pictures are encoded and decoded first, by the columns' tokenizer of the same
-    seed, which leaves out what it loses, for models that share it.  floor: the distance of as many
-    training pictures as a model draws, at the first seed.
+    decoded: real pictures are encoded and decoded first, by the tokenizer of this layout and the
+    same seed, which leaves out what it loses; for models of that layout alone.  floor: the distance
+    of as many training pictures as a model draws, at the first seed.
     """
 
-    def __init__(self, cfg: SampledConfig, lab: Lab, decoded: bool = False) -> None:
+    def __init__(self, cfg: SampledConfig, lab: Lab, decoded: str = "") -> None:
         self.device, self.samples = pick_device(cfg.device), cfg.samples or lab.scale.samples
         self.lab, self.decoded = lab, decoded
         self.features: Callable[[Tensor], Tensor] = thumbnails
@@ -82,12 +82,12 @@ class Judge:
         if cfg.network:
             net = load_network(cfg.network, device=self.device)
             self.features, self.name = net.features, net.name
-        first = self.tokenizer("columns", 0)
+        first = self.tokenizer(decoded or "columns", 0)
         train, self.val, _ = load_data(cfg.pictures(lab.tokenizer().last), first.config)
         if min(len(train), len(self.val)) < 2:
             raise UserError("a Fréchet distance needs at least two training and two held-out "
                             "pictures; give more as --data, or --val-data")
-        self.real = [self.held_out(self.tokenizer("columns", seed) if decoded else None)
+        self.real = [self.held_out(self.tokenizer(decoded, seed) if decoded else None)
                      for seed in range(cfg.seeds if decoded else 1)]
         self.floor = frechet_distance(self.real[0], self.gaussian(
             train, self.samples, first if decoded else None))
@@ -97,9 +97,9 @@ class Judge:
         """For a report."""
         return (f"Fréchet distance of {self.samples} samples (features: {self.name}; drawn with "
                 f"{EXACT['steps']} steps of the {EXACT['solver']} method) to held-out pictures"
-                f"{', encoded and decoded' * self.decoded}. Guidance scale of every run: from 1 on "
-                f"downhill over {', '.join(f'{s:g}' for s in GUIDANCE)}, by half as many other "
-                "samples. Floor: as many training pictures.")
+                f"{', encoded and decoded' if self.decoded else ''}. Guidance scale of every run: "
+                f"from 1 on downhill over {', '.join(f'{s:g}' for s in GUIDANCE)}, by half as many "
+                "other samples. Floor: as many training pictures.")
 
     def tokenizer(self, layout: str, seed: int) -> Tokenizer:
         return load_tokenizer(self.lab.tokenizer(layout, seed=seed).last, self.device)
