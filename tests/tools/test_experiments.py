@@ -231,6 +231,20 @@ def test_gradients_of_subtasks_and_what_they_have_in_common(runs):
     assert (rho, p) == pytest.approx((-1, 2 / 24))
 
 
+def test_reading_of_the_measure():
+    seeds = np.array([0.0, 0.01, -0.01])
+    e = {"columns": 0.9 + seeds, "grid, no shift": 0.4 + seeds / 2, "grid": 0.6 + seeds / 3,
+         "full causal": 0.7 + seeds}
+    rises = {"columns": 1 + seeds, "grid, no shift": 9 + seeds, "grid": 7 + seeds,
+             "full causal": 3 + seeds}
+    text = equivariance.read(e, rises)
+    assert "both as in the paper: holds (difference +0.50" in text
+    assert "grid: more alike with position augmentation: holds (difference +0.20" in text
+    assert "over 4 models, means of seeds: -1.00 (exact p 0.083; seeds one by one -1.00" in text
+    few = {k: rises[k] for k in ("columns", "grid", "grid, no shift")}
+    assert "rank" not in equivariance.read(e, few)
+
+
 def test_equivariance_of_a_checkpoint(runs, tmp_path):
     invoke("equimini.experiments", "equivariance", "--checkpoint",
            runs / "runs/generator/last.pt", "--half", 2, "--seeds", 2, cwd=tmp_path)
