@@ -10,10 +10,10 @@ in either.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import time
 from contextlib import ExitStack
+from functools import cache
 from statistics import median
 from typing import Callable
 from unittest.mock import patch
@@ -82,12 +82,13 @@ def contestants(generator: Generator, options: argparse.Namespace, labels: Tenso
                 seeds: list[int]) -> dict[str, Callable[[int, int], Tensor]]:
     """By name, functions of (columns, steps) that draw the batch."""
     def fast(ready: Generator) -> Callable[[int, int], Tensor]:
-        recorded = functools.cache(
-            lambda steps: graphed(ready, ColumnSampler(ready.head, steps), None))
+        def sampler_of(steps: int) -> ColumnSampler:
+            return ColumnSampler(ready.head, options.solver_steps or steps, options.solver,
+                                 nodes=options.nodes)
+        recorded = cache(lambda steps: graphed(ready, sampler_of(steps), None))
 
         def draw(columns: int, steps: int) -> Tensor:
-            step, sampler = (recorded(steps) if options.cuda_graphs else
-                             (None, ColumnSampler(ready.head, steps)))
+            step, sampler = (recorded(steps) if options.cuda_graphs else (None, sampler_of(steps)))
             stream = Stream(ready, labels, seeds, sampler, Guidance(options.cfg, "linear", columns),
                             step=step)
             return torch.stack([stream.draw() for _ in range(columns)], 1)
@@ -149,7 +150,9 @@ def print_table(options: argparse.Namespace) -> None:
     generator = random_generator(options.preset, device)
     columns = options.columns = options.columns or PRESETS[options.preset].tokenizer.columns
     about = (f"preset {options.preset}, random weights, {columns} columns, {options.steps} Euler "
-             f"steps, cfg {options.cfg:g}, {options.repeats} run(s) of each in turns")
+             f"steps, cfg {options.cfg:g}, {options.repeats} run(s) of each in turns; fast: "
+             f"{options.solver}, {options.solver_steps or options.steps} steps, nodes "
+             f"{options.nodes}")
     if options.json:
         print(json.dumps({"machine": machine(device.type), "what": about}), flush=True)
     else:
@@ -170,6 +173,10 @@ def main(argv: list[str]) -> None:
     add("--batch", type=positive, nargs="+", default=[1, 8, 64], help="images at a time [1 8 64]")
     add("--columns", type=positive, help="length of the images [a square's]")
     add("--steps", type=positive, default=100, help="Euler steps per column [100]")
+    add("--solver", choices=["euler", "midpoint", "heun"], default="euler",
+        help="of the fast path; the literal one is Euler's [euler]")
+    add("--solver-steps", type=positive, help="steps of the fast path [--steps]")
+    add("--nodes", type=int, default=0, help="of the fast path, as sample.py's [0]")
     add("--cfg", type=float, default=2.0, help="guidance scale; 1: no second branch in the fast "
         "path, which the literal one always runs [2]")
     add("--precision", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS),
