@@ -47,7 +47,7 @@ Tensor few_rows_head(const Tensor& x, const Tensor& modulations, const Tensor& m
   const Head p{x.numel() / x.size(-1), x.size(-1), width, depth, from.const_data_ptr<float>(),
                of.const_data_ptr<float>(), v.mutable_data_ptr<float>()};
   with_weights(matrix, [&](const auto* w) {
-    head(p, w, vector.const_data_ptr<float>(), here());
+    run(p, w, vector.const_data_ptr<float>(), here());
   });
   return v;
 }
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> few_rows_token(const Tensor& x, at::TensorList past,
   Tensor cache = at::empty({int64_t(classes.size()), b, p.kept(), heads, d}, x.options());
   p.z = z.mutable_data_ptr<float>(), p.cache = cache.mutable_data_ptr<float>();
   with_weights(matrix, [&](const auto* w) {
-    token(p, w, vector.const_data_ptr<float>(), here());
+    run(p, w, vector.const_data_ptr<float>(), here());
   });
   return {z, cache};
 }

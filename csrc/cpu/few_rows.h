@@ -7,7 +7,7 @@
 //   layer behind the other, in the order in which they are read: one stream through memory;
 // - one call runs all layers; what lies between them stays in the L1 and L2 caches;
 // - threads share rows, where there are many, and meet once per call.  Where there are few they
-//   share the panels of large layers (2 MB and more), and meet at every one.
+//   share the panels of large layers (2 MB and more; 8 MB alone), and meet at every one.
 //
 // A sum runs over its inputs in order, whatever the number of rows and threads, so a picture is
 // the same in any batch, bit for bit.  Weights are float32 or bfloat16; all else is float32.
@@ -43,8 +43,8 @@ inline void panels(float* y, int64_t y_row, const float* x, int64_t x_row, const
 #pragma GCC unroll 16
   for (int i = 0; i < R * C; i++) sum[i / C][i % C] = load(bias + i % C * lanes);
   for (int64_t k = 0; k < in; k++) {
-    for (int i = 0; i < N && N < 4; i++)  // fetch the next panels; of 4 the processor does by itself
-      __builtin_prefetch(w + ((N + i) * in + k) * kPanel);
+    for (int i = 0; i < N && N * sizeof(T) < 12; i++)  // fetch the next panels; of three of float32
+      __builtin_prefetch(w + ((N + i) * in + k) * kPanel);  // the processor does by itself
     Vec w_k[C];
 #pragma GCC unroll 16
     for (int c = 0; c < C; c++)
@@ -61,13 +61,12 @@ inline void panels(float* y, int64_t y_row, const float* x, int64_t x_row, const
 template <int R, class T>
 inline void group(int64_t rows, int64_t count, float* y, int64_t y_row, const float* x,
                   int64_t x_row, const T* w, const float* bias, int64_t in) {
-  if constexpr (R > 1) {
+  if constexpr (R > 1)
     if (rows < R) return group<R - 1>(rows, count, y, y_row, x, x_row, w, bias, in);
-  }
-  constexpr int together = std::max(1, 8 / (R * kParts));  // 8 sums at least are under way
+  constexpr int N = R == 1 ? 8 / kParts : std::max(1, 12 / (R * kParts));  // enough sums
   int64_t p = 0;
-  for (; p + together <= count; p += together)
-    panels<R, together>(y + p * kPanel, y_row, x, x_row, w + p * in * kPanel, bias + p * kPanel, in);
+  for (; p + N <= count; p += N)
+    panels<R, N>(y + p * kPanel, y_row, x, x_row, w + p * in * kPanel, bias + p * kPanel, in);
   for (; p < count; p++)
     panels<R, 1>(y + p * kPanel, y_row, x, x_row, w + p * in * kPanel, bias + p * kPanel, in);
 }
@@ -78,19 +77,15 @@ inline Vec silu(Vec x) {
 }
 // x·Φ(x), Φ = (1 + erf(x/√2))/2; erf as a quotient of polynomials (Eigen's), to 3e-7.
 inline Vec gelu(Vec x) {
+  constexpr float over[] = {2.77068142495902e-08f, -2.10102402082508e-06f, -5.69250639462346e-05f,
+                            -7.34990630326855e-04f, -2.95459980854025e-03f, -1.60960333262415e-02f};
+  constexpr float under[] = {-2.13374055278905e-04f, -1.68282697438203e-03f,
+                             -7.37332916720468e-03f, -1.42647390514189e-02f};
   Vec t = x * 0.70710678118654752f;
   t = t > 4 ? Vec{} + 4 : t < -4 ? Vec{} - 4 : t;
-  const Vec s = t * t;
-  Vec p = s * -2.72614225801306e-10f + 2.77068142495902e-08f;
-  p = p * s - 2.10102402082508e-06f;
-  p = p * s - 5.69250639462346e-05f;
-  p = p * s - 7.34990630326855e-04f;
-  p = p * s - 2.95459980854025e-03f;
-  p = p * s - 1.60960333262415e-02f;
-  Vec q = s * -1.45660718464996e-05f - 2.13374055278905e-04f;
-  q = q * s - 1.68282697438203e-03f;
-  q = q * s - 7.37332916720468e-03f;
-  q = q * s - 1.42647390514189e-02f;
+  Vec p = Vec{} - 2.72614225801306e-10f, q = Vec{} - 1.45660718464996e-05f;
+  for (float a : over) p = p * (t * t) + a;
+  for (float a : under) q = q * (t * t) + a;
   return 0.5f * x * (1 + t * p / q);
 }
 
@@ -115,18 +110,19 @@ struct Weights {
   const T* matrix;
   const float* vector;
   const Parallel& parallel;
+  int64_t shared = kShared;
 
   // y = x·Wᵀ + b
   void linear(const Rows& y, const Rows& x) {
     const int64_t count = padded(y.width) / kPanel, in = x.width;
-    const int64_t grain = in * y.width < kShared ? count : kShared / 4 / (in * kPanel) + 1;
+    const int64_t grain = in * y.width < shared ? count : kShared / 4 / (in * kPanel) + 1;
     const auto part = [&](int64_t begin, int64_t end) {
-      // many rows: panel by panel, which then stays in the L1 cache
-      const int64_t most = x.count > kGroup ? 1 : end - begin;
+      const int64_t n = x.count, parts = (n + kGroup - 1) / kGroup, size = (n + parts - 1) / parts;
+      const int64_t most = parts > 1 ? 1 : end - begin;  // panel by panel: in the L1 cache
       for (int64_t p = begin; p < end; p += most)
-        for (int64_t r = 0; r < x.count; r += kGroup)
-          group<kGroup>(std::min<int64_t>(kGroup, x.count - r), most, y[r] + p * kPanel, y.step,
-                        x[r], x.step, matrix + p * in * kPanel, vector + p * kPanel, in);
+        for (int64_t r = 0; r < n; r += size)
+          group<kGroup>(std::min(size, n - r), most, y[r] + p * kPanel, y.step, x[r], x.step,
+                        matrix + p * in * kPanel, vector + p * kPanel, in);
     };
     grain < count ? parallel.run(count, grain, part) : part(0, count);
     matrix += count * in * kPanel, vector += count * kPanel;
@@ -156,28 +152,21 @@ struct Weights {
   }
 };
 
-// The scratch of one call of `rows` rows.
-struct Buffers {
-  Scratch<float> scratch;
-  int64_t rows;
-  Buffers(int64_t rows, int64_t widths) : scratch(rows * widths), rows(rows) {}
-  Rows take(int64_t width) {
-    return {scratch.take(rows * padded(width)), rows, width, padded(width)};
-  }
-};
+inline Rows take(Scratch<float>& scratch, int64_t rows, int64_t width) {
+  return {scratch.take(rows * padded(width)), rows, width, padded(width)};
+}
 
 inline void copy_rows(const Rows& to, const float* from, int64_t step) {
   for (int64_t r = 0; r < to.count; r++) std::copy_n(from + r * step, to.width, to[r]);
 }
 
-// Runs body(first, count) over chunks of rows, on several threads from 16 rows and some 0.3 ms on.
+// Runs body(first, count) over chunks of rows, on several threads from 12 rows and some 0.3 ms on.
 template <class F>
 void over_rows(int64_t rows, int64_t weights, const Parallel& parallel, F body) {
   const int64_t threads = std::max<int64_t>(
-      1, std::min<int64_t>({parallel.threads, rows / 8, rows * weights >> 22}));
+      1, std::min<int64_t>({parallel.threads, rows / 6, rows * weights >> 22}));
   const int64_t pieces = threads * ((rows + threads * kChunk - 1) / (threads * kChunk));
-  const int64_t size = ((rows + pieces - 1) / pieces + kGroup - 1) / kGroup * kGroup;
-  const int64_t chunks = (rows + size - 1) / size;
+  const int64_t size = (rows + pieces - 1) / pieces, chunks = (rows + size - 1) / size;
   const auto part = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) body(i * size, std::min(size, rows - i * size));
   };
@@ -189,7 +178,7 @@ template <class T>
 void linear(float* y, const float* x, int64_t rows, int64_t in, int64_t out, const T* matrix,
             const float* vector, const Parallel& parallel) {
   over_rows(rows, in * out, parallel, [&](int64_t first, int64_t count) {
-    Weights<T>{matrix, vector, parallel}.linear(
+    Weights<T>{matrix, vector, parallel, 4 * kShared}.linear(  // to wake a thread takes long
         {y + first * padded(out), count, out, padded(out)},
         {const_cast<float*>(x + first * in), count, in, in});
   });
@@ -201,14 +190,15 @@ struct Head {
   int64_t rows, channels, width, depth;
   const float *x, *modulations;  // (rows, channels), (rows, (3·depth + 2)·width)
   float* v;                      // (rows, channels)
+  int64_t weights() const { return 2 * depth * width * width; }
 };
 
 // FlowHead.velocity: x is x_in(x), then += gate ∘ MLP((1 + scale) ∘ LN(x) + shift), block by block.
 template <class T>
-void head_rows(const Head& p, int64_t first, int64_t count, Weights<T> weights) {
-  Buffers buffers(count, 3 * padded(p.width) + padded(p.channels));
-  const Rows x = buffers.take(p.width), h = buffers.take(p.width), m = buffers.take(p.width);
-  const Rows v = buffers.take(p.channels);
+void run_rows(const Head& p, int64_t first, int64_t count, Weights<T> weights) {
+  Scratch<float> scratch(count * (3 * padded(p.width) + padded(p.channels)));
+  const Rows x = take(scratch, count, p.width), h = take(scratch, count, p.width);
+  const Rows m = take(scratch, count, p.width), v = take(scratch, count, p.channels);
   const int64_t step = (3 * p.depth + 2) * p.width;
   const float* modulation = p.modulations + first * step;
   const auto modulate = [&] {  // h = shift + (1 + scale) ∘ h
@@ -232,15 +222,7 @@ void head_rows(const Head& p, int64_t first, int64_t count, Weights<T> weights) 
   weights.vector += kPanel;
   modulate();
   weights.linear(v, h);
-  for (int64_t r = 0; r < count; r++)
-    std::copy_n(v[r], p.channels, p.v + (first + r) * p.channels);
-}
-
-template <class T>
-void head(const Head& p, const T* matrix, const float* vector, const Parallel& parallel) {
-  over_rows(p.rows, 2 * p.depth * p.width * p.width, parallel, [&](int64_t first, int64_t count) {
-    head_rows<T>(p, first, count, {matrix, vector, parallel});
-  });
+  for (int64_t r = 0; r < count; r++) std::copy_n(v[r], p.channels, p.v + (first + r) * p.channels);
 }
 
 // A token's way through the transformer ------------------------------------------------------
@@ -254,6 +236,7 @@ struct Token {
   const float *cross_cos, *cross_sin;         // of the position that cross-attention sees, (D/2,)
   float* z;                                   // (rows, width)
   float* cache;                               // (2·layers, rows, min(known + 1, window − 1), width)
+  int64_t weights() const { return 14 * layers * width * width; }
   int64_t head_dim() const { return width / heads; }
   int64_t kept() const { return std::min(known + 1, window - 1); }
 };
@@ -298,11 +281,9 @@ inline void self_attention(const Token& p, int64_t layer, int64_t row, float* ou
                 p.cache + ((2 * layer + i) * p.rows + row) * kept * w);
   }
   for (int64_t h = 0; h < w; h += d) {
-    const auto turn = [&](float* to, const float* from, int64_t j) {
-      turn_pairs(to, from + h, d, p.cos + j * d / 2, p.sin + j * d / 2);
-    };
-    for (int64_t j = 0; j < n; j++) turn(turned + j * d, k + j * w, j);
-    turn(q, qkv, p.known);
+    for (int64_t j = 0; j < n; j++)
+      turn_pairs(turned + j * d, k + j * w + h, d, p.cos + j * d / 2, p.sin + j * d / 2);
+    turn_pairs(q, qkv + h, d, p.cos + p.known * d / 2, p.sin + p.known * d / 2);
     attend(out + h, q, turned, d, v + h, w, n, d, weights);
   }
 }
@@ -319,14 +300,15 @@ inline void cross_attention(const Token& p, int64_t layer, int64_t row, float* o
 
 // Generator.forward of one token.
 template <class T>
-void token_rows(const Token& p, int64_t first, int64_t count, Weights<T> weights) {
+void run_rows(const Token& p, int64_t first, int64_t count, Weights<T> weights) {
   const int64_t w = p.width;
   const int64_t around = (p.known + 1) * (2 * w + p.head_dim() + 1) + p.head_dim() + p.class_tokens;
-  Buffers buffers(count, 3 * padded(w) + padded(3 * w) + padded(4 * w) + padded(p.channels) +
-                             padded(around));
-  const Rows x = buffers.take(w), h = buffers.take(w), o = buffers.take(w);
-  const Rows qkv = buffers.take(3 * w), m = buffers.take(4 * w), in = buffers.take(p.channels);
-  float* scratch = buffers.take(around).data;
+  Scratch<float> pool(count * (3 * padded(w) + padded(3 * w) + padded(4 * w) + padded(p.channels)) +
+                      around);
+  const Rows x = take(pool, count, w), h = take(pool, count, w), o = take(pool, count, w);
+  const Rows qkv = take(pool, count, 3 * w), m = take(pool, count, 4 * w);
+  const Rows in = take(pool, count, p.channels);
+  float* scratch = pool.take(around);
   const auto add = [&](const Rows& y) {  // x += y
     for (int64_t r = 0; r < count; r++)
       for (int64_t c = 0; c < w; c++) x[r][c] += y[r][c];
@@ -357,10 +339,11 @@ void token_rows(const Token& p, int64_t first, int64_t count, Weights<T> weights
   for (int64_t r = 0; r < count; r++) std::copy_n(h[r], w, p.z + (first + r) * w);
 }
 
-template <class T>
-void token(const Token& p, const T* matrix, const float* vector, const Parallel& parallel) {
-  over_rows(p.rows, 14 * p.layers * p.width * p.width, parallel, [&](int64_t first, int64_t count) {
-    token_rows<T>(p, first, count, {matrix, vector, parallel});
+// All rows of a Head or a Token.
+template <class T, class Part>
+void run(const Part& p, const T* matrix, const float* vector, const Parallel& parallel) {
+  over_rows(p.rows, p.weights(), parallel, [&](int64_t first, int64_t count) {
+    run_rows<T>(p, first, count, {matrix, vector, parallel});
   });
 }
 

@@ -10,12 +10,12 @@ in either.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from contextlib import ExitStack
-from functools import cache
 from statistics import median
-from typing import Callable
+from typing import Any, Callable
 from unittest.mock import patch
 
 import torch
@@ -81,11 +81,10 @@ def timed(draw: Callable[[], Tensor], device: torch.device) -> tuple[float, floa
 def contestants(generator: Generator, options: argparse.Namespace, labels: Tensor,
                 seeds: list[int]) -> dict[str, Callable[[int, int], Tensor]]:
     """By name, functions of (columns, steps) that draw the batch."""
-    def fast(ready: Generator) -> Callable[[int, int], Tensor]:
+    def fast(ready: Generator, **flow: Any) -> Callable[[int, int], Tensor]:
         def sampler_of(steps: int) -> ColumnSampler:
-            return ColumnSampler(ready.head, options.solver_steps or steps, options.solver,
-                                 nodes=options.nodes)
-        recorded = cache(lambda steps: graphed(ready, sampler_of(steps), None))
+            return ColumnSampler(ready.head, **{"steps": steps, **flow})
+        recorded = functools.cache(lambda steps: graphed(ready, sampler_of(steps), None))
 
         def draw(columns: int, steps: int) -> Tensor:
             step, sampler = (recorded(steps) if options.cuda_graphs else (None, sampler_of(steps)))
@@ -100,7 +99,13 @@ def contestants(generator: Generator, options: argparse.Namespace, labels: Tenso
                                                                 options.cfg, "linear", steps)
     if options.plain:
         runs["plain"] = fast(generator)
-    return runs | {name: fast(packed(generator, name)) for name in options.precision}
+    ways: dict[str, dict[str, Any]] = {"": {}}
+    ways |= {f", {n} nodes": {"nodes": n} for n in options.nodes}
+    ways |= {f", midpoint {n}": {"solver": "midpoint", "steps": n} for n in options.midpoint}
+    for name in options.precision:
+        ready = packed(generator, name)
+        runs |= {name + way: fast(ready, **flow) for way, flow in ways.items()}
+    return runs
 
 
 def batch_rows(generator: Generator, options: argparse.Namespace, batch: int,
@@ -133,7 +138,7 @@ def batch_rows(generator: Generator, options: argparse.Namespace, batch: int,
 
 def line(row: dict) -> str:
     """A row as a line of the table."""
-    text = (f"{row['batch']:5} {row['method']:>8} {row['s_per_image']:9.3f} "
+    text = (f"{row['batch']:5} {row['method']:>20} {row['s_per_image']:9.3f} "
             f"{row['s_per_column']:9.4f} {row['head_s_per_column']:9.4f} "
             f"{row['transformer_s_per_column']:11.4f}")
     if "times_faster" in row:
@@ -150,14 +155,13 @@ def print_table(options: argparse.Namespace) -> None:
     generator = random_generator(options.preset, device)
     columns = options.columns = options.columns or PRESETS[options.preset].tokenizer.columns
     about = (f"preset {options.preset}, random weights, {columns} columns, {options.steps} Euler "
-             f"steps, cfg {options.cfg:g}, {options.repeats} run(s) of each in turns; fast: "
-             f"{options.solver}, {options.solver_steps or options.steps} steps, nodes "
-             f"{options.nodes}")
+             f"steps, cfg {options.cfg:g}, {options.repeats} run(s) of each in turns")
     if options.json:
         print(json.dumps({"machine": machine(device.type), "what": about}), flush=True)
     else:
-        print(f"# {machine(device.type)}\n# {about}\nbatch   method   s/image  s/column      head "
-              " transformer   faster  deviation rms        max   (head, transformer: s/column)")
+        print(f"# {machine(device.type)}\n# {about}\nbatch               method   s/image  "
+              "s/column      head  transformer   faster  deviation rms        max   (head, transformer: "
+              "s/column)")
     for batch in options.batch:
         for row in batch_rows(generator, options, batch, device):
             print(json.dumps(row) if options.json else line(row), flush=True)
@@ -173,10 +177,10 @@ def main(argv: list[str]) -> None:
     add("--batch", type=positive, nargs="+", default=[1, 8, 64], help="images at a time [1 8 64]")
     add("--columns", type=positive, help="length of the images [a square's]")
     add("--steps", type=positive, default=100, help="Euler steps per column [100]")
-    add("--solver", choices=["euler", "midpoint", "heun"], default="euler",
-        help="of the fast path; the literal one is Euler's [euler]")
-    add("--solver-steps", type=positive, help="steps of the fast path [--steps]")
-    add("--nodes", type=int, default=0, help="of the fast path, as sample.py's [0]")
+    add("--nodes", type=positive, nargs="*", default=[], help="also the fast path with so many "
+        "nodes, see sample.py [none]")
+    add("--midpoint", type=positive, nargs="*", default=[], help="also the fast path with so many "
+        "midpoint steps a column [none]")
     add("--cfg", type=float, default=2.0, help="guidance scale; 1: no second branch in the fast "
         "path, which the literal one always runs [2]")
     add("--precision", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS),

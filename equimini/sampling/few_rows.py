@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equimini.flow_head import FlowHead
+from equimini.flow_head import FlowHead, TimeMLP
 from equimini.generator import ClassContext, Generator, KeyValue
 from equimini.rope import rope_tables
 
@@ -86,6 +86,8 @@ def replace_head(head: FlowHead, dtype: torch.dtype) -> None:
         for name in ("weight", "bias"))
     head.adas.bias.view(-1, width)[[*range(1, 3 * depth, 3), -1]] += 1
     lay_out(head, [head.adas, head.z_in], dtype)
+    lay_out(head, [layer for mlp in head.modules() if isinstance(mlp, TimeMLP)
+                   for layer in (mlp[0], mlp[2])], torch.float32)
     head.modulations = partial(modulations, head)
     layers = [head.x_in, *(m for b in head.blocks for m in (b.norm, b.mlp[0], b.mlp[2])),
               head.norm_out, head.x_out]
