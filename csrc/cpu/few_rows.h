@@ -117,12 +117,12 @@ struct Weights {
     const int64_t count = padded(y.width) / kPanel, in = x.width;
     const int64_t grain = in * y.width < shared ? count : kShared / 4 / (in * kPanel) + 1;
     const auto part = [&](int64_t begin, int64_t end) {
-      const int64_t n = x.count, parts = (n + kGroup - 1) / kGroup, size = (n + parts - 1) / parts;
-      const int64_t most = parts > 1 ? 1 : end - begin;  // panel by panel: in the L1 cache
+      // many rows: panel by panel, which then stays in the L1 cache
+      const int64_t most = x.count > kGroup ? 1 : end - begin;
       for (int64_t p = begin; p < end; p += most)
-        for (int64_t r = 0; r < n; r += size)
-          group<kGroup>(std::min(size, n - r), most, y[r] + p * kPanel, y.step, x[r], x.step,
-                        matrix + p * in * kPanel, vector + p * kPanel, in);
+        for (int64_t r = 0; r < x.count; r += kGroup)
+          group<kGroup>(std::min<int64_t>(kGroup, x.count - r), most, y[r] + p * kPanel, y.step,
+                        x[r], x.step, matrix + p * in * kPanel, vector + p * kPanel, in);
     };
     grain < count ? parallel.run(count, grain, part) : part(0, count);
     matrix += count * in * kPanel, vector += count * kPanel;
