@@ -162,21 +162,17 @@ class ColumnSampler:
     """Draws a column: the flow from noise at t = 1 to a token at t = 0.
 
     steps, solver and time_shift: see above.  temperature: factor on the noise; above 1 columns
-    vary more, below 1 less.  Raises ValueError for one that is not at least 0.  nodes: where there
-    are more times than so many, the head's modulations are computed at nodes alone, and
-    interpolated for the times (0: never).
+    vary more, below 1 less.  Raises ValueError for one that is not at least 0.
     """
 
     def __init__(self, head: VelocityHead, steps: int = 100, solver: str | Solver = "euler",
-                 time_shift: float = 1.0, temperature: float = 1.0, nodes: int = 0) -> None:
+                 time_shift: float = 1.0, temperature: float = 1.0) -> None:
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be at least 0, got {temperature}")
         self.head, self.solver, self.temperature = head, find_solver(solver), temperature
         self.grid = time_grid(steps, time_shift)
         self.times = list(dict.fromkeys(evaluation_times(solver, self.grid)))
-        self.nodes = nodes if 0 < nodes < len(self.times) and not self.solver.average else 0
-        self.embedded: Tensor | None = None  # (times or nodes, width), from the first call on
-        self.weights: Tensor | None = None  # (times, nodes)
+        self.embedded: Tensor | None = None  # (times, width), from the first call on
 
     def __call__(self, z: Tensor, noise: Tensor, s: float | Tensor) -> Tensor:
         """One column x (B, C), normalised, from noise (B, C).
@@ -206,41 +202,31 @@ class ColumnSampler:
         They do not depend on x, so they are computed for many times in one matrix product: as
         many as make PRODUCT_ROWS rows, which bounds the memory; a large batch is enough alone.
         """
-        if self.embedded is None:
-            times = torch.tensor(self.times, device=z.device)
-            ends = [times.new_tensor(self.grid[1:])] if self.solver.average else []
-            if self.nodes:
-                times, self.weights = chebyshev(times, self.nodes)
-            self.embedded = self.head.embed_time(times, *ends)
-        time = self.embedded[:, None]  # (times or nodes, 1, width)
-        if self.head.scales:
-            time = time + self.head.embed_scale(torch.as_tensor(s, device=z.device).reshape(-1))
-        together = max(1, PRODUCT_ROWS // len(z))
+        together, at_times = max(1, PRODUCT_ROWS // len(z)), self.at_times(z, s)
         ready: dict[float, Sequence[tuple[Tensor, ...]]] = {}
-        at_nodes = self.head.modulations(time, z) if self.nodes else []
 
         def at(t: float) -> Sequence[tuple[Tensor, ...]]:
             if t not in ready:
                 ready.clear()
                 i = self.times.index(t)
-                of_blocks = ([[torch.tensordot(self.weights[i:i + together], m, 1) for m in block]
-                              for block in at_nodes] or
-                             self.head.modulations(time[i:i + together], z))
+                of_blocks = at_times(slice(i, i + together))
                 of_times = zip(*(zip(*(m.unbind(0) for m in block)) for block in of_blocks))
                 ready.update(zip(self.times[i:i + together], of_times))
             return ready[t]
 
         return at
 
-
-def chebyshev(times: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """n nodes in (0, 1), and the weights (times, n) that interpolate from them at times (T,)."""
-    k = torch.arange(n, dtype=torch.float64, device=times.device)
-    angles = (k + 0.5) * (math.pi / n)  # of the nodes; those of times lie between 0 and π as well
-    polynomials = torch.cos(k * (2 * times.double() - 1).clamp(-1, 1).acos()[:, None])  # (T, n)
-    polynomials[:, 0] /= 2
-    weights = polynomials @ torch.cos(k[:, None] * angles) * (2 / n)
-    return (0.5 + angles.cos() / 2).to(times), weights.to(times)
+    def at_times(self, z: Tensor,
+                 s: float | Tensor) -> Callable[[slice], Sequence[tuple[Tensor, ...]]]:
+        """The same as a function of a part of `times`, each tensor (times, rows, …)."""
+        if self.embedded is None:
+            times = torch.tensor(self.times, device=z.device)
+            ends = [times.new_tensor(self.grid[1:])] if self.solver.average else []
+            self.embedded = self.head.embed_time(times, *ends)
+        time = self.embedded[:, None]  # (times, 1, width)
+        if self.head.scales:
+            time = time + self.head.embed_scale(torch.as_tensor(s, device=z.device).reshape(-1))
+        return lambda part: self.head.modulations(time[part], z)
 
 
 # Many columns ------------------------------------------------------------------------------

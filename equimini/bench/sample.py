@@ -26,6 +26,7 @@ from equimini.generator import Generator
 from equimini.presets import PRESETS
 from equimini.sampler import ColumnSampler, Guidance, Stream, sample_plainly
 from equimini.sampling.cuda_graphs import GraphedStep, graphed
+from equimini.sampling.nodes import NodeSampler
 from equimini.sampling.packed_weights import PRECISIONS, packed
 from equimini.utils.command_line import command, pick_device
 from equimini.utils.errors import UserError
@@ -81,8 +82,10 @@ def timed(draw: Callable[[], Tensor], device: torch.device) -> tuple[float, floa
 def contestants(generator: Generator, options: argparse.Namespace, labels: Tensor,
                 seeds: list[int]) -> dict[str, Callable[[int, int], Tensor]]:
     """By name, functions of (columns, steps) that draw the batch."""
-    def fast(ready: Generator, **flow: Any) -> Callable[[int, int], Tensor]:
+    def fast(ready: Generator, nodes: int = 0, **flow: Any) -> Callable[[int, int], Tensor]:
         def sampler_of(steps: int) -> ColumnSampler:
+            if nodes:
+                return NodeSampler(ready.head, nodes, steps)
             return ColumnSampler(ready.head, **{"steps": steps, **flow})
         recorded = functools.cache(lambda steps: graphed(ready, sampler_of(steps), None))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from equimini.config import Checked, flag
 from equimini.sampler import (SCHEDULES, SOLVERS, ColumnSampler, VelocityHead, evaluation_times,
                               time_grid)
+from equimini.sampling.nodes import NodeSampler
 from equimini.sampling.packed_weights import PRECISIONS
 from equimini.utils.errors import UserError
 
@@ -64,8 +65,10 @@ class SamplingOptions(Checked):
 
     def column_sampler(self, head: VelocityHead) -> ColumnSampler:
         """What draws a column with this solver."""
-        return ColumnSampler(head, self.steps, self.solver, self.time_shift, self.temperature,
-                             self.nodes)
+        flow = self.steps, self.solver, self.time_shift, self.temperature
+        if 0 < self.nodes < self.evaluations and not SOLVERS[self.solver].average:
+            return NodeSampler(head, self.nodes, *flow)
+        return ColumnSampler(head, *flow)
 
     @property
     def evaluations(self) -> int:

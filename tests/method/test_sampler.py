@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from equimini import sampler
-from equimini.sampler import (ColumnSampler, Guidance, Solver, Stream, chebyshev, column_noise,
-                              sample_columns, sample_plainly, sample_tokens)
+from equimini.sampler import (ColumnSampler, Guidance, Solver, Stream, column_noise, sample_columns,
+                              sample_plainly, sample_tokens)
 from equimini.sampling.packed_weights import packed
 from tests.conftest import small_generator
 
@@ -197,23 +197,6 @@ def test_temperature_scales_the_noise(generator):
     drawn, plain = (sample_tokens(generator, LABELS, 1, SEEDS, temperature=t, **options)[:, 0]
                     for t in (0.9, 1.0))
     assert torch.equal(drawn, expected) and not torch.equal(drawn, plain)
-
-
-def test_nodes(generator, monkeypatch):
-    """Interpolation is exact for polynomials, close for the head, and left out for few times."""
-    times = torch.linspace(0, 1, 7).double()
-    at, weights = chebyshev(times, 5)
-    torch.testing.assert_close(weights @ (at[:, None] ** torch.arange(5)),
-                               times[:, None] ** torch.arange(5))
-    z, noise = torch.randn(6, generator.config.embed_dim), column_noise(SEEDS, 0, 6)
-    monkeypatch.setattr(sampler, "PRODUCT_ROWS", 18)  # 3 times together
-    for model in (generator, packed(generator)):
-        with torch.no_grad():
-            exact, near, nearer, few, all_nodes = (
-                ColumnSampler(model.head, steps, nodes=n)(z, noise, 2.0)
-                for steps, n in ((20, 0), (20, 4), (20, 16), (6, 0), (6, 6)))
-        assert torch.equal(few, all_nodes) and not torch.equal(exact, near)
-        torch.testing.assert_close(nearer, exact, rtol=1e-4, atol=1e-5)
 
 
 def test_held_positions(generator):

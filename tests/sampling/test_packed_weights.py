@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from equimini import sampler
 from equimini.generator import Generator
-from equimini.sampler import ColumnSampler, sample_tokens
+from equimini.sampler import ColumnSampler, column_noise, sample_tokens
 from equimini.sampling import few_rows, packed_weights
 from equimini.sampling.cuda_graphs import GraphedColumn, GraphedStep, StaticCall
+from equimini.sampling.nodes import chebyshev
+from equimini.sampling.options import SamplingOptions
 from equimini.sampling.packed_weights import LastPacked, PackedLinear, packed
 
 LABELS = torch.tensor([0, 2, 1])
@@ -158,3 +161,21 @@ def test_static_buffers_draw_the_same_columns(generator):
         drawn.append(torch.stack(columns))
     assert steps[1].call.buffers  # they were in use
     torch.testing.assert_close(*drawn)
+
+
+@torch.no_grad()
+def test_nodes(generator, monkeypatch):
+    """Interpolation is exact for polynomials, close for the head, and left out for few times."""
+    times = torch.linspace(0, 1, 7, dtype=torch.float64)
+    at, weights = chebyshev(times, 5)
+    powers = torch.arange(5)
+    torch.testing.assert_close(weights @ at[:, None] ** powers, times[:, None] ** powers)
+    z, noise = torch.randn(6, generator.config.embed_dim), column_noise(SEEDS, 0, 6)
+    monkeypatch.setattr(sampler, "PRODUCT_ROWS", 18)  # 3 times together
+    options = functools.partial(SamplingOptions, solver="euler")
+    for model in (generator, packed(generator)):
+        exact, near, nearer, few, as_many = (
+            options(steps=steps, nodes=n).column_sampler(model.head)(z, noise, 2.0) for steps, n in
+            ((20, 0), (20, 4), (20, 16), (6, 0), (6, 6)))
+        torch.testing.assert_close(nearer, exact, rtol=1e-4, atol=1e-5)
+        assert torch.equal(few, as_many) and not torch.equal(exact, near)
