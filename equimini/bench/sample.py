@@ -162,8 +162,8 @@ def print_table(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps({"machine": machine(device.type), "what": about}), flush=True)
     else:
-        print(f"# {machine(device.type)}\n# {about}\nbatch               method   s/image  "
-              "s/column      head  transformer   faster  deviation rms        max   (head, transformer: "
+        print(f"# {machine(device.type)}\n# {about}\nbatch               method   s/image  s/column "
+              "     head  transformer   faster  deviation rms        max   (head, transformer: "
               "s/column)")
     for batch in options.batch:
         for row in batch_rows(generator, options, batch, device):
