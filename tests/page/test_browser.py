@@ -244,6 +244,49 @@ def test_paint_classes_before_they_are_drawn(page):
     assert page.js("return S.labels") == [1] * 3 + [4] * 4 + [1] * 5
 
 
+def test_other_candidates_keep_what_was_painted_and_escape_drops_it(page):
+    page.draw(8)
+    page.js("$('palette').children[4].click()")
+    page.drag(3, 4, ribbon=True)
+    page.drag(3, 4)
+    page.until("!running && S.candidates")
+    page.keys("n")
+    page.until("running")
+    page.until("!running && S.candidates")
+    page.keys(Keys.ENTER)
+    page.until("!cand && !reloading")
+    assert page.js("return S.labels") == [0] * 3 + [4] * 2 + [0] * 3
+    page.drag(6, 6, ribbon=True)
+    page.keys(Keys.ESCAPE)
+    assert page.js("return repaint.size") == 0
+
+
+def test_escape_stops_also_from_within_a_field(page):
+    page.js("$('columns').value = 500; $('columns').onchange(); $('go').click()")
+    page.until("running && tiles.size")
+    page.js("$('cfg').focus()")
+    page.keys(Keys.ESCAPE)
+    page.until("!running && !reloading")
+    assert 0 < page.js("return N") < 500
+
+
+def test_a_second_tab(page, driver):
+    first = driver.current_window_handle
+    page.draw(4)
+    driver.switch_to.new_window("tab")
+    try:
+        page.open()
+        page.draw(2)
+    finally:
+        driver.close()
+        driver.switch_to.window(first)
+    page.js("document.activeElement.blur()")
+    page.chord(Keys.CONTROL, "z")  # of a strip that has changed meanwhile
+    page.until("!running && !reloading && N === 6")
+    assert "another tab" in page.text("message")
+    shows_the_strip(page)
+
+
 def test_left_and_ring(page):
     page.js("$('palette').children[3].click()")
     page.draw(16)
@@ -341,6 +384,8 @@ def test_narrow(page):
     page.draw(24)
     page.shot("narrow")
     assert page.js("return document.documentElement.scrollWidth") <= 390
+    page.open(390, 844)
+    assert 0 < page.js("return x(N) - view.scrollLeft") < 390  # the strip's end is in sight
     page.js("""
         const r = strip.getBoundingClientRect(), at = { clientX: r.left + 3.5 * cw, clientY: r.top + 40,
             bubbles: true, pointerType: "touch", pointerId: 7 };
