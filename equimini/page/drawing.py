@@ -189,15 +189,16 @@ class Studio:
         yield from pieces
 
     def in_mirror(self) -> np.ndarray:
-        """The strip's first columns in a mirror; encoded anew, unless they were just drawn there."""
-        strip, tokens = mirrored(self.strip.columns[:CHUNK]), self.drawn_in_mirror(self.strip.last())
+        """The first columns in a mirror, encoded anew, unless the last step drew them there."""
+        strip = mirrored(self.strip.columns[:CHUNK])
+        tokens = self.drawn_in_mirror(self.strip.last())
         if not len(tokens):
             tokens = encode(self.model, strip)
         strip["token"][-len(tokens):] = tokens  # no others are looked at
         return strip
 
     def drawn_in_mirror(self, edit: dict[str, Any]) -> np.ndarray:
-        """Tokens (M, C) of the strip's first columns, as an edit on the left drew them; else none."""
+        """Tokens (M, C) of the first columns in a mirror, if this edit drew them there."""
         tokens = np.frombuffer(base64.b64decode(edit.get("mirror", "")), np.float32)
         return tokens.reshape(-1, self.model.generator.channels)
 

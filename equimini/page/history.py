@@ -45,9 +45,9 @@ class History:
                 raise ValueError("another program or a later version wrote it")
         except (sqlite3.Error, ValueError) as error:
             empty = self.path.is_file() and not self.path.stat().st_size  # a database, to SQLite
-            raise UserError(f"{self.path} holds no strip that can be read "
-                            f"({'it is empty' if empty else first_line(error)}); put a copy of it "
-                            "back, or move it away to begin anew, or choose another --out") from None
+            why = "it is empty" if empty else first_line(error)
+            raise UserError(f"{self.path} holds no strip that can be read ({why}); put a copy of it "
+                            "back, move it away to begin anew, or choose another --out") from None
         for k in range(self.done):
             self.columns = self._changed(self.columns, k + 1)
 

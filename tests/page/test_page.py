@@ -145,7 +145,7 @@ def test_to_the_left_kept_columns_stay_and_a_ring_joins(client):
 
 def test_on_the_left_pixels_are_encoded_once_for_a_change_of_direction(client, model, tmp_path,
                                                                        monkeypatch):
-    """What follows on the left is drawn from what was drawn there, also after undo and a restart."""
+    """What follows on the left is drawn from what was drawn there, also after a restart."""
     client.draw(columns=20, classes=[1] * 20)
     encode, seen = drawing.encode, []
     monkeypatch.setattr(drawing, "encode", lambda m, strip: seen.append(1) or encode(m, strip))
