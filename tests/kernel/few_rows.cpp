@@ -51,7 +51,7 @@ void one_case() {
   float* vectors = numbers(pw + depth * (kPanel + 4 * pw) + kPanel + padded(c), 0.2f);
   for (int64_t i = 0; i <= depth; i++) vectors[pw + i * (kPanel + 4 * pw)] = 1e-6f;
   Head h{rows, c, w, depth, numbers(rows * c), numbers(rows * (3 * depth + 2) * w), numbers(rows * c)};
-  head(h, numbers<T>(pw * c + depth * 2 * pw * w + padded(c) * w, 0.3f), vectors, parallel);
+  run(h, numbers<T>(pw * c + depth * 2 * pw * w + padded(c) * w, 0.3f), vectors, parallel);
   show("head", h.v, rows * c);
 
   const int64_t heads = between(1, 3), d = heads * 8 * between(1, 4), pd = padded(d);
@@ -73,7 +73,7 @@ void one_case() {
           numbers(half), numbers(half), numbers(rows * d), nullptr};
   const int64_t kept = 2 * layers * rows * p.kept() * d;
   p.cache = numbers(kept);
-  token(p, numbers<T>(pd * c + layers * (padded(3 * d) * d + 4 * pd * d + padded(4 * d) * d + pd * 4 * d),
+  run(p, numbers<T>(pd * c + layers * (padded(3 * d) * d + 4 * pd * d + padded(4 * d) * d + pd * 4 * d),
                       0.3f), vectors, parallel);
   show("token", p.z, rows * d);
   if (kept) show("cache", p.cache, kept);
