@@ -148,7 +148,7 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     settings = {"schedule": cfg.cfg_schedule, "solver": how.solver, "steps": how.steps,
                 "time_shift": cfg.time_shift, "temperature": cfg.temperature,
                 "precision": cfg.precision, "seed": cfg.sample_seed, "columns": columns,
-                **{name: getattr(cfg, name) for name in ("guidance_columns", "positions")
+                **{name: getattr(cfg, name) for name in ("guidance_columns", "positions", "nodes")
                    if getattr(cfg, name) != getattr(GENERATOR, name)}}  # older plans lack them
     plan = {"checkpoint": file_hash(find(cfg.checkpoint)), "weights": cfg.weights,
             "tokenizer": tokenizer_hash(model.tokenizer), "network": bench.net.sha256, **settings}
