@@ -10,7 +10,10 @@ pictures as either tokenizer shows them: what is then left is the generator's.
 
 from __future__ import annotations
 
+import numpy as np
+
 from equimini import load_generator
+from equimini.evaluate.metrics import frechet_distance
 from equimini.experiments.common import Lab
 from equimini.experiments.report import Report, spread, verdict
 from equimini.experiments.samples import EXACT, Judge, SampledConfig, scales_text
@@ -27,14 +30,16 @@ def main(argv: list[str]) -> None:
     cfg = parse("equimini.experiments grid-vs-columns", __doc__, SampledConfig(), argv)
     lab = Lab("grid-vs-columns", cfg)
     runs = {"columns": lab.columns(), "grid": lab.grid()}
-    judge, scales, distances, limits, pictures = Judge(cfg, lab), {}, {}, {}, []
-    own = {layout: Judge(cfg, lab, layout).best(of)[1] for layout, of in runs.items()}
+    judge, judges = Judge(cfg, lab), {layout: Judge(cfg, lab, layout) for layout in runs}
+    scales, distances, limits, own, pictures = {}, {}, {}, {}, []
     rows = [("model", "tokenizer, M", "generator, M", "tokenizer's PSNR, dB",
              "reconstructions' distance", "loss", "guidance", "Fréchet distance",
              "distance to decoded pictures")]
     for layout, of in runs.items():
         scales[layout], distances[layout] = judge.best(of)
-        limits[layout] = judge.limits(layout, cfg.seeds)
+        own[layout] = judges[layout].best(of)[1]
+        limits[layout] = np.array([frechet_distance(judge.real[0], decoded)
+                                   for decoded in judges[layout].real])
         psnr = [lab.tokenizer(layout, seed=s).logged("val_psnr") for s in range(cfg.seeds)]
         model = load_generator(of[0].last, judge.device)
         rows.append((layout, *(f"{parameters(part) / 1e6:.3f}"

@@ -113,11 +113,6 @@ class Judge:
         return Gaussian.fit(torch.cat([self.features(reconstructed(images, tokenizer))
                                        for images, _, _ in loader]))
 
-    def limits(self, layout: str, seeds: int) -> np.ndarray:
-        """The distance of the held-out pictures' reconstructions from themselves, by seed."""
-        return np.array([frechet_distance(self.real[0], self.held_out(self.tokenizer(layout, seed)))
-                         for seed in range(seeds)])
-
     def distance(self, run: TrainingRun, seed: int, scale: float, count: int,
                  first: int = 0) -> float:
         """Of `count` samples with seeds `first`, first + 1, …, classes in turn; seed: the run's."""
