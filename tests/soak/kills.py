@@ -193,10 +193,10 @@ def content(path: Path, out: str) -> Any:
 
 def compare(whole: Path, killed: Path) -> list[str]:
     """The files in which two output folders differ; leftovers of dead processes, too."""
-    found = [{path.relative_to(out): None if path.is_dir() else content(path, out.name)
-              for path in out.rglob("*")} for out in (whole, killed)]
-    return sorted(str(name) for name in found[0].keys() | found[1].keys()
-                  if not same(*(each.get(name, "missing") for each in found)))
+    a, b = ({path.relative_to(out): None if path.is_dir() else content(path, out.name)
+             for path in out.rglob("*")} for out in (whole, killed))
+    return sorted(str(name) for name in a.keys() | b.keys() if not (
+        name in a and name in b and type(a[name]) is type(b[name]) and same(a[name], b[name])))
 
 
 def disturb(what: str, process: BaseProcess, out: Path, pause: float) -> None:
