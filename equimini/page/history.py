@@ -4,7 +4,8 @@ An edit replaces `take` columns from place `at` on by `put` others.  Its record 
 {"at", "take", "put", "joined", …how it was drawn} as a line of JSON, and the bytes of the new
 columns less those of the old ones, which serve both ways.  One that is "joined" belongs to the step
 before it.  The first `done` edits hold (the database's user_version says how many), those behind
-them were undone.  A record is on disk as a whole or not at all; memory holds the present strip.
+them were undone.  A later format would have an application_id other than 0.  A record is on disk as
+a whole or not at all; memory holds the present strip.
 """
 
 from __future__ import annotations
