@@ -179,7 +179,7 @@ def test_draw_redraw_choose_undo(page):
     page.shot("drawing")
     page.until("!running && !reloading")
     before = shows_the_strip(page)
-    assert before.shape == (64, 128, 3)
+    assert before.shape == (128, 256, 3)
     page.shot("drawn")
     page.drag(10, 12)
     page.until("cand")
@@ -191,7 +191,7 @@ def test_draw_redraw_choose_undo(page):
     page.keys(Keys.ENTER)
     page.until("!cand && !reloading")
     after = shows_the_strip(page)
-    kept = np.r_[0:32, 60:128]
+    kept = np.r_[0:64, 120:256]
     assert np.array_equal(before[:, kept], after[:, kept]) and (before != after).any()
     page.chord(Keys.CONTROL, "z")
     page.until("S.redo && !reloading")
@@ -298,7 +298,7 @@ def test_left_and_ring(page):
     page.shot("left-drawing")
     page.until("N === 32 && !running && !reloading")
     after = shows_the_strip(page)
-    assert np.array_equal(after[:, 72:], before[:, 8:])
+    assert np.array_equal(after[:, 144:], before[:, 16:])
     page.keys("o", " ")
     page.until("N === 48 && S.ring && !running && !reloading")
     shows_the_strip(page)
@@ -307,8 +307,8 @@ def test_left_and_ring(page):
 
 
 def test_a_photograph_is_dropped(page, tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 15, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((120, 64), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((240, 128), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
     given = np.asarray(Image.open(tmp_path / "photo.png"))
 
     def drop(content, name):
@@ -324,7 +324,7 @@ def test_a_photograph_is_dropped(page, tmp_path):
     assert np.array_equal(shows_the_strip(page), given)
     page.js("$('palette').children[5].click()")
     page.draw(8)
-    assert np.array_equal(shows_the_strip(page)[:, :112], given[:, :112])
+    assert np.array_equal(shows_the_strip(page)[:, :224], given[:, :224])
     page.shot("photograph")
     drop(b"no picture", "photo.png")
     page.until("!$('message').hidden")
@@ -432,6 +432,6 @@ def test_the_index_of_a_scroll(driver, tmp_path):
     page.until("[...document.images].every(image => image.complete)")
     sizes = page.js("return [...document.images].map(image => [image.naturalWidth, "
                     "image.naturalHeight])")
-    assert sizes[:3] == [[64, 64], [64, 64], [32, 64]] and sizes[3][0] > 0
+    assert sizes[:3] == [[128, 128], [128, 128], [64, 128]] and sizes[3][0] > 0
     assert page.js("return strip.scrollWidth >= strip.clientWidth")
     page.shot("scroll")

@@ -14,15 +14,16 @@ from equimini.utils import checkpoint
 from tests.helpers.scripts import ROOT, call, invoke, mistake
 from tests.tools.test_checkpoint import texts
 
+SIDE = 128  # pixels of a square
 # tests/known.png was drawn with python sample.py and these arguments
 KNOWN = ("--checkpoint scenes --count 1 --cfg 3 --cfg-schedule constant --solver midpoint --steps 10 "
          "--device cpu --out").split()
 
 
 def squares(path) -> np.ndarray:
-    """The pictures on a labelled sheet with one square in every row, (classes, 64, 64, 3)."""
+    """The pictures on a labelled sheet with one square in every row, (classes, SIDE, SIDE, 3)."""
     sheet = np.asarray(Image.open(path)).astype(int)
-    return np.stack([sheet[y:y + 64, -66:-2] for y in range(2, len(sheet), 66)])
+    return np.stack([sheet[y:y + SIDE, -SIDE - 2:-2] for y in range(2, len(sheet), SIDE + 2)])
 
 
 def alike(drawn: np.ndarray, known: np.ndarray) -> bool:
@@ -62,11 +63,11 @@ def test_without_arguments_squares_and_panoramas_are_drawn(tmp_path):
     said = call("sample.py", cwd=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["panorama.png", "samples.png"]
     sheets = {n: np.asarray(Image.open(tmp_path / n)) for n in ("samples.png", "panorama.png")}
-    assert {len(sheet) for sheet in sheets.values()} == {6 * 66 + 2}  # six classes
-    panoramas = sheets["panorama.png"][:, -2 - 8 * 64:-2]  # 8 times wider than trained on
+    assert {len(sheet) for sheet in sheets.values()} == {6 * (SIDE + 2) + 2}  # six classes
+    panoramas = sheets["panorama.png"][:, -2 - 8 * SIDE:-2]  # 8 times wider than trained on
     assert sheets["samples.png"].shape[1] - sheets["panorama.png"].shape[1] == 7 * 2  # 8 squares
     for i in range(6):
-        light = panoramas[2 + 66 * i:66 + 66 * i].astype(float).mean(2)
+        light = panoramas[(SIDE + 2) * i + 2:(SIDE + 2) * (i + 1)].astype(float).mean(2)
         assert light.std(0).mean() > 10 and (light < 250).mean() > 0.5  # something is there
     # the command that it prints draws the same, alone
     printed = [line for line in said.splitlines() if line.startswith("python sample.py --count")]
@@ -85,7 +86,7 @@ def test_how_to_draw_may_be_said(tmp_path, capsys):
 def test_any_argument_works_with_the_boxed_model(tmp_path):
     invoke("sample.py", "--classes", "sea:6,forest:6", "--steps", 1, "--singles", "one", "--count",
            1, cwd=tmp_path)
-    assert [Image.open(p).size for p in (tmp_path / "one").iterdir()] == [(12 * 4, 64)]
+    assert [Image.open(p).size for p in (tmp_path / "one").iterdir()] == [(12 * 8, SIDE)]
     assert not (tmp_path / "panorama.png").exists()
 
 
