@@ -26,11 +26,13 @@ from tqdm import tqdm
 from equimini.autoencoder import Tokenizer
 from equimini.config import flag
 from equimini.convert.pack import kept
-from equimini.training.data import Batches, fixed_loader, load_data
+from equimini.noise import seed_torch
+from equimini.training.data import fixed_loader, load_data, training_loader
 from equimini.training.loop import Stepper, cooldown
 from equimini.training.options import DataConfig
 from equimini.utils import checkpoint
 from equimini.utils.command_line import command, output_folder, override, pick_device, run
+from equimini.utils.errors import UserError
 from equimini.utils.images import to_float
 
 NEXT_STAGE = re.compile(r"(?<=^encoder\.)(stages|downs)\.(\d+)")  # the new one comes first
@@ -40,6 +42,7 @@ NEXT_STAGE = re.compile(r"(?<=^encoder\.)(stages|downs)\.(\d+)")  # the new one 
 class GrowConfig(DataConfig):
     """How the new encoder learns the old one's tokens."""
 
+    out: str = flag("runs/grown.pt", "file to write: the generator; its tokenizer lies beside it")
     steps: int = flag(220, "training steps of the encoder", min=1)
     batch_size: int = flag(24, "images per step", min=1)
     lr: float = flag(2e-3, "learning rate of Adam, which falls to 0", min=1e-9)
@@ -92,19 +95,20 @@ def imitate(new: Tokenizer, old: Tokenizer, batches: DataLoader, lr: float) -> N
 
 
 def main() -> None:
-    parser = command("equimini.convert.grow", __doc__, GrowConfig(out="runs/grown.pt"))
+    parser = command("equimini.convert.grow", __doc__, GrowConfig())
     parser.add_argument("checkpoint", help="checkpoint of a generator, or 'scenes'")
     args = parser.parse_args()
-    cfg = override(GrowConfig(out="runs/grown.pt"), args)
+    cfg = override(GrowConfig(), args)
     source, out = checkpoint.find(args.checkpoint), Path(cfg.out)
     content, device = checkpoint.load(source, "generator"), pick_device(cfg.device)
     old = checkpoint.tokenizer_inside(content, source).to(device)
+    seed_torch(cfg.seed, 0)  # initial weights of the new stages
     new = grow(old).to(device)
     output_folder(out.parent)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name the file to write, .pt")
     train, val, _ = load_data(cfg, new.config)
-    steps = DataLoader(train, batch_sampler=Batches(len(train), cfg.batch_size, cfg.seed, 0,
-                                                    cfg.steps), num_workers=cfg.workers)
-    imitate(new, old, steps, cfg.lr)
+    imitate(new, old, training_loader(train, cfg.batch_size, cfg, 0, cfg.steps), cfg.lr)
     with torch.no_grad():
         held_out = [token_error(new, old, to_float(images.to(device))).item()
                     for images, *_ in fixed_loader(val, cfg.batch_size, 256)]

@@ -194,6 +194,7 @@ class Studio:
         tokens = self.drawn_in_mirror(self.strip.last())
         if not len(tokens):
             tokens = encode(self.model, strip)
+        tokens = tokens[-len(strip):]
         strip["token"][-len(tokens):] = tokens  # no others are looked at
         return strip
 

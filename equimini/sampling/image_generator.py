@@ -2,7 +2,7 @@
 
     from equimini import load_generator
     model = load_generator("scenes-mean-flow")   # in the box; or "runs/generator/last.pt"
-    images = model.sample(["sea", "forest"], columns=128, seed=7)    # (2, 3, 64, 512), [-1, 1]
+    images = model.sample(["sea", "forest"], columns=128, seed=7)    # (2, 3, 128, 1024), [-1, 1]
 """
 
 from __future__ import annotations

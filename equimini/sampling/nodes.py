@@ -1,7 +1,7 @@
 """Many steps a column: the head's modulations from a few times, interpolated for all others.
 
 They are smooth in t, and matrix products over all of the head's largest weights.  docs/sampling.md
-says what the interpolation costs in exactness.
+says what the interpolation costs in exactness, and what the nodes' modulations, all kept, in memory.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class SamplingOptions(Checked):
                               "detail and variety, below 1: smoother", min=0)
     nodes: int = flag(0, "above 0: where a column takes more evaluations than so many, what the "
                       "head makes of time is computed at so many Chebyshev nodes, and interpolated; "
-                      "16 deviate less than bf16 does", min=0)
+                      "16 deviate less than bf16 does; not for mean-flow's evaluations", min=0)
     precision: str = flag("float32", "arithmetic of the generator's matrix products; bf16 is "
                           "faster and deviates slightly", choices=tuple(PRECISIONS))
     cuda_graphs: str = flag("off", "on: replay recorded kernels, which is faster for few "
