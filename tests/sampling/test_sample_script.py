@@ -80,7 +80,7 @@ def test_a_ring_and_a_picture_continued_to_the_left(runs):
     how = ["--classes", "sea", "--steps", 1, "--solver", "midpoint", "--fit", 2]
     said = call("sample.py", *how, "--count", 1, "--columns", 18, "--ring", "--save-tokens",
                 "ring.pt", "--singles", "rings", "--out", "rings.png", cwd=runs)
-    assert "1 pictures of 72x64" in said
+    assert "1 pictures of 144x128" in said
     photo = runs / "rings" / "class0004_seed000000.png"
     call("sample.py", *how, "--continue-from", photo, "--columns", 6, "--ring", "--out",
          "closed.png", cwd=runs)
@@ -88,10 +88,10 @@ def test_a_ring_and_a_picture_continued_to_the_left(runs):
          "left.png", "--save-tokens", "left.pt", cwd=runs)
     before, closed, left = (np.asarray(Image.open(path)) for path in (
         photo, runs / "closed.png", runs / "left.png"))
-    assert closed.shape == left.shape == (64, 96, 3)
-    assert np.array_equal(left[:, -64:], before[:, -64:])  # beyond two mixed columns
-    assert np.array_equal(closed[:, 8:64], before[:, 8:64])
-    assert not np.array_equal(closed[:, :8], before[:, :8])  # mixed with what goes before them
+    assert closed.shape == left.shape == (128, 192, 3)
+    assert np.array_equal(left[:, -128:], before[:, -128:])  # beyond two mixed columns
+    assert np.array_equal(closed[:, 16:128], before[:, 16:128])
+    assert not np.array_equal(closed[:, :16], before[:, :16])  # mixed with what goes before them
     call("sample.py", *how, "--edit", "ring.pt", "--ring", "--resample", "16,17,0", "--pick", 0,
          "--out", "again.png", "--save-tokens", "again.pt", cwd=runs)
     old, new = (torch.load(runs / name, weights_only=True)["tokens"] for name in ("ring.pt", "again.pt"))
