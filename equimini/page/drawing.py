@@ -177,8 +177,8 @@ class Studio:
                 if self.stop.is_set():
                     break
                 if done - saved == CHUNK < order.columns - saved:
-                    yield from save()
-                    shown = saved = done
+                    pieces, shown, saved = save(), done, done  # before a listener may be gone
+                    yield from pieces
                 elif time.monotonic() >= due:
                     pixels = preview(self.model, tokens, n + shown, n + done)[0]
                     yield {"at": saved - done if left else n + shown, "done": done,

@@ -22,7 +22,7 @@ from PIL import Image
 from equimini import load_generator
 from equimini.page import drawing
 from equimini.page import server as page_server
-from equimini.page.drawing import Studio
+from equimini.page.drawing import Order, Studio
 from equimini.page.history import create
 from equimini.page.server import Server
 from equimini.sampling.edit import load_tokens
@@ -406,6 +406,14 @@ def test_stop_a_closed_tab_and_the_queue(client):
         n = len(client.studio.strip.columns)
         assert len(labels) < n < 4000
     assert client.do("undo")["labels"] == labels
+
+
+def test_a_listener_gone_at_a_saved_piece_leaves_one_step(client):
+    drawing = client.studio.draw(Order(do="right", columns=100, classes=(0,) * 100, **QUICK))
+    while not len(client.studio.strip.columns):
+        next(drawing)
+    drawing.close()
+    assert len(client.studio.strip.columns) == 64 and client.do("undo")["labels"] == []
 
 
 def test_a_page_loaded_in_the_middle_of_a_drawing_is_told_so(client):
