@@ -39,7 +39,7 @@ class SamplingOptions(Checked):
                               "detail and variety, below 1: smoother", min=0)
     nodes: int = flag(0, "above 0: where a column takes more evaluations than so many, what the "
                       "head makes of time is computed at so many Chebyshev nodes, and interpolated; "
-                      "16 deviate less than bf16 does; not for mean-flow's evaluations", min=0)
+                      "16 deviate less than bf16 does; not with solver mean-flow", min=0)
     precision: str = flag("float32", "arithmetic of the generator's matrix products; bf16 is "
                           "faster and deviates slightly", choices=tuple(PRECISIONS))
     cuda_graphs: str = flag("off", "on: replay recorded kernels, which is faster for few "
@@ -57,6 +57,9 @@ class SamplingOptions(Checked):
             raise UserError("--solver mean-flow needs a head of average velocities, which "
                             "train_generator.py --objective mean-flow trains; this one has "
                             "velocities: give euler, midpoint or heun")
+        if SOLVERS[solver].average and self.nodes:
+            raise UserError("--nodes is for solvers that follow velocities; give it with --solver "
+                            "euler, midpoint or heun")
         if head.scales and not head.scales[0] <= self.cfg <= head.scales[1]:
             raise UserError("--cfg must be {:g} to {:g}, for which this generator's head was "
                             "trained, got {:g}".format(*head.scales, self.cfg))
@@ -66,7 +69,7 @@ class SamplingOptions(Checked):
     def column_sampler(self, head: VelocityHead) -> ColumnSampler:
         """What draws a column with this solver."""
         flow = self.steps, self.solver, self.time_shift, self.temperature
-        if 0 < self.nodes < self.evaluations and not SOLVERS[self.solver].average:
+        if 0 < self.nodes < self.evaluations:
             return NodeSampler(head, self.nodes, *flow)
         return ColumnSampler(head, *flow)
 

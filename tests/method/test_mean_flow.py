@@ -168,6 +168,8 @@ def test_what_does_not_fit_the_head_is_said_in_one_sentence(heads):
         SamplingOptions(solver="mean-flow").resolved(flow)
     with pytest.raises(UserError, match="--cfg must be 1 to 5"):
         SamplingOptions(cfg=5.5).resolved(mean)
+    with pytest.raises(UserError, match="--nodes is for solvers that follow velocities"):
+        SamplingOptions(nodes=8).resolved(mean)
     found = [SamplingOptions().resolved(head) for head in heads]
     assert [(o.solver, o.steps) for o in found] == [("euler", 100), ("mean-flow", 1)]
     assert SamplingOptions(solver="midpoint", steps=7).resolved(mean).steps == 7
