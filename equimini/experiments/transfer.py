@@ -10,7 +10,11 @@ with held-out ones, encoded and decoded: the tokenizer's own losses would drown 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Sequence
+
+import numpy as np
 
 from equimini.config import flag
 from equimini.experiments.common import Lab
@@ -29,6 +33,20 @@ PAPER = ("gFID of columns 5.57 trained on 16 subtasks, 8.99 on 8; of the 2-D gri
 class TransferConfig(SampledConfig):
     subtasks: tuple[int, ...] = flag((0, 2, 4, 6, 8, 10, 12, 14), "subtasks that the second pair "
                                      "of models is trained on, counted from 0", min=0)
+    halves: bool = flag(False, "also train on the first half, on the last half, and on a "
+                               "checkerboard of the grid's patches, for the losses alone")
+
+
+def halves(n: int) -> dict[str, Sequence[int]]:
+    """Other halves of n subtasks; a checkerboard of the grid leaves out no column of patches."""
+    p = math.isqrt(n)
+    return {"first": range(n // 2), "last": range(n // 2, n),
+            "checkerboard": [i for i in range(n) if (i // p + i) % 2 == 0]}
+
+
+def rise(whole: np.ndarray, part: np.ndarray, trained: Sequence[int]) -> np.ndarray:
+    """Of the loss (seeds, N) on the subtasks that are not trained, %, by seed."""
+    return 100 * (np.delete(part, trained, 1).mean(1) / np.delete(whole, trained, 1).mean(1) - 1)
 
 
 def main(argv: list[str]) -> None:
@@ -38,7 +56,6 @@ def main(argv: list[str]) -> None:
     if not set(trained) < set(range(n)):
         raise UserError(f"--subtasks must be some, not all, of 0 to {n - 1}, got "
                         f"{','.join(map(str, cfg.subtasks))}")
-    unseen = [i for i in range(n) if i not in trained]
     half = f"--subtasks {','.join(map(str, cfg.subtasks))}"
     runs = {"columns": lab.columns(), "columns-half": lab.columns(half, "columns-half"),
             "grid": lab.grid(), "grid-half": lab.grid(half, "grid-half")}
@@ -53,21 +70,32 @@ def main(argv: list[str]) -> None:
     rises, losts = {}, {}
     for layout in ("columns", "grid"):
         whole, part = found[layout], found[f"{layout}-half"]
-        rises[layout] = 100 * (part[:, unseen].mean(1) / whole[:, unseen].mean(1) - 1)
+        rises[layout] = rise(whole, part, trained)
         losts[layout] = distances[f"{layout}-half"] - distances[layout]
         for count, name, cost in ((n, layout, "0"), (len(trained), f"{layout}-half",
                                                      spread(rises[layout], 2, sign=True))):
             rows.append((layout, str(count), spread(found[name][:, trained].mean(1)),
-                         spread(found[name][:, unseen].mean(1)), cost, scales_text(scales[name]),
-                         spread(distances[name], 3)))
+                         spread(np.delete(found[name], trained, 1).mean(1)), cost,
+                         scales_text(scales[name]), spread(distances[name], 3)))
+    more = ""
+    for name, chosen in halves(n).items() if cfg.halves else ():
+        flags, rises[name] = f"--subtasks {','.join(map(str, chosen))}", {}
+        for layout, make in (("columns", lab.columns), ("grid", lab.grid)):
+            part = found[f"{layout}-{name}"] = losses(make(flags, f"{layout}-{name}"))
+            rises[name][layout] = rise(found[layout], part, chosen)
+            rows.append((layout, f"{len(chosen)}, {name}", spread(part[:, chosen].mean(1)),
+                         spread(np.delete(part, chosen, 1).mean(1)),
+                         spread(rises[name][layout], 2, True), "", ""))
+        more += f" Trained on the half '{name}': " + verdict(
+            "columns lose less", rises[name]["grid"] - rises[name]["columns"], 2) + "."
     rows += [(f"training pictures, decoded by {layout} (floor)", "", "", "", "", "",
               f"{judge.floor:.3f}") for layout, judge in judges.items()]
     reading = (f"On subtasks that were never trained the loss rises by "
                f"{spread(rises['columns'], 1)} % with columns and by {spread(rises['grid'], 1)} % "
                f"with the grid; " + verdict("columns lose less, as in the paper",
                                             rises["grid"] - rises["columns"], 2) +
-               f". The samples' distance rises by {spread(losts['columns'], 3)} with columns and "
-               f"by {spread(losts['grid'], 3)} with the grid; " + verdict(
+               f".{more} The samples' distance rises by {spread(losts['columns'], 3)} with "
+               f"columns and by {spread(losts['grid'], 3)} with the grid; " + verdict(
                    "columns lose less, as in the paper", losts["grid"] - losts["columns"]) + ".")
     left_out = curves(
         lab.folder / "transfer.png",
