@@ -99,6 +99,7 @@ def with_rope(peer: Attend, tables: tuple[Tensor, ...]) -> Attend:
 
 
 def left_out(name: str, error: Exception) -> None:
+    """Say on stderr that a peer is not measured, and why."""
     print(f"# {name} does not run here: {first_line(error)}", file=sys.stderr)
 
 
@@ -109,6 +110,7 @@ def results(attend: Attend, qkv: Tensor, backward: bool) -> list[Tensor]:
 
 
 def like_output(qkv: Tensor) -> Tensor:
+    """The gradient that the backward pass is timed with: (B, N, H, D) of fixed noise."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(qkv[:, :, 0].shape, generator=generator).to(qkv)
 
@@ -141,6 +143,7 @@ def contest(attend: Attend, qkv: Tensor, backward: bool, device: str) -> float:
 
 
 def one_pass(attend: Attend, qkv: Tensor, backward: bool) -> Callable[[], object]:
+    """What is timed: the forward pass, or the backward pass of a forward one done before."""
     if not backward:
         return lambda: torch.no_grad()(attend)(*qkv.unbind(2))
     inputs = [x.detach().requires_grad_() for x in qkv.unbind(2)]
@@ -170,6 +173,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def attention_line(row: dict[str, Any]) -> str:
+    """One row of the table."""
     text = (f"{', '.join(map(str, row['shape'])):>20} {row['pass']:>8} "
             f"{'yes' if row['rope'] else 'no':>4} {row['method']:>11} {row['ms']:8.3f} "
             f"{row['times_slower']:6.1f}x")

@@ -106,6 +106,7 @@ class Efficient(torch.autograd.Function):
 
 
 def efficient(b: int, n: int, window: int, device: str) -> Attend:
+    """torch's memory-efficient attention with a local window, (B, N, H, D) each; CUDA alone."""
     _need_cuda(device)
     return lambda q, k, v: Efficient.apply(q, k, v, window)
 

@@ -51,11 +51,13 @@ class Stopwatch:
         self.device, self.seconds, self.running = device, 0.0, False
 
     def now(self) -> float:
+        """Seconds, once the device has done what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def watch(self, function: Callable) -> Callable:
+        """The function, with its calls timed."""
         def watched(*args, **kwargs):
             if self.running:
                 return function(*args, **kwargs)
@@ -201,6 +203,7 @@ def main(argv: list[str]) -> None:
 
 
 def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")

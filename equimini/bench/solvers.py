@@ -123,6 +123,7 @@ def settings(cfg: SolverBench) -> list[dict[str, Any]]:
 
 
 def shifts(text: str) -> list[float]:
+    """Values of --time-shifts; raises UserError for what is none."""
     try:
         found = [float(part) for part in text.split(",")]
         for shift in found:

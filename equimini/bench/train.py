@@ -105,6 +105,7 @@ def peak_rate(device: torch.device, precision: str, source: str = "published") -
 
 
 def trainer_of(cfg: TrainBench, setting: str, out: str) -> GeneratorTrainer:
+    """A trainer of random weights with the flags of this setting."""
     shape = PRESETS[cfg.preset].tokenizer
     setup = set_up("generator", "", GeneratorRun(out=out), [
         "--preset", cfg.preset, "--batch-size", str(cfg.batch_size), "--device", cfg.device,
@@ -168,6 +169,7 @@ def profile(step: Any, device: torch.device, steps: int = 3, rows: int = 12) -> 
 
 
 def lines(row: dict[str, Any], cfg: TrainBench) -> list[str]:
+    """A setting's row of the table, and its costliest operators if it was profiled."""
     s, flops = row["s_per_step"], row["flop_per_step"]
     text = (f"{row['setting']:>15} {cfg.batch_size / s:9.2f} {s * 1e3:9.1f} "
             f"{row['fastest_s'] * 1e3:9.1f} {row['faster']:6.2f} {row['first_s']:8.1f} "

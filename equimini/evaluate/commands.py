@@ -114,6 +114,7 @@ class ModelBench(Bench):
 
 
 def enough(data: Dataset, what: str) -> None:
+    """Raises UserError for fewer pictures than a covariance of features takes."""
     if len(data) < 4:
         raise UserError(f"{what} has {len(data)} pictures; it takes at least 4")
 

@@ -121,6 +121,7 @@ class Samples:
         self.options, self.folder, self.batch_size, self.keep = options, folder, batch_size, keep
 
     def job(self, k: int) -> tuple[int, int]:
+        """Class and seed of picture k."""
         return k % len(self.model.classes), self.seed + k
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
@@ -164,6 +165,7 @@ def content_hash(data: ImageFolder | Synthetic, index: int) -> str:
 
 
 def shards(n: int) -> list[tuple[int, int]]:
+    """Pictures 0 … n−1 in parts (first, last) that are kept in a file each."""
     return [(i, min(i + SHARD, n)) for i in range(0, n, SHARD)]
 
 
@@ -213,6 +215,7 @@ def read(pictures: PictureSet) -> Iterator[dict[str, Tensor]]:
 
 
 def read_all(pictures: PictureSet) -> dict[str, Tensor]:
+    """All parts of `read`, joined."""
     parts = list(read(pictures))
     return {name: first if name == "shown" else torch.cat([part[name] for part in parts])
             for name, first in parts[0].items()}

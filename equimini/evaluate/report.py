@@ -106,6 +106,7 @@ COLUMNS = (("set", "set", ""), ("cfg", "cfg", "g"), ("n", "n", "d"),
 
 
 def print_report(report: dict[str, Any]) -> None:
+    """The report in words, for the terminal."""
     reference, measured, net = (report[k] for k in ("reference", "checkpoint", "network"))
     verified = "checked" if net["hash_verified"] else "not checked"
     size = f"{reference['n']} pictures, " if reference["n"] else ""

@@ -141,6 +141,7 @@ class Comparison:
 
 
 def table(scores: dict[str, dict[str, float]], cfg: AblationConfig, count: int) -> str:
+    """The scores of every variant as Markdown, and how they were measured."""
     rows = [("variant", "PSNR (dB) ↑", "SSIM ↑", "perceptual distance ↓", "Fréchet distance ↓")]
     rows += [(label, *(f"{s[name]:.{digits}f}" for name, digits in zip(SCORES, (2, 4, 4, 3))))
              for label, s in scores.items()]

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 class Reference(NamedTuple):
+    """The plain computation of an operator, of its gradients and of its tangent."""
+
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     tangent: Callable[..., Tensor]

@@ -152,6 +152,7 @@ class Handler(BaseHTTPRequestHandler):
                     pass  # so that who is sending still sees the answer, no broken connection
 
     def check_sender(self) -> None:
+        """Raises Refused for a request that another site sends (Host, Origin, Sec-Fetch-Site)."""
         host = self.headers.get("Host", "")
         if host not in self.server.hosts:
             raise Refused(403, f"this page is at http://{self.server.hosts[0]}/, nowhere else")
@@ -160,6 +161,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(403, "another page's requests are not answered")
 
     def read(self, limit: int) -> bytes:
+        """The request's body, of at most `limit` bytes; raises Refused."""
         length = self.headers.get("Content-Length", "0" if self.command == "GET" else "")
         if not (length.isascii() and length.isdecimal()):
             raise Refused(411, "a request needs its Content-Length")
@@ -171,6 +173,7 @@ class Handler(BaseHTTPRequestHandler):
         return body
 
     def json(self) -> dict[str, Any]:
+        """The request's body as a JSON object; raises Refused."""
         try:
             values = json.loads(self.body)
         except (ValueError, RecursionError):
@@ -180,6 +183,7 @@ class Handler(BaseHTTPRequestHandler):
         return values
 
     def number(self, name: str, default: int | None = None) -> int:
+        """A whole number of the query string; raises Refused."""
         text = self.query.get(name, "" if default is None else str(default))
         if not (text.isascii() and text.isdecimal() and len(text) < 16):
             raise Refused(400, f"{name} must be a whole number, got {text[:50]!r}")

@@ -26,6 +26,7 @@ class NodeSampler(ColumnSampler):
 
     def at_times(self, z: Tensor,
                  s: float | Tensor) -> Callable[[slice], Sequence[tuple[Tensor, ...]]]:
+        """As of `ColumnSampler`, interpolated from the modulations at the nodes."""
         blocks = self.at_nodes.at_times(z, s)(slice(None))
         self.weights = self.weights.to(blocks[0][0])
         return lambda part: [tuple(torch.tensordot(self.weights[part], m, 1) for m in block)

@@ -126,6 +126,7 @@ def draw_loss(axes: Any, run: RunLog, smooth: int, style: dict[str, Any]) -> Non
 
 
 def scalar(key: str, least: float = -math.inf, noisy: bool = False) -> Callable[..., None]:
+    """A panel that draws the values logged under `key`, none below `least`."""
     def draw(axes: Any, run: RunLog, smooth: int, style: dict[str, Any]) -> None:
         curve = run.curve(key, least)
         if noisy:
@@ -214,6 +215,7 @@ def finish(axes: Any, title: str, xlabel: str, log: bool, alone: bool) -> None:
 
 
 def summary(run: RunLog) -> str:
+    """The line of figures that is printed for a run."""
     steps, loss = run.curve("loss")
     val_steps, val = run.curve("val_loss")
     parts = [f"{run.label}: {run.records[-1]['step']} steps"]

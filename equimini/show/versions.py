@@ -20,6 +20,7 @@ from equimini.utils.machine import processor
 
 
 def lines() -> Iterator[str]:
+    """What a report of a fault should say of the machine and what is installed."""
     yield f"equimini: {__version__}"
     yield f"Python: {platform.python_version()}, {platform.platform()}"
     cuda = torch.version.cuda and f"built with CUDA {torch.version.cuda}"

@@ -221,6 +221,7 @@ def latents_hash(tokenizer: Tokenizer) -> str:
 
 
 def weights_hash(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of names and values, in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

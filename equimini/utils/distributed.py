@@ -30,6 +30,7 @@ MEETING = timedelta(minutes=5)  # within which all processes have to be there
 
 
 def rank() -> int:
+    """The number of this process, 0 if it is alone."""
     return _number("RANK", 0) if world_size() > 1 else 0
 
 
@@ -92,6 +93,7 @@ def _meeting_place() -> dist.Store:
 
 
 def barrier() -> None:
+    """Wait for all processes."""
     if world_size() > 1:
         dist.barrier()
 
@@ -141,6 +143,7 @@ def largest(x: Tensor) -> Tensor:
 
 
 def copy_from_main(*modules: nn.Module) -> None:
+    """Every process takes the main one's parameters and buffers."""
     if world_size() > 1:
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):

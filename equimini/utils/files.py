@@ -100,6 +100,7 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path | str, text: str) -> None:
+    """A file in UTF-8, whole or not at all."""
     with replacing(path) as file:
         file.write(text.encode())
 
@@ -124,6 +125,7 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def file_hash(path: Path | str) -> str:
+    """SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

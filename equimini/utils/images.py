@@ -128,6 +128,7 @@ def scale_to_fit(image: Image.Image, height: int, width: int | None = None) -> I
 
 
 def load_image(path: Path | str, height: int, width: int | None = None) -> Image.Image:
+    """An RGB picture, scaled so that a (height, width) crop just fits; width None: to `height`."""
     return scale_to_fit(read_rgb(path, 4 * max(height, width or 0)), height, width)
 
 

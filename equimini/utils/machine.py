@@ -12,6 +12,7 @@ from equimini.attention import implementation
 
 
 def machine(device: str) -> str:
+    """Device, threads, kernels and versions, as a measurement names them."""
     name = (torch.cuda.get_device_name() if device == "cuda" else
             f"{processor()}, {torch.get_num_threads()} threads, "
             f"{torch.backends.cpu.get_cpu_capability()}")
@@ -20,6 +21,7 @@ def machine(device: str) -> str:
 
 
 def processor() -> str:
+    """The processor's name."""
     try:
         with open("/proc/cpuinfo") as lines:
             return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
