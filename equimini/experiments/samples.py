@@ -6,7 +6,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -77,6 +77,7 @@ class Judge:
     def __init__(self, cfg: SampledConfig, lab: Lab, decoded: str = "") -> None:
         self.device, self.samples = pick_device(cfg.device), cfg.samples or lab.scale.samples
         self.lab, self.decoded = lab, decoded
+        self.load: Callable[[TrainingRun], Any] = lambda run: load_generator(run.last, self.device)
         self.features: Callable[[Tensor], Tensor] = thumbnails
         self.name = "8x8 thumbnails"
         if cfg.network:
@@ -114,18 +115,20 @@ class Judge:
                                        for images, _, _ in loader]))
 
     def distance(self, run: TrainingRun, seed: int, scale: float, count: int,
-                 first: int = 0) -> float:
-        """Of `count` samples with seeds `first`, first + 1, …, classes in turn; seed: the run's."""
+                 first: int = 0, steps: int = 0) -> float:
+        """Of `count` samples with seeds `first`, first + 1, …, classes in turn; seed: the run's;
+        steps: other than `EXACT` has them."""
+        exact = EXACT | ({"steps": steps} if steps else {})
         reference = "decoded-" if self.decoded else ""
-        kept = run.folder / (f"frechet-{'-'.join(map(str, EXACT.values()))}-{reference}"
+        kept = run.folder / (f"frechet-{'-'.join(map(str, exact.values()))}-{reference}"
                              f"{Path(self.name).stem}-{scale:g}-{count}-{first}.json")
         if kept.exists():
             return json.loads(kept.read_text())
-        model, found = load_generator(run.last, self.device), []
+        model, found = self.load(run), []
         for i in tqdm(range(0, count, BATCH), desc=f"drawing, guidance {scale:g}"):
             seeds = range(first + i, first + min(i + BATCH, count))
             images = model.sample([s % len(model.classes) for s in seeds], seed=seeds[0],
-                                  cfg=scale, **EXACT)
+                                  cfg=scale, **exact)
             found.append(self.features(to_pixels(images)))
         real = self.real[seed if self.decoded else 0]
         value = frechet_distance(real, Gaussian.fit(torch.cat(found)))
