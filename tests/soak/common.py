@@ -11,6 +11,8 @@ from typing import Any
 
 from equimini.utils.files import write_text
 
+BEGUN = time.time()
+
 
 class Progress(Counter):
     """Counts by name, kept in a file, so that a soak can be continued."""
@@ -24,11 +26,12 @@ class Progress(Counter):
         write_text(self.path, json.dumps(self, indent=1))
 
 
-def options(parser: argparse.ArgumentParser, **added: tuple[Any, str]) -> argparse.Namespace:
-    """Parse, with options of which the default and the meaning are given."""
+def options(doc: str, **added: tuple[Any, str]) -> argparse.Namespace:
+    """Parse options of which the default and the meaning are given; a list takes any number."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     for name, (default, what) in added.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default,
-                            help=f"{what} [{default}]")
+        kind = {"nargs": "*"} if isinstance(default, list) else {"type": type(default)}
+        parser.add_argument(f"--{name}", default=default, help=f"{what} [{default}]", **kind)
     return parser.parse_args()
 
 
@@ -37,7 +40,7 @@ def memory(what: str) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().split(what + ":")[1].split()[0])
 
 
-def figures(what: str, begun: float, **numbers: Any) -> None:
-    """The line that a soak ends with: the date, what, and how much of it."""
+def figures(what: str, **numbers: Any) -> None:
+    """The line that a soak ends with: the date, what, how much of it, the seconds so far."""
     shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in numbers.items())
-    print(f"{time.strftime('%Y-%m-%d')} {what}: {shown}; {time.time() - begun:.0f} s", flush=True)
+    print(f"{time.strftime('%Y-%m-%d')} {what}: {shown}; {time.time() - BEGUN:.0f} s", flush=True)

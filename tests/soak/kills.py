@@ -3,11 +3,9 @@
     python -m tests.soak.kills --times 30 --what killed     # of each; continues in soak/kills.json
     python -m tests.soak.kills --only tokenizer scroll        # each kind of trouble once
 
-A command is killed (SIGKILL), stopped for a minute, interrupted twice in a
-row, loses a process that loads pictures, finds its folder deleted, its disk read-only (both disks
-need root), or full: a disk with room for one write more at each start.  But for the first two it
-must end with one sentence.  Started again it must end with the files of one that was left alone,
-bit for bit (wall-clock figures excepted), and leave nothing behind.
+CODES names the troubles; both disks need root, and a full one has room for one write more at each
+start.  But for the first two the command must end with one sentence.  Started again it must end
+with the files of one that was left alone, bit for bit (but for wall-clock figures), and no others.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from contextlib import ExitStack, suppress
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,24 +44,18 @@ PER_RUN = 8  # kills of a run, after which it may end
 BLOCK, WRITES = 4096, 30  # bytes of a tmpfs's blocks; steps in which it grows to what a run needs
 CODES = {"killed": -signal.SIGKILL, "stopped": 0, "interrupted": 130, "loader killed": 2,
          "folder deleted": 2, "read-only": 2, "disk full": 2}  # a run's exit code, or 0 at its end
-TRAINED = "--val-every 7 --preview-every 10 --deterministic --steps 40"
+FLAGS = {"tokenizer": TOKENIZER, "generator": GENERATOR}
+TRAINED = "--out OUT --val-every 7 --preview-every 10 --deterministic --steps 40"
 SCROLL = "--scroll 1500 --tile-columns 50 --classes 0:30,1:20"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-class Job(NamedTuple):
-    """words: of a fresh start, OUT for its folder; again: where there is something to resume."""
-
-    words: list[str]
-    again: list[str] | None = None
-
-
-def make_jobs(folder: Path) -> dict[str, Job]:
-    """What the jobs run; the models and files that they need are made once."""
+def make_jobs(folder: Path) -> dict[str, list[str]]:
+    """Python's words for each job (OUT: its folder); the models and files they need, once."""
     if not (folder / "many.tar").exists():
         folder.mkdir(exist_ok=True)
-        call("train_tokenizer.py", *TOKENIZER, "--steps", 6, "--overwrite", cwd=folder)
-        call("train_generator.py", *GENERATOR, "--steps", 6, "--overwrite", cwd=folder)
+        for kind, flags in FLAGS.items():
+            call(f"train_{kind}.py", *flags, "--steps", 6, "--overwrite", cwd=folder)
         torch.jit.script(TinyNet()).save(str(folder / "net.pt"))
         call("equimini.training.cache_latents", "--images", 64, "--workers", 0, "--out", "cached",
              cwd=folder)
@@ -73,28 +65,23 @@ def make_jobs(folder: Path) -> dict[str, Job]:
         os.utime(folder / "making.tar", (0, 0))  # long ago: its index is trusted
         (folder / "making.tar").rename(folder / "many.tar")
 
-    def training(kind: str, *more: str, first: list[str] = []) -> Job:
-        script = [*first, f"{ROOT}/train_{kind}.py", "--out", "OUT"]
-        flags = TOKENIZER if kind == "tokenizer" else GENERATOR
-        return Job([*script, *flags, *TRAINED.split(), *more], [*script, "--resume"])
-
     drawn = "--checkpoint runs/generator/last.pt --steps 1 --out OUT"
-    scroll = [f"{ROOT}/sample.py", *drawn.split(), *SCROLL.split()]
+    tokenizer, generator = ([f"{ROOT}/train_{kind}.py", *flags, *TRAINED.split()]
+                            for kind, flags in FLAGS.items())
     return {
-        "tokenizer": training("tokenizer"), "generator": training("generator"),
-        "generator from latents": training("generator", "--latents", "cached"),
-        "generator in 2 processes": training("generator", first=TORCHRUN),
-        "cache_latents": Job("cache --workers 0 --images 300 --out OUT".split()),
-        "evaluate": Job(f"-m equimini.evaluate generator {drawn} --network net.pt --n 100 "
-                        "--cfg 1,2 --reference-n 100 --workers 0 --cache OUT/features".split()),
-        "scroll": Job(scroll, [*scroll, "--resume"]), "index": Job(["search", "OUT"])}
+        "tokenizer": tokenizer, "generator": generator,
+        "generator from latents": [*generator, "--latents", "cached"],
+        "generator in 2 processes": [*TORCHRUN, *generator],
+        "cache_latents": "cache --workers 0 --images 300 --out OUT".split(),
+        "evaluate": f"-m equimini.evaluate generator {drawn} --network net.pt --n 100 --cfg 1,2 "
+                    "--reference-n 100 --workers 0 --cache OUT/features".split(),
+        "scroll": f"{ROOT}/sample.py {drawn} {SCROLL}".split(), "index": ["search", "OUT"]}
 
 
-def start(job: Job, out: Path) -> BaseProcess:
+def start(job: list[str], out: Path) -> BaseProcess:
     """The command in a process forked from this one, which has imported torch already."""
     begun = any((out / name).exists() for name in ("last.pt", "state.pt"))
-    words = job.again if job.again and begun else job.words
-    words = [word.replace("OUT", out.name) for word in words]
+    words = [word.replace("OUT", out.name) for word in job] + ["--resume"] * begun
     (process := get_context("fork").Process(target=run, args=(words, out.parent))).start()
     return process
 
@@ -109,15 +96,13 @@ def run(words: list[str], folder: Path) -> None:
     sys.argv = words[words[0] == "-m":]
     index.SMALL, index.PAUSE = 0, 0.1  # small sizes that no option sets
     cache_latents.SHARD = feature_shards.SHARD = 64  # no fewer: "cached" is one shard
+    here = {"search": lambda: index.open_source("many.tar", words[1]), "cache": cache_latents.main}
     try:
-        if words[0] == "search":
-            command_line.run(lambda: index.open_source("many.tar", words[1]))
-        elif words[0] == "cache":
-            command_line.run(cache_latents.main)
-        elif words[0] == "-m":
-            runpy.run_module(words[1], run_name="__main__")
+        if words[0] in here:
+            command_line.run(here[words[0]])
         else:
-            runpy.run_path(words[0], run_name="__main__")
+            (runpy.run_module if words[0] == "-m" else runpy.run_path)(
+                sys.argv[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out
 
@@ -136,14 +121,12 @@ def send(process: BaseProcess, number: int) -> None:
 
 def changed(out: Path) -> int:
     """The latest change of anything in a folder, nanoseconds; 0 where there is none."""
-    times = [0]
-    for path in [out, *out.rglob("*")]:
-        with suppress(OSError):  # renamed meanwhile
-            times.append(path.stat().st_mtime_ns)
-    return max(times)
+    with suppress(OSError):  # renamed meanwhile
+        return max(path.stat().st_mtime_ns for path in [out, *out.rglob("*")])
+    return 0
 
 
-def begin(job: Job, out: Path) -> BaseProcess:
+def begin(job: list[str], out: Path) -> BaseProcess:
     """Start it and wait until it writes something, or ends."""
     before, process = changed(out), start(job, out)
     while process.is_alive() and changed(out) == before:
@@ -151,7 +134,7 @@ def begin(job: Job, out: Path) -> BaseProcess:
     return process
 
 
-def finish(job: Job, out: Path) -> float:
+def finish(job: list[str], out: Path) -> float:
     """Let it end, which it must; returns the seconds since it first wrote something."""
     process, begun = begin(job, out), time.time()
     must_end_with(process, out, 0)
@@ -161,38 +144,32 @@ def finish(job: Job, out: Path) -> float:
 def must_end_with(process: BaseProcess, out: Path, *codes: int) -> None:
     """One of these exit codes, in time; 2 and 130 (interrupted) without a traceback."""
     process.join(600)
-    code, text = process.exitcode, said(out)
+    code, text = process.exitcode, (out.parent / "said.txt").read_text()
     faults = text.count("Traceback") - text.count("Exception ignored")  # a loader that just began
     if code not in codes or code and (faults > 0 or code == 2 and text.count("error: ") != 1):
         send(process, signal.SIGKILL)
         raise SystemExit(f"it ends with exit code {code}, not {codes}:\n{text}")
 
 
-def said(out: Path) -> str:
-    return (out.parent / "said.txt").read_text()
-
-
 def content(path: Path, out: str) -> Any:
     """What is compared of a file: all but times, and the folder's name."""
     match path.suffix:
         case ".pt":
-            found = torch.load(path, weights_only=True)
-            return {name: found[name] for name in found.keys() - {"config", "settings"}}
+            return torch.load(path, weights_only=True) | {"config": 0, "settings": 0}
         case ".npz":
             found = {name: (x.dtype, x.shape, x.tobytes()) for name, x in np.load(path).items()}
             if "about" in found:  # JSON, of an index
                 found["about"] = {**json.loads(found["about"][2]), "built": 0}
             return found
         case ".jsonl":
-            return [{**json.loads(line), "images_per_s": 0}
-                    for line in path.read_text().splitlines()]
+            return [json.loads(x) | {"images_per_s": 0} for x in path.read_text().splitlines()]
         case ".png":
             return (image := Image.open(path)).size, image.tobytes()
     return path.read_bytes().replace(out.encode(), b"OUT")
 
 
 def compare(whole: Path, killed: Path) -> list[str]:
-    """The files in which two output folders differ; leftovers of dead processes, too."""
+    """The files in which two output folders differ; leftovers of dead processes as well."""
     a, b = ({path.relative_to(out): None if path.is_dir() else content(path, out.name)
              for path in out.rglob("*")} for out in (whole, killed))
     return sorted(str(name) for name in a.keys() | b.keys() if not (
@@ -224,18 +201,12 @@ def remount(out: Path, how: str) -> bool:
     return subprocess.run(words, capture_output=True).returncode == 0
 
 
-def applies(what: str, name: str, job: Job) -> bool:
-    """Whether a command can meet this: not all have loaders, and torchrun answers for its own."""
-    return (what != "loader killed" or "--workers" in job.words) and (
-        what in ("killed", "stopped") or "processes" not in name)
-
-
-def befall(what: str, job: Job, out: Path, seconds: float, pause: float, times: int,
+def befall(what: str, job: list[str], out: Path, seconds: float, pause: float, times: int,
            draw: random.Random) -> int:
     """A run in which it happens, so many times at most; returns how often it did."""
     happened, disturbed = 0, job
-    if what in ("interrupted", "loader killed") and "--workers" in job.words:
-        disturbed = job._replace(words=[*job.words, "--workers", "2"])
+    if what in ("interrupted", "loader killed") and "--workers" in job:
+        disturbed = [*job, "--workers", "2"]
     while happened < times:
         if what == "killed" and draw.random() < 0.1:  # before it does anything
             process = start(disturbed, out)
@@ -255,19 +226,19 @@ def befall(what: str, job: Job, out: Path, seconds: float, pause: float, times: 
     return happened
 
 
-def fill(job: Job, out: Path, needed: int) -> int:
+def fill(job: list[str], out: Path, needed: int) -> int:
     """Start again and again on a disk that grows; returns how many starts found it full."""
     for starts in range(10 * WRITES):
         remount(out, f"size={BLOCK + starts * max(BLOCK, needed // WRITES)}")
         must_end_with(process := start(job, out), out, 0, 2)
         if process.exitcode == 0:
             return starts
-    raise SystemExit(f"with ten times the room it still ends with {said(out)}")
+    raise SystemExit("with ten times the room it does not end")
 
 
-def soak(name: str, what: str, job: Job, folder: Path, seconds: float, args: argparse.Namespace,
-         done: Progress) -> None:
-    whole, out, key, begun = folder / "whole", folder / "killed", f"{name}, {what}", time.time()
+def soak(name: str, what: str, job: list[str], folder: Path, seconds: float, done: Progress,
+         args: argparse.Namespace) -> None:
+    whole, out, key = folder / "whole", folder / "killed", f"{name}, {what}"
     needed = sum(path.stat().st_size for path in whole.rglob("*"))
     while (left := args.times - done[key]) > 0:
         shutil.rmtree(out, ignore_errors=True)
@@ -283,23 +254,22 @@ def soak(name: str, what: str, job: Job, folder: Path, seconds: float, args: arg
                 raise SystemExit(f"{key}, {happened} times; these differ: {', '.join(found[:10])}")
         done.update({key: happened, f"{key}, runs": 1})
         done.save()
-    figures(key, begun, times=done[key], runs=done[f"{key}, runs"])
+    figures(key, times=done[key], runs=done[f"{key}, runs"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--what", nargs="*", default=CODES, help="of these [all]")
-    parser.add_argument("--only", nargs="*", help="these commands [all]")
-    args = options(parser, times=(1, "of each"), pause=(60.0, "seconds that it is stopped"), seed=(
-        0, "of the moments"), out=(Path("soak"), "counts are kept here"))
+    args = options(__doc__, what=([*CODES], "of these"), only=([], "these commands; none: all"),
+                   times=(1, "of each"), pause=(60.0, "seconds that it is stopped"),
+                   seed=(0, "of the moments"), out=(Path("soak"), "counts are kept here"))
     done, folder = Progress(args.out.resolve() / "kills.json"), args.out.resolve() / "kills"
     jobs = make_jobs(folder)
     for name in args.only or jobs:
         shutil.rmtree(folder / "whole", ignore_errors=True)
         seconds = finish(jobs[name], folder / "whole")
-        for what in args.what:
-            if applies(what, name, jobs[name]):
-                soak(name, what, jobs[name], folder, seconds, args, done)
+        for what in args.what:  # not all have loaders, and torchrun answers for its own
+            if ("--workers" in jobs[name] or what != "loader killed") and (
+                    what in ("killed", "stopped") or "processes" not in name):
+                soak(name, what, jobs[name], folder, seconds, done, args)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
     python -m tests.soak.page --edits 1000 --clients 50 --seconds 600
     python -m tests.soak.page --kills 30 --edits 0         # kills it while it draws
 
-One client edits, and compares the strip with its own account of it.  Others meanwhile read, send
-orders that are refused, or headers byte by byte, stop in the middle of a body, or close the
-connection while they are answered.  In the end nothing may be lost and no thread is left.
-Of a server killed while it draws, the strip must be that of an undisturbed one, up to some part.
+One client edits, and compares the strip with its own account of it, beside others that read and
+misbehave; in the end nothing may be lost and no thread is left.  Of a server killed while it
+draws, the strip must be that of an undisturbed one, up to some part.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +35,17 @@ from equimini.sampling.strip import row_type
 from tests.helpers.scripts import ENVIRONMENT
 from tests.soak.common import figures, memory, options
 
-QUICK = {"solver": "euler", "steps": 2}
+QUICK = {"solver": "euler", "steps": 2, "fit": 1}
 
 
 def ask(host: str, method: str, path: str, fields: dict | None = None) -> tuple[int, bytes]:
     """Status and body of the answer; (0, b"") where the page has no connection free."""
-    link = http.client.HTTPConnection(host, timeout=120)
-    try:
+    with closing(http.client.HTTPConnection(host, timeout=120)) as link, suppress(
+            OSError, http.client.HTTPException):
         link.request(method, path, None if fields is None else json.dumps(fields))
         answer = link.getresponse()
         return answer.status, answer.read()
-    except (OSError, http.client.HTTPException):
-        return 0, b""
-    finally:
-        link.close()
+    return 0, b""
 
 
 def change(host: str, fields: dict) -> dict[str, Any]:
@@ -73,12 +68,11 @@ def edit(host: str, studio: Studio, edits: int, until: float, draw: random.Rando
     change(host, {"columns": 64, "classes": [0] * 64, **QUICK})
     history, place, done = [studio.strip.columns.copy()], 0, 0
     while done < edits or time.time() < until:
-        act = draw.choice(["redraw", "redraw", *["undo"] * (place > 0),
-                           *["redo"] * (place + 1 < len(history))])
+        act = draw.choice(["redraw", "redraw"] + ["undo"] * (place > 0)
+                          + ["redo"] * (place + 1 < len(history)))
         if act == "redraw":
             at = draw.randrange(4, 60)
-            change(host, {"do": act, "start": at, "end": at + 1, "candidates": 2, "fit": 1,
-                          **QUICK})
+            change(host, {"do": act, "start": at, "end": at + 1, "candidates": 2, **QUICK})
             now = change(host, {"do": "choose", "candidate": draw.randrange(2)})
             history[place + 1:] = [studio.strip.columns.copy()]
             if not np.array_equal(*(np.delete(x["token"], at, 0) for x in history[place:])):
@@ -91,17 +85,16 @@ def edit(host: str, studio: Studio, edits: int, until: float, draw: random.Rando
     return done
 
 
-def disturb(host: str, stop: threading.Event, draw: random.Random, seen: Counter) -> None:
+def disturb(host: str, stop: threading.Event, draw: random.Random, seen: list) -> None:
     """One client that behaves badly, or only reads."""
     header, (address, port) = f"HTTP/1.0\r\nHost: {host}\r\n", host.split(":")
     gone = [f"GET /strip.png {header}\r\n"]
     half = [f"POST /draw {header}Content-Length: 50\r\n\r\n\"columns\""]
     slow = f"GET /state {header}"  # byte by byte
     while not stop.wait(draw.uniform(0, 4)):
-        seen["requests"] += 1
         read = "/" + draw.choice(("", "state", "strip.png?from=3&to=9", "strip.png", "strip.pt"))
         wrong, stale = {"columns": draw.choice((-1, "x", 10**9, None))}, {"do": "new", "version": 0}
-        what = draw.choice((read, read, wrong, stale, gone, half, slow))
+        seen.append(what := draw.choice((read, read, wrong, stale, gone, half, slow)))
         if what is read or isinstance(what, dict):
             ask(host, *(("GET", read) if what is read else ("POST", "/draw", what)))
             continue
@@ -116,7 +109,7 @@ def kill(args: argparse.Namespace, folder: Path, draw: random.Random) -> None:
     words = [sys.executable, "-m", "equimini.page", "--port", "0", "--out", folder, "--checkpoint",
              args.checkpoint]
     row = row_type(load_generator(args.checkpoint))
-    whole, seconds, kept, begun = None, 0.0, 0, time.time()
+    whole, seconds, kept = None, 0.0, 0
     for _ in range(args.kills + 1):  # the first one is left alone
         server = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
         host, started = server.stdout.readline().split("/")[2], time.time()
@@ -132,11 +125,11 @@ def kill(args: argparse.Namespace, folder: Path, draw: random.Random) -> None:
         kept += (n := len(strip))
         if len(whole) != 256 or n % 64 or not np.array_equal(strip, whole[:n]):
             raise SystemExit(f"after a kill the strip of {n} columns is another one")
-    figures("page", begun, kills=args.kills, columns_kept=kept)
+    figures("page", kills=args.kills, columns_kept=kept)
 
 
 def load(args: argparse.Namespace, folder: Path, draw: random.Random) -> None:
-    begun, seen, stop = time.time(), Counter(), threading.Event()
+    seen, stop, until = [], threading.Event(), time.time() + args.seconds
     studio = Studio(load_generator(args.checkpoint), folder)
     server = Server(studio, 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -144,28 +137,27 @@ def load(args: argparse.Namespace, folder: Path, draw: random.Random) -> None:
     edit(host, studio, 20, 0, draw)  # a warm-up
     threads, used = threading.active_count(), memory("VmRSS")
     for k in range(args.clients):
-        threading.Thread(target=disturb, args=(host, stop, random.Random(k), seen),
-                         daemon=True).start()
-    done = edit(host, studio, args.edits, begun + args.seconds, draw)
+        other = host, stop, random.Random(k), seen
+        threading.Thread(target=disturb, args=other, daemon=True).start()
+    done = edit(host, studio, args.edits, until, draw)
     grown = (memory("VmRSS") - used) / 2**20
     stop.set()
     deadline = time.time() + 150  # what is being answered may take two minutes
     while threading.active_count() > threads and time.time() < deadline:
         time.sleep(0.1)
-    left, kept = threading.active_count() - threads, studio.strip.columns.tobytes()
+    left = threading.active_count() - threads
     server.shutdown()
     server.server_close()
-    if Studio(studio.model, folder).strip.columns.tobytes() != kept:
+    if Studio(studio.model, folder).strip.columns.tobytes() != studio.strip.columns.tobytes():
         raise SystemExit("what is on disk is not the strip that was shown")
-    figures("page", begun, edits=done, requests_beside=seen["requests"], threads_left=left,
+    figures("page", edits=done, requests_beside=len(seen), threads_left=left,
             MiB_grown=f"{grown:.0f}")
     if left:
         raise SystemExit(f"threads are left: {threading.enumerate()}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    args = options(parser, edits=(1000, "of the strip, at least"), seconds=(0.0, "at least"),
+    args = options(__doc__, edits=(1000, "of the strip, at least"), seconds=(0.0, "at least"),
                    clients=(50, "beside the one that edits"), kills=(0, "of servers that draw"),
                    checkpoint=("scenes", "generator to draw with"), seed=(0, "of the moments"))
     torch.set_num_threads(1)

@@ -1,7 +1,5 @@
 #!/usr/bin/env bash
-# A long scroll: its memory and time per column over its length, and whether it is right.
-#
-#   bash tests/soak/scroll.sh COLUMNS OUT [sample.py's options]
+# A long scroll: bash tests/soak/scroll.sh COLUMNS OUT [sample.py's options]
 #
 # Prints tiles, seconds and memory each tenth.  A copy of the state taken halfway is continued by
 # another process for 10 tiles, and the finished scroll by 1: their tiles must be the same bytes.
@@ -14,8 +12,7 @@ tiles() { find "$1" -name 'tile-*' 2>/dev/null | wc -l || true; }
 while kill -0 $! 2>/dev/null; do
   sleep 1
   done=$(($(tiles "$out") * tile * 10 / columns))
-  [ "$done" -gt "$shown" ] || continue
-  shown=$done
+  [ "$done" -gt "$shown" ] && shown=$done || continue
   echo "$(tiles "$out") tiles, $SECONDS s, $(ps -o rss= $! || true) KiB"
   [ "$done" -lt 5 ] || [ -e "$out-half" ] || cp -r "$out" "$out-half"
 done
@@ -23,7 +20,5 @@ wait $!
 half=$(tiles "$out-half")
 "${sample[@]}" --scroll $(((half + 10) * tile)) --out "$out-half" --resume >/dev/null 2>&1
 "${sample[@]}" --scroll $((columns + tile)) --out "$out" --resume >/dev/null 2>&1
-for i in $(seq -f %06g 0 $((half + 8))); do
-  cmp "$out/tile-$i.png" "$out-half/tile-$i.png"
-done
+for i in $(seq -f %06g 0 $((half + 8))); do cmp "$out/tile-$i.png" "$out-half/tile-$i.png"; done
 echo "$(tiles "$out") tiles: those of both runs are the same, and the finished scroll was continued"

@@ -48,55 +48,54 @@ SCROLL = "--checkpoint generator.pt --steps 1 --tile-columns 4 --out walk --clas
 
 
 class Target(NamedTuple):
-    """One kind.  files: a folder that each case gets a copy of; mutated: names in it of which one
-    is changed (none: a command line is made instead); use: called in that folder; right: what it
-    gives, where changed bytes must be noticed or not matter."""
+    """One kind; right: what `use` gives, where changed bytes must be noticed or not matter."""
 
     name: str
-    files: Path
-    mutated: list[str]
+    files: Path  # each case gets a copy of this folder
+    mutated: list[str]  # names in it of which one is changed; none: a command line is made
     mutations: tuple[Callable, ...]
-    use: Callable[..., Any]
+    use: Callable[..., Any]  # called in that folder
     right: Any = None
 
 
 def make_targets(folder: Path) -> dict[str, Target]:
     """Train two small models and write every kind of file once."""
-    made = folder / "made"
-    made.mkdir()
-    call("train_tokenizer.py", *TOKENIZER, "--steps", 6, cwd=made)
-    call("train_generator.py", *GENERATOR, "--steps", 6, cwd=made)
-    shutil.copy(made / "runs/tokenizer/last.pt", made / "tokenizer.pt")
-    shutil.copy(made / "runs/generator/last.pt", made / "generator.pt")
+    (made := folder / "made").mkdir()
+    os.chdir(made)
+    for kind, flags in (("tokenizer", TOKENIZER), ("generator", GENERATOR)):
+        call(f"train_{kind}.py", *flags, "--steps", 6, cwd=made)
+        shutil.copy(f"runs/{kind}/last.pt", f"{kind}.pt")
+    for name in ("pictures/0", "pictures/1", "s", "strip"):
+        Path(name).mkdir(parents=True)
     draw = np.random.default_rng(0)
     for k in range(6):
-        (path := made / f"pictures/{k % 2}/{k}").parent.mkdir(parents=True, exist_ok=True)
         pixels = Image.fromarray(draw.integers(0, 256, (40, 50, 3), np.uint8))
-        pixels.save(path.with_suffix((".png", ".jpg", ".webp")[k // 2]))
+        pixels.save(f"pictures/{k % 2}/{k}." + ("png", "jpg", "webp")[k // 2])
     call("equimini.training.cache_latents", "--tokenizer", "tokenizer.pt", "--out", "latents",
          "--data", "pictures", "--workers", 0, "--val-fraction", 0.4, cwd=made)
     words = "--checkpoint generator.pt --steps 1 --columns 5 --save-tokens tokens.pt"
     call("sample.py", *words.split(), cwd=made)
     call("sample.py", *SCROLL.split(), "--scroll", 12, cwd=made)
     square = draw.normal(size=(8, 40))
-    (made / "s").mkdir()
-    np.savez(made / "s/s.npz", mu=square.mean(1), sigma=np.cov(square))
-    np.savez(made / "s/p.npz", arr_0=draw.integers(0, 256, (4, 16, 16, 3), np.uint8))
-    with tarfile.open(made / "x.tar", "w") as tar, zipfile.ZipFile(made / "x.zip", "w") as packed:
-        for path in sorted((made / "pictures").glob("*/*")):
+    np.savez("s/s.npz", mu=square.mean(1), sigma=np.cov(square))
+    np.savez("s/p.npz", arr_0=draw.integers(0, 256, (4, 16, 16, 3), np.uint8))
+    with tarfile.open("x.tar", "w") as tar, zipfile.ZipFile("x.zip", "w") as packed:
+        for path in (pictures := sorted(Path("pictures").glob("*/*"))):
             tar.add(path, f"./{path.parent.name}/{path.name}")
             packed.write(path, f"{path.parent.name}/{path.name}")
-            packed.writestr("dataset.json", '{"labels": [["0/0.png", 1], ["1/1.png", 0]]}')
+        packed.writestr("dataset.json", '{"labels": [["0/0.png", 1], ["1/1.png", 0]]}')
+    with suppress(ImportError):  # pyarrow is not everywhere
+        from pyarrow import parquet, table
+        images = {"image": [path.read_bytes() for path in pictures], "label": [0, 0, 0, 1, 1, 1]}
+        parquet.write_table(table(images), "x.parquet", row_group_size=2)
     index.SMALL = 0  # so that an index of few pictures is kept
-    os.utime(made / "x.tar", (0, 0))  # long ago: its index is trusted
-    os.chdir(made)
+    os.utime("x.tar", (0, 0))  # long ago: its index is trusted
     index.open_source("x.tar", "index")
     kept = next(Path("index").iterdir()).name
     weights = random_tokenizer()
     tokenizer_file(made / "new.ckpt", weights)
     tokenizer_file(made / "old.ckpt", weights, _use_new_zipfile_serialization=False)
-    (made / "strip").mkdir()
-    history = History(made / "strip", ROW)
+    history = History(Path("strip"), ROW)
     for k in range(4):
         history.edit(k, 0, np.zeros(3, ROW), joined=k == 2, seed=k)
     history.undo(), history.redo()
@@ -106,8 +105,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
             program(["--help"])
         OPTIONS[name] = sorted({*re.findall(r"--[a-z][a-z-]+", said.getvalue())} - {"--help"})
     model, tokenizer = load_generator("generator.pt"), load_tokenizer("tokenizer.pt")
-    pt, npz = (damage, in_zip, in_checkpoint, in_checkpoint), (damage, in_zip, in_zip)
-    text, mixed = (damage, in_json), (damage, in_zip)
+    text, mixed, pt = (damage, in_json), (damage, in_zip), (damage, in_zip, in_checkpoint)
     latents = " ".join(map(str, sorted(Path("latents").iterdir())))
     caching = cache_latents.CacheConfig(out="latents", tokenizer="tokenizer.pt", data="pictures",
                                         workers=0, val_fraction=0.4)
@@ -136,10 +134,11 @@ def make_targets(folder: Path) -> dict[str, Target]:
         checked=True)
     add("foreign", "new.ckpt old.ckpt", mixed, lambda: [
         release.main([name, "--out", "out.pt"]) for name in ("new.ckpt", "old.ckpt")])
-    add("statistics", "s/s.npz s/p.npz", npz, read_npz)
-    add("archive", "x.tar x.zip", mixed, lambda: [read(index.open_source(
-        name, truncated=t)) for name in ("x.tar", "x.zip") for t in (True, False)])
-    add("index", f"index/{kept}", npz, lambda: read(index.open_source("x.tar", "index")),
+    add("statistics", "s/s.npz s/p.npz", mixed, read_npz)
+    for name in made.glob("x.*"):
+        add(name.suffix[1:], name.name, mixed, lambda name=name.name: [
+            read(index.open_source(name, truncated=t)) for t in (True, False)])
+    add("index", f"index/{kept}", mixed, lambda: read(index.open_source("x.tar", "index")),
         "x.tar index")
     add("latents", latents, mixed, lambda: [cache_latents.CachedLatents(
         "latents", split, tokenizer, 0)[0, 0] for split in ("train", "val")])
@@ -149,8 +148,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
         lambda: sample.main([*SCROLL.split(), "--scroll", "14", "--resume"]), "walk generator.pt")
     add("strip", "strip/history.db", (damage,), read_strip, "strip")
     add("picture", "pictures/0/0.png pictures/0/2.jpg pictures/0/4.webp", (damage,),
-        lambda: [load_columns(path, 32, 4) for path in sorted(Path("pictures").glob("*/*"))],
-        "pictures")
+        lambda: [load_columns(path, 32, 4) for path in pictures], "pictures")
     add("command line", "", (command,), lambda what: command_line.run(
         lambda: PROGRAMS[what[0]][0](what[1])), "generator.pt tokenizer.pt s pictures")
     return targets
@@ -274,9 +272,7 @@ def read(source: index.Source) -> None:
 
 def read_strip() -> None:
     history = History(Path("strip"), ROW)
-    history.before(), history.last()
-    for act in (history.undo, history.undo, history.redo):
-        act()
+    history.before(), history.last(), history.undo(), history.undo(), history.redo()
     history.edit(0, min(2, len(history.columns)), np.zeros(1, ROW))
     History(Path("strip"), ROW)
 

@@ -3,11 +3,9 @@
 #
 #   bash tests/soak/versions.sh python3.10 torch==2.6.0 pillow==10.1.0 numpy==1.21.6
 #
-# Installs these packages and a wheel of equimini (FROM=sdist: made from a source archive) into an
-# environment that holds nothing else; from another folder uses the Python interface, asks every
-# command for --help and runs the three scripts by path; then runs TESTS (pytest's words), with no
-# equimini beside them.  EQUIMINI_BUILD, EQUIMINI_MARCH and CXX choose the build; what lies in WORK
-# stays, and is tested again by another call.
+# A wheel (FROM=sdist: made from a source archive) beside these packages; from another folder the
+# Python interface, every command's --help, the three scripts by path, and TESTS (pytest's words).
+# EQUIMINI_BUILD, EQUIMINI_MARCH and CXX choose the build; WORK stays, and is tested again if there.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= work=${WORK:-$(mktemp -d)}
