@@ -15,14 +15,16 @@ from equimini.experiments import tokenizer as ablation
 from equimini.experiments import training_runs
 from equimini.experiments.attention import order, pairs
 from equimini.experiments.common import ExperimentConfig, Lab, key
+from equimini.experiments.dit import DiT
 from equimini.experiments.extrapolation import Mirrored
 from equimini.experiments.matrix import summary
 from equimini.experiments.probe import Probe
 from equimini.experiments.report import (flags_given, markdown, paired_interval, plain,
                                          rank_correlation, spread, verdict)
 from equimini.experiments.training_runs import TrainingRun, losses, run_script
-from equimini.experiments.uniformity import bump
-from equimini.generator import flow_matching_errors
+from equimini.experiments.transfer import halves, rise
+from equimini.experiments.uniformity import bump, standard_error, sure
+from equimini.generator import GeneratorConfig, flow_matching_errors
 from equimini.noise import rng
 from equimini.presets import PRESETS, cost
 from equimini.training import loop as training
@@ -58,7 +60,7 @@ def in_this_process(monkeypatch):
 
 
 EXPERIMENTS = (("attention", ["--windows", 2], ["attention.png"]),  # options and pictures
-               ("transfer", [], ["transfer.png"]),
+               ("transfer", ["--halves"], ["transfer.png"]),
                ("dynamics", ["--stages", 50], ["losses.png", "gains.png"]),
                ("grid-vs-columns", [], ["samples.png"]),
                ("matrix", ["--tune-steps", 1, "--tune-batch", 4, "--measured", 4],
@@ -66,6 +68,7 @@ EXPERIMENTS = (("attention", ["--windows", 2], ["attention.png"]),  # options an
                ("extrapolation", ["--times", 2, "--euler-steps", 1, "--measured", 2],
                 ["extrapolation.png", "strips.png"]),
                ("equivariance", ["--early", 50, "--half", 4], []),
+               ("dit", [], []),
                ("uniformity", ["--centred-data", "data"], ["uniformity.png"]))
 
 
@@ -90,7 +93,8 @@ def test_every_experiment_runs_and_shares_its_trainings(pictures, in_this_proces
         *(f"{model}{variant}" for _, model, _ in equivariance.MODELS.values()
           for variant in ("", "-at-50", *["-half"] * ("real" not in model))),
         *(f"{layout}-at-50-then-{what}" for layout in ("columns", "grid")
-          for what in ("all", "4-alone", "11-alone")), "window-2", "columns-centred"}
+          for what in ("all", "4-alone", "11-alone")), "window-2", "columns-centred",
+        *(f"{layout}-{half}" for layout in ("columns", "grid") for half in halves(16))}
 
 
 @pytest.mark.slow
@@ -268,6 +272,36 @@ def test_bump_is_the_middle_half_over_the_sides():
     assert bump(losses)[0] == pytest.approx(50)
 
 
+def test_error_of_the_bump_by_pictures():
+    losses = np.random.default_rng(0).normal(1, 0.1, (2, 50, 16))  # (seeds, pictures, N)
+    expected = 100 * 0.1 * ((1 / 8 + 1 / 7) / (2 * 50)) ** 0.5
+    assert standard_error(losses) == pytest.approx(expected, rel=0.2)
+    assert standard_error(np.ones((2, 50, 16))) == 0
+    assert sure("x", np.ones(3), 0.1) == "x: holds (+1.00, interval +0.80 to +1.20)"
+    assert sure("x", np.ones(3), 1.0).startswith("x: is undecided")
+
+
+def test_halves_and_the_rise_on_the_others():
+    assert halves(16)["checkerboard"] == [0, 2, 5, 7, 8, 10, 13, 15]
+    assert [*halves(16)["first"], *halves(16)["last"]] == [*range(16)]
+    assert rise(np.ones((2, 4)), np.array([[9, 9, 1, 2.0]] * 2), [0, 1]) == pytest.approx([50, 50])
+
+
+def test_the_diffusion_transformer_sees_all_columns():
+    torch.manual_seed(0)
+    model = DiT(GeneratorConfig(layers=1, embed_dim=16, heads=1), 2, 3).eval()
+    x, t = torch.randn(1, 4, 3), torch.tensor([0.5])
+    given = [torch.tensor([0]), torch.tensor([False])]
+    assert not model(x, t, *given).any()  # untrained: no velocity
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight)
+    v, other = model(x, t, *given), x.clone()
+    other[:, 3] += 1
+    assert not torch.equal(v[:, 0], model(other, t, *given)[:, 0])
+    dropped = [model(x, t, torch.tensor([c]), torch.tensor([True])) for c in (0, 1)]
+    assert torch.equal(*dropped) and not torch.equal(v, dropped[0])
+
+
 def test_long_pictures_are_continued_by_their_mirror():
     image = torch.arange(6).view(1, 2, 3)
     longer, label, index = Mirrored([(image, 1, 7)], 3)[0]
@@ -341,6 +375,7 @@ def test_mistakes(pictures, in_this_process, capsys):
     for arguments, text in ((["transfer", "--data", "nowhere"], "nowhere"),
                             (["matrix", *data, "--checkpoint", "none.pt"], "none.pt"),
                             (["dynamics", *data, "--single", "16"], "--single"),
+                            (["alignment", *data], "--maps-network takes a TorchScript file"),
                             (["grid-vs-columns", *data, "--network", "none.pt"], "none.pt")):
         assert text in mistake("equimini.experiments", *arguments, cwd=pictures)
     with pytest.raises(SystemExit):
