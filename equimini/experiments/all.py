@@ -1,17 +1,17 @@
-"""Every experiment but `tokenizer`, one after another; what they share is trained once.
+"""Every experiment but `alignment`, `tokenizer` and `fits`; what they share is trained once.
 
     python -m equimini.experiments all --data synthetic
 """
 
 from __future__ import annotations
 
-from equimini.experiments import (attention, compute, dynamics, equivariance, extrapolation,
+from equimini.experiments import (attention, compute, dit, dynamics, equivariance, extrapolation,
                                   grid_vs_columns, matrix, transfer, uniformity)
 from equimini.experiments.common import ExperimentConfig
 from equimini.utils.command_line import parse
 
 EXPERIMENTS = (equivariance, transfer, attention, dynamics, grid_vs_columns, matrix, extrapolation,
-               uniformity)
+               uniformity, dit)
 
 
 def main(argv: list[str]) -> None:
