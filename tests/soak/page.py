@@ -66,21 +66,22 @@ def edit(host: str, studio: Studio, edits: int, until: float, draw: random.Rando
     """At least so many edits, each checked; the columns outside an edit must stay as they are."""
     change(host, {"do": "new"})
     change(host, {"columns": 64, "classes": [0] * 64, **QUICK})
-    history, place, done = [studio.strip.columns.copy()], 0, 0
+    history, place, done = [hash(studio.strip.columns.tobytes())], 0, 0
     while done < edits or time.time() < until:
         act = draw.choice(["redraw", "redraw"] + ["undo"] * (place > 0)
                           + ["redo"] * (place + 1 < len(history)))
         if act == "redraw":
-            at = draw.randrange(4, 60)
+            at, before = draw.randrange(4, 60), studio.strip.columns["token"]
             change(host, {"do": act, "start": at, "end": at + 1, "candidates": 2, **QUICK})
             now = change(host, {"do": "choose", "candidate": draw.randrange(2)})
-            history[place + 1:] = [studio.strip.columns.copy()]
-            if not np.array_equal(*(np.delete(x["token"], at, 0) for x in history[place:])):
+            history[place + 1:] = [hash(studio.strip.columns.tobytes())]
+            after = studio.strip.columns["token"]
+            if not np.array_equal(*(np.delete(x, at, 0) for x in (before, after))):
                 raise SystemExit("a column outside the edit changed")
         else:
             now = change(host, {"do": act})
         place, done = place + (-1 if act == "undo" else 1), done + 1
-        if (len(now["labels"]), studio.strip.columns.tobytes()) != (64, history[place].tobytes()):
+        if (len(now["labels"]), hash(studio.strip.columns.tobytes())) != (64, history[place]):
             raise SystemExit(f"after {act} the strip is another one")
     return done
 
@@ -133,12 +134,12 @@ def load(args: argparse.Namespace, folder: Path, draw: random.Random) -> None:
     studio = Studio(load_generator(args.checkpoint), folder)
     server = Server(studio, 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    host = server.hosts[0]
-    edit(host, studio, 20, 0, draw)  # a warm-up
-    threads, used = threading.active_count(), memory("VmRSS")
+    host, threads = server.hosts[0], threading.active_count()
     for k in range(args.clients):
         other = host, stop, random.Random(k), seen
         threading.Thread(target=disturb, args=other, daemon=True).start()
+    edit(host, studio, 100, 0, draw)  # a warm-up
+    used = memory("VmRSS")
     done = edit(host, studio, args.edits, until, draw)
     grown = (memory("VmRSS") - used) / 2**20
     stop.set()
