@@ -8,7 +8,7 @@
 # EQUIMINI_BUILD, EQUIMINI_MARCH and CXX choose the build; WORK stays, and is tested again if there.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
-export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= work=${WORK:-$(mktemp -d)}
+export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= PYTHONPATH= work=${WORK:-$(mktemp -d)}
 tests() {
   . "$work/venv/bin/activate" && cd "$work/beside"
   python -m pytest -q -p no:cacheprovider ${TESTS:-tests/method tests/kernel tests/sampling}
