@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -106,7 +107,8 @@ def test_pictures_of_what_a_model_does(runs):
     call("equimini.show", "drift", "--columns", 20, "--count", 2, "--steps", 1,
          "--positions", "hold,grow", "--temperature", 1.1, "--lead-in", 2, "--out",
          "drift", cwd=runs)
-    assert {"token.png", "pictures.png"} <= {p.name for p in (runs / "drift").iterdir()}
+    drawn = {"token.png"} if find_spec("matplotlib") else set()  # plots are left out without it
+    assert drawn | {"pictures.png"} <= {p.name for p in (runs / "drift").iterdir()}
 
 
 @pytest.mark.parametrize("arguments, text", (
