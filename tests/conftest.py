@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from functools import cache
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: a core each, and none spins for another's
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,7 +35,8 @@ def scripts_stay_on_the_cpu(request):
         if request.module.__name__.split(".")[-1] not in ON_GPUS:
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
             patch.setattr(torch.cuda, "is_available", lambda: False)
-            patch.setattr(torch.backends.mps, "is_available", lambda: False)
+            patch.setattr(torch.backends.mps, "is_available",
+                          cache(lambda: False))  # torch 2.15 looks for __wrapped__ in it
         yield
 
 
