@@ -32,6 +32,7 @@ Tensor few_rows_linear(const Tensor& x, const Tensor& matrix, const Tensor& vect
   shape.back() = padded(out);
   Tensor y = at::empty(shape, x.options());
   const int64_t in = x.size(-1);
+  TORCH_CHECK(matrix.numel() == in * padded(out), "a layer for other than ", in, " channels");
   with_weights(matrix, [&](const auto* w) {
     linear(y.mutable_data_ptr<float>(), rows.const_data_ptr<float>(), x.numel() / in, in, out, w,
            vector.const_data_ptr<float>(), here());
@@ -59,16 +60,21 @@ std::tuple<Tensor, Tensor> few_rows_token(const Tensor& x, at::TensorList past,
                                           const Tensor& sin, const Tensor& cross_cos,
                                           const Tensor& cross_sin, const Tensor& matrix,
                                           const Tensor& vector, int64_t window) {
+  const int64_t b = x.size(0), heads = classes[0].size(2), d = classes[0].size(3);
+  const int64_t known = past.empty() || past[0].dim() < 2 ? 0 : past[0].size(1);
+  bool fits = b == classes[0].size(0) && known < window;  // a cache may come from a file
+  fits &= past.empty() || past.size() == classes.size();
+  for (const Tensor& each : past) fits &= each.sizes() == at::IntArrayRef({b, known, heads, d});
+  TORCH_CHECK(fits, "the cache of the columns before does not fit the generator and its context");
   std::vector<Tensor> held;
   std::vector<const float*> pointers;
   for (const auto& list : {past, classes})
     for (const Tensor& each : list)
       pointers.push_back(held.emplace_back(each.contiguous()).const_data_ptr<float>());
   const Tensor rows = x.contiguous();
-  const int64_t b = x.size(0), heads = classes[0].size(2), d = classes[0].size(3);
   Token p{b, x.size(2), heads * d, heads, window, int64_t(classes.size()) / 2,
-          past.empty() ? 0 : past[0].size(1), classes[0].size(1), rows.const_data_ptr<float>(),
-          pointers.data(), pointers.data() + past.size(), cos.const_data_ptr<float>(),
+          known, classes[0].size(1), rows.const_data_ptr<float>(), pointers.data(),
+          pointers.data() + past.size(), cos.const_data_ptr<float>(),
           sin.const_data_ptr<float>(), cross_cos.const_data_ptr<float>(),
           cross_sin.const_data_ptr<float>(), nullptr, nullptr};
   Tensor z = at::empty({b, 1, p.width}, x.options());

@@ -153,7 +153,7 @@ class OneToken:
 
     def __init__(self, generator: Generator, matrix: Tensor, vector: Tensor) -> None:
         self.plain, self.weights = partial(type(generator).forward, generator), (matrix, vector)
-        self.window = generator.config.window
+        self.window, self.channels = generator.config.window, generator.channels
         self.head_dim = generator.config.embed_dim // generator.config.heads
         # differences of positions are all that self-attention sees, so 0 may be the oldest key
         self.rope = rope_tables(torch.arange(self.window), self.head_dim)
@@ -162,7 +162,7 @@ class OneToken:
     def __call__(self, tokens: Tensor, context: ClassContext, position: int = 0,
                  cache: list[KeyValue] | None = None, max_position: int | None = None,
                  shift: Tensor | None = None) -> Tensor:
-        if cache is None or tokens.shape[1] > 1 or shift is not None:
+        if cache is None or tokens.shape[1:] != (1, self.channels) or shift is not None:
             return self.plain(tokens, context, position, cache, max_position, shift)
         position = position if max_position is None else min(position, max_position)
         if position != self.position:

@@ -123,6 +123,24 @@ def test_the_cache_is_the_generators_own(generator):
 
 
 @compiled
+@pytest.mark.parametrize("rows, change", (
+    (2, lambda k, v: (k, v[:0])), (2, lambda k, v: (k, torch.zeros(3, 0, 5))),
+    (2, lambda k, v: (k[:, :0], v)), (2, lambda k, v: (v[:1], k[:1])), (2, lambda k, v: (v,)),
+    (2, lambda k, v: 2 * (torch.zeros(2, 9, *k.shape[2:]),)), (2, lambda k, v: (k[0, 0], v)),
+    (2, lambda k, v: (k, v.double())), (1, lambda k, v: (k, v)), (3, None), ("channels", None)))
+@torch.no_grad()
+def test_a_cache_that_does_not_fit_is_no_crash(generator, rows, change):
+    """Memory beside it would be read; it may come from a scroll's state."""
+    ready, cache, x = packed(generator), [], torch.randn(3, 2, 6)
+    context = ready.encode_classes(torch.tensor([0, 2]))
+    ready(x[:2, :1], context, 0, cache)
+    cache = [change(*pair) for pair in cache] if change else []
+    x = x[:2, :, :4] if rows == "channels" else x[:rows]
+    with pytest.raises((RuntimeError, IndexError)):
+        ready(x[:, 1:], context, 1, cache)
+
+
+@compiled
 def test_heads_and_generators_of_other_kinds_are_packed_without(generator):
     class Other(FlowHead):
         pass

@@ -133,7 +133,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
     add("token file", "tokens.pt", pt, lambda: sha(open_picture("tokens.pt", model, 0)[1]),
         checked=True)
     add("foreign", "new.ckpt old.ckpt", mixed, lambda: [
-        release.main([name, "--out", "out.pt"]) for name in ("new.ckpt", "old.ckpt")])
+        release.main([name, "--out", name + ".pt"]) for name in ("new.ckpt", "old.ckpt")])
     add("statistics", "s/s.npz s/p.npz", mixed, read_npz)
     for name in made.glob("x.*"):
         add(name.suffix[1:], name.name, mixed, lambda name=name.name: [
