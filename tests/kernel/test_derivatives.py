@@ -108,6 +108,7 @@ def test_backward_of_a_compiled_jvp():
     same(backward(compiled, *leaves()), backward(tangents(formula), *leaves()))
 
 
+@pytest.mark.skipif(torch.__version__ >= "2.15", reason="torch.compile refuses them, in words")
 def test_dual_numbers_pass_a_compiled_function():
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     same(dual(compiled, *AT), dual(formula, *AT))
