@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     found = train(cfg, lab)
     rows = [("model", "from, % of the training", "then trained on", "gain on it, %",
              "mean gain on the others, %", "others that gain")]
-    gains = {k: 100 * (1 - values / found[*k[:2], ""])  # (seeds, N)
+    gains = {k: 100 * (1 - values / found[(*k[:2], "")])  # (seeds, N)
              for k, values in found.items() if k[2]}
     others: dict[tuple[str, int], list[np.ndarray]] = {}
     for (layout, stage, what), gain in gains.items():

@@ -64,3 +64,14 @@ def test_the_method_stays_small():
     assert len(front) <= 15  # with __init__.py
     assert sum(len(text.splitlines()) for text in front) <= 2410  # mean_flow.py: beyond the paper
     assert all(text.startswith('"""') for text in front)
+
+
+def test_python_3_10_can_read_it():
+    """What later versions added and this one's parser lets pass: x[*k, 1] and except*."""
+    for path in (*FILES, *ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(), feature_version=(3, 10))):
+            index = node.slice if isinstance(node, ast.Subscript) else None
+            elements = index.elts if isinstance(index, ast.Tuple) else []
+            bare = elements and elements[0].col_offset == index.col_offset  # no parenthesis
+            starred = bare and any(isinstance(x, ast.Starred) for x in elements)
+            assert not starred and type(node).__name__ != "TryStar", f"{path}:{node.lineno}"
