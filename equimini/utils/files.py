@@ -50,7 +50,10 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     If another process holds it, it waits, or raises UserError.  Where folders cannot be locked
     (Windows, some network disks) there is none.
     """
-    number = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        number = os.open(folder, os.O_RDONLY) if fcntl else None
+    except OSError as error:  # deleted meanwhile, or not to be read
+        raise UserError(f"cannot use the folder {folder}: {first_line(error)}") from None
     try:
         if fcntl:
             fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -138,6 +138,9 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
     finally:
         os.kill(loader, signal.SIGKILL)
         os.waitpid(loader, 0)
+    with pytest.raises(UserError, match="gone: .*No such file"):  # deleted by someone meanwhile
+        with locked(tmp_path / "gone"):
+            pass
 
 
 def test_any_error_ends_the_command_and_its_loaders():
