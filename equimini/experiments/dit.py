@@ -94,6 +94,8 @@ class DiT(nn.Module):
 
 
 class DiTTrainer(GeneratorTrainer):
+    """The column model's training, with the transformer in its place."""
+
     def errors(self, x: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Eq. 8's errors (1, B, N), with one time for all columns of a picture."""
         u, eps = draws.u[0, :, 0], draws.eps[0]
@@ -165,6 +167,7 @@ def beside(lab: Lab, run: TrainingRun, seed: int) -> tuple[DiTTrainer, dict[str,
 
 
 def folder(lab: Lab, run: TrainingRun) -> Path:
+    """Where the transformer beside this training of the column model is kept."""
     return output_folder(str(lab.runs / run.folder.name.replace("generator", "dit", 1)))
 
 

@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
         curves(lab.folder / "gains.png", {f"{layout} {what}": per_column(v) for
                                           (layout, stage, what), v in gains.items()
                                           if stage == late},
-               "subtask", f"gain over {late} % of the training, %",
+               "subtask", f"gain from {late} % of the training on, %",
                "Gain of every subtask, by the subtasks trained")]
     Report("Training dynamics (Fig. 3)", PAPER, rows, f"Trained on one subtask alone, means over "
            f"the others: {reading}.", [row_starts(found["grid", 100, ""]), *left_out],
