@@ -36,7 +36,8 @@ ELSEWHERE = ("tests.soak.kills",  # test_scripts.py calls it
 def commands(text: str) -> list[list[str]]:
     """The words of every `python …` command, in code blocks and between backticks."""
     blocks = re.findall(r"```bash\n(.*?)```|`(python [^`]+)`", text, re.DOTALL)
-    lines = "\n".join(block or inline for block, inline in blocks).replace("\\\n", " ")
+    lines = "\n".join(block.replace("\\\n", " ") or inline.replace("\n", " ")  # prose is wrapped
+                      for block, inline in blocks)
     parts = [part.strip() for line in lines.splitlines() for part in line.split("&&")]
     return [shlex.split(part)[1:] for part in parts if part.startswith("python ")]
 
@@ -49,8 +50,9 @@ def quick(words: list[str]) -> list[str]:
 
 
 def test_commands_are_found():
-    text = "```bash\npython a.py \\\n  --x 'b c' && python -m d\nls\n```\nsee `python -m e`"
-    assert commands(text) == [["a.py", "--x", "b c"], ["-m", "d"], ["-m", "e"]]
+    text = ("```bash\npython a.py \\\n  --x 'b c' && python -m d\nls\n```\n"
+            "see `python -m e --cfg\n3`")
+    assert commands(text) == [["a.py", "--x", "b c"], ["-m", "d"], ["-m", "e", "--cfg", "3"]]
     assert quick(["sample.py", "--steps", "9"])[-2:] == ["--steps", "1"]
 
 
