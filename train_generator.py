@@ -18,7 +18,7 @@ from equimini.autoencoder import Tokenizer
 from equimini.generator import Generator, make_generator
 from equimini.noise import seed_torch
 from equimini.presets import PRESETS, parameters
-from equimini.sampling.image_generator import ImageGenerator
+from equimini.sampling.image_generator import ImageGenerator, load_guide
 from equimini.training.cache_latents import CachedLatents, read_meta
 from equimini.training.data import count_images, load_data
 from equimini.training.dry_run import dry_run
@@ -64,9 +64,12 @@ def make_trainer(setup: Setup, tokenizer: Tokenizer, classes: list[str]) -> Gene
 
     parts = model, tokenizer, classes, setup.training, opts, sample
     if setup.model.objective == "flow-matching":
+        if opts.guide:
+            raise UserError("--guide is for --objective mean-flow; sample.py --guide draws with one")
         return GeneratorTrainer(*parts)
     teacher = make_generator(replace(setup.model, objective="flow-matching"), *sizes)
-    return MeanFlowTrainer(teacher.to(setup.device), *parts)
+    guide = (load_guide(opts.guide, tokenizer, setup.device).generator if opts.guide else None)
+    return MeanFlowTrainer(teacher.to(setup.device), guide, *parts)
 
 
 def read_data(setup: Setup, tokenizer: Tokenizer) -> tuple[Dataset, Dataset, list[str]]:

@@ -4,9 +4,9 @@
 
 (MeanFlow, arXiv 2505.13447.)  At r = t it is the velocity v of Eq. 8, so every solver still runs.
 v is the velocity of a trained generator, the teacher, under guidance: v_uncond + s·(v_cond −
-v_uncond).  For the new head z is guided instead, z = z_uncond + s·(z_cond − z_uncond): to first
-order in the difference that is the same, and u, which is told s, learns the rest.  So a column
-takes one evaluation of the head at any scale.
+v_uncond), where v_uncond may be a guide's (sampling/guide.py).  For the new head z is guided instead,
+z = z_uncond + s·(z_cond − z_uncond): to first order in the difference that is the same, and u,
+which is told s, learns the rest.  So a column takes one evaluation of the head at any scale.
 
 MeanFlow trains u through the integral's derivative, v = u + (t − r)·du/dt.  Here v comes from a
 network, without noise: its flow can be followed, and u is regressed to the integral itself, which
@@ -16,7 +16,7 @@ gives the same function sooner (docs/sampling.md).
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -113,12 +113,12 @@ def ways(u: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return a[chosen], b[chosen]
 
 
-def mean_flow_errors(head: FlowHead, teacher: FlowHead, z: Tensor, z_teacher: Tensor, u: Tensor,
-                     eps: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+def mean_flow_errors(head: FlowHead, teachers: Sequence[tuple[FlowHead, Tensor]], z: Tensor,
+                     u: Tensor, eps: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
     """(u − (x_t − x_r)/(t − r))² on M ways along each token's flow, the mean over channels.
 
-    z, of the head, and z_teacher: (2, B, N, d), with the class and without; u: (M, B, N) and
-    more: (INTERVALS, B, N), uniform; eps: (B, N, C), standard normal: where the flow starts.
+    teachers: a head and its z (B, N, d) with the class, and such without; z, of `head`: of both;
+    u: (M, B, N), more: (INTERVALS, B, N), uniform; eps: (B, N, C), normal: where the flow starts.
     Returns the errors, weighted by WHOLE_WAY, and t, both (M, B, N).
     """
     n = INTERVALS
@@ -127,7 +127,8 @@ def mean_flow_errors(head: FlowHead, teacher: FlowHead, z: Tensor, z_teacher: Te
         k = torch.arange(1, n, device=u.device)[:, None, None]
         inner = (k + 0.9 * (more[1:] - 0.5)) / n
         times = torch.cat((torch.ones_like(s)[None], 1 - inner, torch.zeros_like(s)[None]))
-        x, v = follow(lambda x, t: guided(teacher(x, t, z_teacher).float(), s), eps, times)
+        x, v = follow(lambda x, t: guided((v(x, t, of).float() for v, of in teachers), s), eps,
+                      times)
         a, b = ways(u, n)
         t, r = times.gather(0, a), times.gather(0, b)
         x_t, x_r, v_t = (torch.take_along_dim(y, i[..., None], 0)

@@ -181,7 +181,10 @@ class ColumnSampler:
         s, one or (B,): conditional first, then unconditional.  A head with `scales` is told s, and
         z is guided.
         """
-        branches = len(z) // len(noise)
+        return self.follow(self.velocity(z, s, len(z) // len(noise)), noise)
+
+    def velocity(self, z: Tensor, s: float | Tensor, branches: int = 1) -> Velocity:
+        """v(x, t) of these images, under guidance where z has two branches."""
         if self.head.scales and branches == 2:
             z, branches = guided(z.chunk(2), s), 1
         modulations = self.modulations(z, s)
@@ -190,6 +193,10 @@ class ColumnSampler:
             v = self.head.velocity(x.repeat(branches, 1), modulations(t))
             return v if branches == 1 else guided(v.chunk(2), s)
 
+        return velocity
+
+    def follow(self, velocity: Velocity, noise: Tensor) -> Tensor:
+        """The way from noise (B, C) to a column."""
         x = self.temperature * noise
         for t, r in pairwise(self.grid):
             x = self.solver.step(velocity, x, t, r)
@@ -255,11 +262,12 @@ class Stream:
         self.generator, self.seeds, self.guidance = generator, list(seeds), guidance
         self.sampler, self.step = sampler, step or partial(generator, max_position=max_position)
         self.device, self.labels = generator.no_class.device, None
-        self.branches = guidance.branches  # rows per image
         self.column = 0  # the next one
         self.last: Tensor | None = None  # (B, C), the column before
         self.cache: list[KeyValue] = []
         self.set_class(labels)
+
+    branches = property(lambda self: self.guidance.branches)  # rows per image
 
     @torch.no_grad()
     def set_class(self, labels: Tensor) -> None:

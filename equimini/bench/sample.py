@@ -89,10 +89,10 @@ def contestants(generator: Generator, options: argparse.Namespace, labels: Tenso
             if nodes:
                 return NodeSampler(ready.head, nodes, steps)
             return ColumnSampler(ready.head, **{"steps": steps, **flow})
-        recorded = functools.cache(lambda steps: graphed(ready, sampler_of(steps), None))
+        recorded = functools.cache(lambda steps: graphed(sampler_of(steps), None, ready))
 
         def draw(columns: int, steps: int) -> Tensor:
-            step, sampler = (recorded(steps) if options.cuda_graphs else (None, sampler_of(steps)))
+            sampler, step = (recorded(steps) if options.cuda_graphs else (sampler_of(steps), None))
             stream = Stream(ready, labels, seeds, sampler, Guidance(options.cfg, "linear", columns),
                             step=step)
             return torch.stack([stream.draw() for _ in range(columns)], 1)

@@ -150,7 +150,8 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
                 "time_shift": cfg.time_shift, "temperature": cfg.temperature,
                 "precision": cfg.precision, "seed": cfg.sample_seed, "columns": columns,
                 **{name: getattr(cfg, name) for name in ("guidance_columns", "positions", "nodes")
-                   if getattr(cfg, name) != getattr(GENERATOR, name)}}  # older plans lack them
+                   if getattr(cfg, name) != getattr(GENERATOR, name)},  # older plans lack them
+                **({"guide": file_hash(find(cfg.guide))} if cfg.guide else {})}
     plan = {"checkpoint": file_hash(find(cfg.checkpoint)), "weights": cfg.weights,
             "tokenizer": tokenizer_hash(model.tokenizer), "network": bench.net.sha256, **settings}
     with distributed.main_first():

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from equimini.generator import ClassContext, Generator, KeyValue
-from equimini.sampler import ColumnSampler
 
 Function = Callable[..., list[Tensor]]
 Recorder = Callable[[Function, list[Tensor]], tuple[Callable[[], None], list[Tensor]]]
@@ -59,24 +58,24 @@ class StaticCall:
         return [out.clone() for out in self.outputs]
 
 
-def graphed(generator: Generator, sampler: ColumnSampler, max_position: int | None
-            ) -> tuple[GraphedStep, GraphedColumn]:
-    """The two graphs of a `Stream`: its `step` and its `sampler`."""
-    if generator.no_class.device.type != "cuda":
-        raise ValueError("cuda_graphs needs a generator on a CUDA device, got one on "
-                         f"{generator.no_class.device}")
-    return GraphedStep(generator, max_position), GraphedColumn(sampler)
+def graphed(sampler: Callable[..., Tensor], max_position: int | None, *generators: Generator
+            ) -> tuple[GraphedColumn | GraphedStep, ...]:
+    """The graphs of a `Stream`: its `sampler`, its `step`, and that of its guide."""
+    device = generators[0].no_class.device
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graphs needs a generator on a CUDA device, got one on {device}")
+    return GraphedColumn(sampler), *(GraphedStep(g, max_position) for g in generators)
 
 
 class GraphedColumn:
-    """A `ColumnSampler`, as one graph over all of its steps."""
+    """A `ColumnSampler` or `GuidedSampler`, as one graph over all of its steps."""
 
-    def __init__(self, draw: Callable[[Tensor, Tensor, Tensor], Tensor],
-                 record: Recorder = cuda_graph) -> None:
-        self.call = StaticCall(lambda *inputs: [draw(*inputs)], record)
+    def __init__(self, draw: Callable[..., Tensor], record: Recorder = cuda_graph) -> None:
+        self.call = StaticCall(lambda noise, s, *z: [draw(z if z[1:] else z[0], noise, s)], record)
 
-    def __call__(self, z: Tensor, noise: Tensor, s: float) -> Tensor:
-        return self.call(z, noise, noise.new_tensor(s))[0]
+    def __call__(self, z: Tensor | tuple[Tensor, ...], noise: Tensor, s: float) -> Tensor:
+        z = z if isinstance(z, tuple) else (z,)
+        return self.call(noise, noise.new_tensor(s), *z)[0]
 
 
 class GraphedStep:

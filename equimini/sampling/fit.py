@@ -30,6 +30,7 @@ from equimini.noise import normal, rng, uniform
 from equimini.sampler import Stream, column_noise
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
+from equimini.utils.checkpoint import map_tensors
 
 TIMES = 16  # evaluations of the head per candidate and kept column
 LOGIT = (-3.0, 1.0)  # of t: where contexts differ in what they predict
@@ -74,12 +75,10 @@ def draw_end(model: ImageGenerator, stream: Stream, row: int, labels: Tensor, ke
     total: columns of the whole picture.  Returns also the log weights (fit,).  Candidate 0 has the
     noise of a picture with this seed.
     """
-    seed, rows = stream.seeds[row], slice(row, None, len(stream.seeds))  # a row of each branch
+    seed = stream.seeds[row]
     wide = model.stream(labels[:1].expand(fit), [seed] * fit, total, options)
-    wide.load_state({"column": stream.column,
-                     "last": None if stream.last is None else stream.last[row].expand(fit, -1),
-                     "cache": [tuple(a[rows].repeat_interleave(fit, 0) for a in pair)
-                               for pair in stream.cache]})
+    rows = slice(row, None, len(stream.seeds))  # of each branch
+    wide.load_state(map_tensors(lambda x: x[rows].repeat_interleave(fit, 0), stream.state()))
     drawn, weights = [], torch.zeros(fit, device=wide.device)
     for label in labels[:len(labels) - len(kept)]:
         wide.set_class(label.expand(fit))
@@ -110,7 +109,7 @@ def stream_near(model: ImageGenerator, column: int, tokens: Tensor, labels: Tens
                 seeds: Sequence[int], options: SamplingOptions) -> Stream:
     """A stream of tokens (B, N, C) that begins as late as leaves everything `column` sees."""
     stream = model.stream(labels[:1].expand(len(seeds)), seeds, len(labels), options)
-    first = column - reach(model.generator.config) + 1
+    first = column - max(reach(g.config) for g in model.generators(options)) + 1
     if first > 0:
         last = tokens[:, first - 1].to(stream.device)
         stream.load_state({"column": first, "last": last, "cache": []})

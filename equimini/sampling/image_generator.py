@@ -18,6 +18,7 @@ from equimini.autoencoder import Tokenizer
 from equimini.generator import Generator, GeneratorConfig, make_generator
 from equimini.sampler import Guidance, Stream
 from equimini.sampling.cuda_graphs import graphed
+from equimini.sampling.guide import Guide, GuidedSampler, GuidedStream
 from equimini.sampling.options import SamplingOptions
 from equimini.sampling.packed_weights import LastPacked
 from equimini.sampling.tiled_decoder import Windows, decode_windows
@@ -39,6 +40,7 @@ class ImageGenerator:
     columns: int = 0  # of its training pictures; 0: those of a square
     mirrored: bool = True  # whether these were mirrored at random
     packed: LastPacked = field(default_factory=LastPacked, repr=False, compare=False)
+    guides: dict[str, ImageGenerator] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.columns = self.columns or self.tokenizer.config.columns
@@ -105,14 +107,31 @@ class ImageGenerator:
         labels: (B,); columns: their length, which guidance depends on (see `guidance`).
         """
         options = options.resolved(self.generator.head)
-        generator = self.packed(self.generator, options.precision)
         max_position = max(0, self.columns - 2) if options.positions == "hold" else None
-        step, sampler = None, options.column_sampler(generator.head)
+        guidance = self.guidance(columns, options)
+        own = self.packed(self.generator, options.precision)
+        sampler, used, steps = options.column_sampler(own.head), [own], [None, None]
+        if options.guide and guidance.branches == 2:
+            guide = self.guide(options.guide)
+            used.append(guide.packed(guide.generator, options.precision))
+            sampler = GuidedSampler(sampler, options.column_sampler(used[1].head))
         if options.cuda_graphs == "on":
-            step, sampler = self.packed.graphed(
-                options, lambda: graphed(generator, sampler, max_position))
-        return Stream(generator, labels, seeds, sampler, self.guidance(columns, options),
-                      max_position, step)
+            sampler, *steps = self.packed.graphed(
+                (options, *map(id, used)), lambda: graphed(sampler, max_position, *used))
+        arguments = own, labels, seeds, sampler, guidance, max_position, steps[0]
+        if len(used) == 1:
+            return Stream(*arguments)
+        return GuidedStream(Guide(used[1], len(seeds), max_position, steps[1]), *arguments)
+
+    def generators(self, options: SamplingOptions) -> list[Generator]:
+        """The generator, and its guide where the options name one."""
+        return [self.generator, *([self.guide(options.guide).generator] if options.guide else [])]
+
+    def guide(self, path: str) -> ImageGenerator:
+        """The generator of `SamplingOptions.guide`, loaded once; raises as `load_guide` does."""
+        if path not in self.guides:
+            self.guides[path] = load_guide(path, self.tokenizer, self.device)
+        return self.guides[path]
 
     def guidance(self, columns: int, options: SamplingOptions) -> Guidance:
         """Guidance of an image of this length.
@@ -192,3 +211,19 @@ def load_generator(path: Path | str, device: str | torch.device = "cpu", ema: bo
         tokenizer.to(memory_format=torch.channels_last)
     return ImageGenerator(generator.to(device), tokenizer.to(device), classes, columns,
                           bool(mirrored))
+
+
+def load_guide(path: Path | str, tokenizer: Tokenizer,
+               device: str | torch.device = "cpu") -> ImageGenerator:
+    """A generator whose velocity without a class guides another one of this tokenizer's tokens.
+
+    Raises UserError as `load_generator` does, and for one of other tokens: their statistics tell
+    (those of convert.grow's tokenizers stay the same, as their tokens do).
+    """
+    guide = load_generator(path, device)
+    mine, theirs = (torch.stack((t.latent_mean, t.latent_std)).cpu()
+                    for t in (tokenizer, guide.tokenizer))
+    if not torch.equal(mine, theirs):
+        raise UserError(f"--guide {path} is a generator of another tokenizer's tokens; give one "
+                        "trained on the same, such as an earlier checkpoint of the same training")
+    return guide

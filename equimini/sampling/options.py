@@ -23,6 +23,9 @@ class SamplingOptions(Checked):
                              "throughout; auto: linear for pictures up to the length of the "
                              "training pictures, constant for longer ones",
                              choices=("auto", *SCHEDULES))
+    guide: str = flag("", "checkpoint of a worse generator of the same tokens, such as an earlier "
+                      "one of the same training: guidance leads away from what it draws without a "
+                      "class, in place of what the generator itself draws so; empty: itself")
     guidance_columns: int = flag(0, "columns over which linear guidance rises; 0: the picture's, "
                                  "at most the training pictures'", min=0)
     positions: str = flag("hold", "positions that cross-attention sees: none beyond the training "
@@ -57,6 +60,9 @@ class SamplingOptions(Checked):
             raise UserError("--solver mean-flow needs a head of average velocities, which "
                             "train_generator.py --objective mean-flow trains; this one has "
                             "velocities: give euler, midpoint or heun")
+        if self.guide and head.scales:
+            raise UserError("--guide is for generators that follow velocities; this one's guidance is "
+                            "what its head was trained with (train_generator.py --guide)")
         if SOLVERS[solver].average and self.nodes:
             raise UserError("--nodes is for solvers that follow velocities; give it with --solver "
                             "euler, midpoint or heun")

@@ -28,7 +28,7 @@ from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
 from equimini.sampling.tiled_decoder import TiledDecoder
 from equimini.utils import checkpoint
-from equimini.utils.checkpoint import weights_hash
+from equimini.utils.checkpoint import map_tensors, weights_hash
 from equimini.utils.errors import UserError, reading
 from equimini.utils.files import remove_leftovers, replacing
 from equimini.utils.images import save_png, to_uint8
@@ -170,12 +170,13 @@ def scroll(model: ImageGenerator, labels: Tensor, seed: int, folder: Path,
     decoder = TiledDecoder(model.decode_whole, f, model.windows)
     # guidance as of any picture longer than the training's: nothing may depend on the length
     stream = model.stream(labels[:1], [seed], max(len(labels), model.columns + 1), options)
-    made_by = weights_hash(model.generator.state_dict())
+    made_by = "".join(weights_hash(g.state_dict()) for g in model.generators(options))
     remove_leftovers(folder)
     if resumed:
         with reading(folder / "state.pt"):
             _check_resumed(resumed, made_by, labels, folder)
-            _take_up(stream, decoder, _on(resumed, model.device), tile * f)
+            on = map_tensors(lambda x: x.to(model.device), resumed)
+            _take_up(stream, decoder, on, tile * f)
     pictures = ScrollFolder(folder, tile * f, height, len(labels) * f, caption,
                             resumed["done"] if resumed else 0)
     if resumed:
@@ -203,17 +204,6 @@ def scroll(model: ImageGenerator, labels: Tensor, seed: int, folder: Path,
     return stream.column
 
 
-def _on(values: Any, device: torch.device) -> Any:
-    """The same nest of dicts, lists and tuples with its tensors on this device."""
-    if isinstance(values, Tensor):
-        return values.to(device)
-    if isinstance(values, dict):
-        return {k: _on(v, device) for k, v in values.items()}
-    if isinstance(values, (list, tuple)):
-        return type(values)(_on(v, device) for v in values)
-    return values
-
-
 def _take_up(stream: Stream, decoder: TiledDecoder, resumed: dict[str, Any], tile: int) -> None:
     """Load the state, and draw and decode once, so that one that does not fit fails here."""
     stream.load_state(resumed["sampler"])
@@ -233,8 +223,8 @@ def _take_up(stream: Stream, decoder: TiledDecoder, resumed: dict[str, Any], til
 
 def _check_resumed(resumed: dict[str, Any], made_by: str, labels: Tensor, folder: Path) -> None:
     if resumed["generator"] != made_by:
-        raise UserError(f"the scroll in {folder} was drawn by a generator with other weights; give "
-                        "the --checkpoint it was begun with")
+        raise UserError(f"the scroll in {folder} was drawn by a generator with other weights, or "
+                        "with another guide; give the --checkpoint and --guide it was begun with")
     drawn = resumed["sampler"]["column"]
     if len(labels) < drawn:
         raise UserError(f"the scroll in {folder} has {drawn} columns already, more than "

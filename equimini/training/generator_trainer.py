@@ -45,6 +45,9 @@ class GeneratorRun(RunConfig):
                                         "blocks are computed again for the backward pass")
     trained: str = flag("all", "weights that are trained: all, or those of the flow head alone",
                         choices=("all", "head"))
+    guide: str = flag("", "with --objective mean-flow: checkpoint of a worse generator of the same "
+                      "tokens, such as an earlier one of the same training, whose velocity without "
+                      "class guides in place of the teacher's own; empty: the teacher's")
     preview_cfg: float = flag(2.0, "guidance scale of the preview pictures; 1: none", min=0)
     preview_steps: int = flag(25, "Euler steps per column of the preview pictures", min=1)
 

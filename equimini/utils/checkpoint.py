@@ -12,7 +12,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
@@ -226,6 +226,17 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], values: Any) -> Any:
+    """The same nest of dicts, lists and tuples, with the function applied to its tensors."""
+    if isinstance(values, Tensor):
+        return function(values)
+    if isinstance(values, dict):
+        return {k: map_tensors(function, v) for k, v in values.items()}
+    if isinstance(values, (list, tuple)):
+        return type(values)(map_tensors(function, v) for v in values)
+    return values
 
 
 def tokenizer_content(tokenizer: Tokenizer) -> dict[str, Any]:

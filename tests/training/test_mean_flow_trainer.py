@@ -52,7 +52,22 @@ def test_all_weights_move_where_asked_also_in_bf16_and_pieces(runs):
                            found["teacher"]["blocks.0.attn.qkv.weight"])
 
 
+def test_a_guide_draws_without_class_in_place_of_the_teacher(heads):
+    """The teacher as its own guide changes nothing but roundings; another run's is refused."""
+    for name, guide in (("same", "generator"), ("other", "all")):
+        call("train_generator.py", *START, "--trained", "head", "--steps", 3, "--guide",
+             f"runs/{guide}/last.pt", "--out", f"runs/{name}", cwd=heads)
+    plain, same_one, other = (torch.tensor([r["loss"] for r in records(
+        heads / f"runs/{name}/log.jsonl") if "loss" in r][:3]) for name in ("head", "same", "other"))
+    torch.testing.assert_close(same_one, plain, rtol=1e-4, atol=1e-6)
+    assert (other / plain - 1).abs().min() > 1e-3
+    assert "another guide" in mistake("train_generator.py", "--resume", "--steps", 4, "--guide",
+                                      "runs/all/last.pt", "--out", "runs/same", cwd=heads)
+    call("train_generator.py", "--resume", "--steps", 4, "--out", "runs/same", cwd=heads)
+
+
 @pytest.mark.parametrize("arguments, text", (
+    (["--guide", "runs/generator/last.pt", "--out", "new"], "--guide is for --objective mean-flow"),
     (["--objective", "mean-flow", "--out", "new"], "give its checkpoint with --init-from"),
     (["--init-from", "runs/head/last.pt", "--out", "new"], "was trained with --objective mean-flow"),
     (["--resume", "--objective", "flow-matching", "--out", "runs/head"],
