@@ -65,7 +65,7 @@ def make_trainer(setup: Setup, tokenizer: Tokenizer, classes: list[str]) -> Gene
     parts = model, tokenizer, classes, setup.training, opts, sample
     if setup.model.objective == "flow-matching":
         if opts.guide:
-            raise UserError("--guide is for --objective mean-flow; sample.py --guide draws with one")
+            raise UserError("--guide is for --objective mean-flow; sample.py has its own")
         return GeneratorTrainer(*parts)
     teacher = make_generator(replace(setup.model, objective="flow-matching"), *sizes)
     guide = (load_guide(opts.guide, tokenizer, setup.device).generator if opts.guide else None)

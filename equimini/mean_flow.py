@@ -4,7 +4,7 @@
 
 (MeanFlow, arXiv 2505.13447.)  At r = t it is the velocity v of Eq. 8, so every solver still runs.
 v is the velocity of a trained generator, the teacher, under guidance: v_uncond + s·(v_cond −
-v_uncond), where v_uncond may be a guide's (sampling/guide.py).  For the new head z is guided instead,
+v_uncond); v_uncond may be a guide's (sampling/guide.py).  For the new head z is guided instead,
 z = z_uncond + s·(z_cond − z_uncond): to first order in the difference that is the same, and u,
 which is told s, learns the rest.  So a column takes one evaluation of the head at any scale.
 

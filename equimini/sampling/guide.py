@@ -2,10 +2,11 @@
 
     v = v_guide + s_i·(v_cond − v_guide)
 
-Plain guidance has the generator's own unconditional velocity in the place of v_guide, which also
-leads away from other classes; a worse generator of the same data, an earlier checkpoint say, errs in
-the same places, but more (Karras et al. 2024, "Guiding a diffusion model with a bad version of
-itself", who give the guide the class).  docs/sampling.md has what it brings.
+Plain guidance has the generator's own unconditional velocity in the place of v_guide, and leads
+away from other classes.  A worse generator of the same data, an earlier checkpoint say, errs in the
+same places as the better one, but more, and so this leads away from errors as well (Karras et al.
+2024, "Guiding a diffusion model with a bad version of itself", where the guide has the class too).
+docs/sampling.md says what it brings.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ class SamplingOptions(Checked):
                             "train_generator.py --objective mean-flow trains; this one has "
                             "velocities: give euler, midpoint or heun")
         if self.guide and head.scales:
-            raise UserError("--guide is for generators that follow velocities; this one's guidance is "
-                            "what its head was trained with (train_generator.py --guide)")
+            raise UserError("--guide is for generators that follow velocities; this one's guidance "
+                            "is what its head was trained with (train_generator.py --guide)")
         if SOLVERS[solver].average and self.nodes:
             raise UserError("--nodes is for solvers that follow velocities; give it with --solver "
                             "euler, midpoint or heun")

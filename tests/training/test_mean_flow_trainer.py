@@ -57,9 +57,9 @@ def test_a_guide_draws_without_class_in_place_of_the_teacher(heads):
     for name, guide in (("same", "generator"), ("other", "all")):
         call("train_generator.py", *START, "--trained", "head", "--steps", 3, "--guide",
              f"runs/{guide}/last.pt", "--out", f"runs/{name}", cwd=heads)
-    plain, same_one, other = (torch.tensor([r["loss"] for r in records(
+    plain, itself, other = (torch.tensor([r["loss"] for r in records(
         heads / f"runs/{name}/log.jsonl") if "loss" in r][:3]) for name in ("head", "same", "other"))
-    torch.testing.assert_close(same_one, plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(itself, plain, rtol=1e-4, atol=1e-6)
     assert (other / plain - 1).abs().min() > 1e-3
     assert "another guide" in mistake("train_generator.py", "--resume", "--steps", 4, "--guide",
                                       "runs/all/last.pt", "--out", "runs/same", cwd=heads)
