@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
              "mean gain on the others, %", "others that gain")]
     gains = {k: 100 * (1 - values / found[(*k[:2], "")])  # (seeds, N)
              for k, values in found.items() if k[2]}
-    others: dict[tuple[str, int], list[np.ndarray]] = {}
+    others: dict[tuple[str, int], list[tuple[np.ndarray, np.ndarray]]] = {}  # their gain, its own
     for (layout, stage, what), gain in gains.items():
         if what == "all":
             rows.append((layout, str(stage), "all", spread(gain.mean(1), 2, True), "–",
@@ -72,15 +72,18 @@ def main(argv: list[str]) -> None:
             continue
         i = int(what.split()[0]) - 1
         rest = np.delete(gain, i, 1)
-        others.setdefault((layout, stage), []).append(rest.mean(1))
+        others.setdefault((layout, stage), []).append((rest.mean(1), gain[:, i]))
         rows.append((layout, str(stage), what, spread(gain[:, i], 2, True),
                      spread(rest.mean(1), 2, True),
                      f"{(rest.mean(0) > 0).sum()} of {rest.shape[1]}"))
-    means = {k: np.mean(v, 0) for k, v in others.items()}
+    means = {k: np.mean(v, 0)[0] for k, v in others.items()}
+    shares = {k: 100 * np.divide(*np.mean(v, 0)) for k, v in others.items()}
     reading = "; ".join(
         f"from {stage} % of the training {verdict('columns gain', means['columns', stage], 2)}, "
         f"{verdict('the grid loses', -means['grid', stage], 2)}, " + verdict(
-            "columns before the grid", means["columns", stage] - means["grid", stage], 2)
+            "columns before the grid", means["columns", stage] - means["grid", stage], 2) + ", " +
+        verdict("columns pass on a larger share of their own gain, in %",
+                shares["columns", stage] - shares["grid", stage], 0)
         for stage in sorted(cfg.stages))
     late = max(cfg.stages)
     left_out = [
@@ -95,7 +98,8 @@ def main(argv: list[str]) -> None:
     Report("Training dynamics (Fig. 3)", PAPER, rows, f"Trained on one subtask alone, means over "
            f"the others: {reading}.", [row_starts(found["grid", 100, ""]), *left_out],
            {"losses": {" ".join(map(str, k)): v for k, v in found.items()},
-            "gains": {" ".join(map(str, k)): v for k, v in gains.items()}}).write(lab)
+            "gains": {" ".join(map(str, k)): v for k, v in gains.items()},
+            "shares": {" ".join(map(str, k)): v for k, v in shares.items()}}).write(lab)
 
 
 def row_starts(late: np.ndarray) -> str:

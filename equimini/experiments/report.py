@@ -32,7 +32,8 @@ class Report:
     """What an experiment found.
 
     paper: what the paper reports; rows: of the table, the first is its head; reading: one
-    sentence; notes: more paragraphs, empty ones left out; values: numbers for the JSON.
+    sentence; notes: more paragraphs, empty ones left out; values: numbers for the JSON;
+    intervals: what they hold, where seeds were trained.
     """
 
     title: str
@@ -41,10 +42,11 @@ class Report:
     reading: str
     notes: list[str] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
+    intervals: str = SEEDS_NOTE
 
     def write(self, lab: Lab) -> None:
         """table.md and results.json into OUT/NAME; prints the table."""
-        self.save(lab.name, lab.cfg, lab.folder, lab.budget, [SEEDS_NOTE] if lab.used else [])
+        self.save(lab.name, lab.cfg, lab.folder, lab.budget, [self.intervals] if lab.used else [])
 
     def save(self, name: str, cfg: Checked, folder: Path, budget: str = "no training",
              more: Sequence[str] = ()) -> None:

@@ -111,6 +111,9 @@ def main(argv: list[str]) -> None:
                       "Loss per column, relative (the first column left out)")
     Report("Uniform against object-centred data (Fig. 4)", PAPER, rows, reading, [
         f"Losses are means over {cfg.draws} draws of a validation's times and noise for each of "
-        f"{found['uniform'].shape[1]} held-out pictures. Here intervals hold the choice of "
-        "pictures and draws (bootstrap over pictures) and of trainings.", left_out],
-        {"losses": means, "bumps": bumps, "errors": errors}).write(lab)
+        f"{found['uniform'].shape[1]} held-out pictures.", left_out],
+        {"losses": means, "bumps": bumps, "errors": errors},
+        "Intervals: 95 %, over trainings (Student's t over seeds, each with a tokenizer of its "
+        "own; paired where data sets are compared) and over pictures and draws (bootstrap), the "
+        "two half intervals added in quadrature; a claim holds if the interval lies above 0. ± is "
+        "the standard deviation over seeds.").write(lab)
