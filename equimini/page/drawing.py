@@ -54,7 +54,7 @@ class Order(Checked):
     candidate: int = flag(0, "to choose", min=0)
     fit: int = flag(4, "drawings of which one that fits is taken", min=1, max=64)
     seed: int = flag(-1, "-1: one that nothing was drawn with", min=-1, max=2**53)
-    cfg: float = flag(2.5, "", min=0, max=100)
+    cfg: float = flag(1.5, "", min=0, max=100)
     solver: str = flag("auto", "", choices=("auto", *SOLVERS))
     steps: int = flag(0, "", min=0, max=1000)
     temperature: float = flag(1.0, "", min=0, max=10)

@@ -97,8 +97,8 @@ class SampleConfig(Checked):
 
 DRAWING = tuple(f.name for f in fields(SamplingOptions) if f.name != "cuda_graphs")  # recorded
 FIRST_LOOK = {  # what is drawn without arguments, chosen by looking and by `show drift`
-    "samples.png": ({"count": 8}, {"cfg": 3.0, "cfg_schedule": "constant"}),
-    "panorama.png": ({"count": 1, "lead_in": 16}, {"cfg": 2.5, "temperature": 1.005})}
+    "samples.png": ({"count": 8}, {"cfg": 2.5, "cfg_schedule": "constant"}),
+    "panorama.png": ({"count": 1, "lead_in": 16}, {"cfg": 1.5, "temperature": 0.96})}
 RING_FIT = 16  # candidates for the end of a ring, if --fit does not say
 QUICK = {"solver": "midpoint", "steps": 10}
 PANORAMA = 8  # lengths of a training picture
