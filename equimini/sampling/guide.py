@@ -69,9 +69,9 @@ class GuidedStream(Stream):
         return {**super().state(), "guide": self.guide.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """As of `Stream`; without the guide's state, it begins there without earlier columns."""
+        """As of `Stream`; with no earlier columns, the guide's state is the same."""
         super().load_state(state)
-        self.guide.load_state(state.get("guide") or state)
+        self.guide.load_state(state["guide"] if state["cache"] else state)
 
 
 class GuidedSampler:
