@@ -43,7 +43,7 @@ def make_generator(accumulate, objective="flow-matching"):
     parts = models.pop(), tokenizer, ["a", "b", "c"], GeneratorTraining(
         steps=STEPS, batch_size=BATCH, lr=1e-3, warmup_steps=0, shift_group=3), GeneratorRun(
         accumulate=accumulate)
-    return MeanFlowTrainer(*models, *parts) if models else GeneratorTrainer(*parts)
+    return MeanFlowTrainer(*models, None, *parts) if models else GeneratorTrainer(*parts)
 
 
 def make_tokenizer(accumulate):

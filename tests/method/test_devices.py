@@ -108,8 +108,8 @@ def test_sampling(strict, model, precision, options, monkeypatch):
 
     def record(function, buffers):  # without CUDA
         return bool, function(*buffers)
-    monkeypatch.setattr(image_generator, "graphed", lambda generator, draw, last: (
-        GraphedStep(generator, last, record), GraphedColumn(draw, record)))
+    monkeypatch.setattr(image_generator, "graphed", lambda draw, last, *generators: (
+        GraphedColumn(draw, record), *(GraphedStep(g, last, record) for g in generators)))
     model.generator.to(META), model.tokenizer.to(META)
     labels = torch.tensor([0, 1])
     with strict:
