@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 
 from equimini import load_generator
 from equimini.autoencoder import TokenizerConfig
+from equimini.evaluate.enlarged import Enlarged
 from equimini.evaluate.feature_networks import FeatureNetwork, load_network
 from equimini.evaluate.feature_shards import (SHARD, SHOWN, RealPictures, Reconstructions, Samples,
                                               measure, read_all)
@@ -135,6 +136,8 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     found = scales(cfg.cfg)
     check_device(sampling(cfg, cfg=0), device)
     model = load_generator(cfg.checkpoint, device, cfg.weights == "ema", cfg.tokenizer)
+    if cfg.height:
+        model.tokenizer = Enlarged(model.tokenizer, cfg.height)
     shape, classes = model.tokenizer.config, len(model.classes)
     if cfg.n < classes:
         raise UserError(f"--n {cfg.n} would draw only the first {cfg.n} of the {classes} classes "
@@ -149,7 +152,7 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     settings = {"schedule": cfg.cfg_schedule, "solver": how.solver, "steps": how.steps,
                 "time_shift": cfg.time_shift, "temperature": cfg.temperature,
                 "precision": cfg.precision, "seed": cfg.sample_seed, "columns": columns,
-                **{name: getattr(cfg, name) for name in ("guidance_columns", "positions", "nodes")
+                **{name: getattr(cfg, name) for name in ("guidance_columns", "positions", "nodes", "height")
                    if getattr(cfg, name) != getattr(GENERATOR, name)},  # older plans lack them
                 **({"guide": file_hash(find(cfg.guide))} if cfg.guide else {})}
     plan = {"checkpoint": file_hash(find(cfg.checkpoint)), "weights": cfg.weights,

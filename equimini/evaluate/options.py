@@ -46,6 +46,8 @@ class GeneratorEvaluation(EvaluateConfig, SamplingOptions):
                              "throughout", choices=SCHEDULES)
     tokenizer: str = flag("", "checkpoint of the generator's tokenizer with a fine-tuned decoder; "
                           "empty: the tokenizer inside the generator's checkpoint")
+    height: int = flag(0, "height at which pictures are compared, a multiple of the generator's, to "
+                       "which its pictures are enlarged (Lanczos); 0: the generator's", min=0)
     sample_seed: int = flag(0, "seed of the first sample; the next ones count up", min=0)
     reference_n: int = flag(0, "pictures of the reference, at most; 0: all", min=0)
     keep_images: bool = flag(False, "keep every sample as a PNG in OUT/images")

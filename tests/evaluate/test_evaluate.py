@@ -131,6 +131,21 @@ def test_a_sweep_reports_everything_and_draws_it(folder, capsys):
     assert Image.open("a/curve.png").size == (720, 440)
 
 
+def test_a_model_of_small_pictures_is_measured_enlarged(folder):
+    """Samples, limit and floor at twice its height; the samples are its own, enlarged."""
+    call(*GENERATOR, "--out", "a", "--keep-images", "--cfg", 2, "--maps-network", "maps.pt")
+    call(*GENERATOR, "--out", "b", "--keep-images", "--cfg", 2, "--height", 64)
+    for small, large in zip(*(sorted(Path(f"{x}/images/cfg-2.0").iterdir()) for x in "ab")):
+        enlarged = Image.open(small).resize((64, 64), Image.Resampling.LANCZOS)
+        assert np.array_equal(np.asarray(enlarged), np.asarray(Image.open(large)))
+    found = report("b")
+    assert found["pixels"] == "64x64" and found["settings"]["height"] == 64
+    assert row(found, "floor")["frechet_distance"] != row(report("a"), "floor")["frechet_distance"]
+    assert 0 < row(found, "tokenizer")["psnr"] < 60
+    with pytest.raises(UserError, match="a multiple of the generator's 32 pixels, got 48"):
+        call(*GENERATOR, "--out", "c", "--height", 48)
+
+
 def test_numbers_are_those_of_the_pictures(folder):
     """The kept files, the floor's and the reference's, through the formulas by hand."""
     call(*GENERATOR, "--out", "a", "--keep-images", "--cfg", "2")
