@@ -77,7 +77,8 @@ def main(argv: list[str]) -> None:
                      spread(rest.mean(1), 2, True),
                      f"{(rest.mean(0) > 0).sum()} of {rest.shape[1]}"))
     means = {k: np.mean(v, 0)[0] for k, v in others.items()}
-    shares = {k: 100 * np.divide(*np.mean(v, 0)) for k, v in others.items()}
+    with np.errstate(invalid="ignore", divide="ignore"):  # no gain of its own: NaN, no interval
+        shares = {k: 100 * np.divide(*np.mean(v, 0)) for k, v in others.items()}
     reading = "; ".join(
         f"from {stage} % of the training {verdict('columns gain', means['columns', stage], 2)}, "
         f"{verdict('the grid loses', -means['grid', stage], 2)}, " + verdict(
