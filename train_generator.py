@@ -104,9 +104,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def rehearsal(setup: Setup) -> tuple[GeneratorTrainer, Tensor]:
-    """For --dry-run: a trainer and an example; without --tokenizer, the preset's, untrained."""
+    """For --dry-run: a trainer and an example; without a tokenizer, the preset's, untrained."""
     opts = setup.run
-    if opts.tokenizer:
+    if opts.tokenizer or setup.initial or setup.resumed:
         tokenizer = find_tokenizer(setup)
     else:
         tokenizer = Tokenizer(PRESETS[setup.preset].tokenizer).eval().requires_grad_(False)

@@ -269,7 +269,7 @@ def resumed_scroll(folder: Path, args: Namespace) -> tuple[SampleConfig, Samplin
             raise ValueError("its column is no number")
     cfg, options = override(begun, args), override(drawn, args)
     before, after = asdict(begun) | asdict(drawn), asdict(cfg) | asdict(options)
-    free = ("scroll", "checkpoint", "device", "out")
+    free = ("scroll", "checkpoint", "guide", "device", "out")  # `scroll` compares weights
     if other := [name for name in after if after[name] != before[name] and name not in free]:
         raise UserError(f"the scroll in {folder} was begun with --{other[0].replace('_', '-')} "
                         f"{before[other[0]]}, not {after[other[0]]}; leave it out, or start "

@@ -218,10 +218,10 @@ def load_guide(path: Path | str, tokenizer: Tokenizer,
     """A generator whose velocity without a class guides another one of this tokenizer's tokens.
 
     Raises UserError as `load_generator` does, and for one of other tokens: their statistics tell
-    (those of convert.grow's tokenizers stay the same, as their tokens do).
+    (which convert.grow leaves as they are, and convert.pack rounds to float16).
     """
     guide = load_generator(path, device)
-    mine, theirs = (torch.stack((t.latent_mean, t.latent_std)).cpu()
+    mine, theirs = (torch.stack((t.latent_mean, t.latent_std)).half().cpu()
                     for t in (tokenizer, guide.tokenizer))
     if not torch.equal(mine, theirs):
         raise UserError(f"--guide {path} is a generator of another tokenizer's tokens; give one "

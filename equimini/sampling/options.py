@@ -62,7 +62,8 @@ class SamplingOptions(Checked):
                             "velocities: give euler, midpoint or heun")
         if self.guide and head.scales:
             raise UserError("--guide is for generators that follow velocities; this one's guidance "
-                            "is what its head was trained with (train_generator.py --guide)")
+                            "is what its head was trained with (train_generator.py --guide); give "
+                            "--guide '' for a token file that was drawn with one")
         if SOLVERS[solver].average and self.nodes:
             raise UserError("--nodes is for solvers that follow velocities; give it with --solver "
                             "euler, midpoint or heun")

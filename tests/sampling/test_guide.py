@@ -1,6 +1,7 @@
 """Guidance by another generator: the plain sampler's columns, wherever columns are drawn."""
 
 import copy
+from argparse import Namespace
 from dataclasses import asdict, replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from equimini.sampler import (ColumnSampler, Guidance, column_noise, sample_plainly,
                               sample_tokens)
+from equimini.sampling.commands import SampleConfig, resumed_scroll
 from equimini.sampling.cuda_graphs import GraphedColumn, GraphedStep
 from equimini.sampling.edit import Tokens, resample
 from equimini.sampling.guide import Guide, GuidedSampler, GuidedStream
@@ -53,6 +55,7 @@ def guide():
 def guided(model, guide, tmp_path):
     """The model, its options with a guide, and the guide's file."""
     file = tmp_path / "guide.pt"
+    model.tokenizer.set_statistics(0.1, 1.3)  # float16 holds neither
     checkpoint.save(file, "generator", {
         "config": {"model": asdict(replace(SMALL_GENERATOR, **OTHER))}, "ema": guide.state_dict(),
         "classes": model.classes, "tokenizer": tokenizer_content(model.tokenizer)})
@@ -62,6 +65,10 @@ def guided(model, guide, tmp_path):
 def stream_of(generator, guide, guidance, labels=LABELS, seeds=SEEDS, steps=3):
     sampler = GuidedSampler(ColumnSampler(generator.head, steps), ColumnSampler(guide.head, steps))
     return GuidedStream(Guide(guide, len(labels)), generator, labels, seeds, sampler, guidance)
+
+
+def statistics(tokenizer):
+    return tokenizer.latent_mean, tokenizer.latent_std
 
 
 def columns_of(stream, n):
@@ -145,9 +152,19 @@ def test_static_buffers_draw_the_same_columns(generator, guide):
     torch.testing.assert_close(*drawn)
 
 
+def test_a_scroll_finds_its_guide_in_another_place(guided, tmp_path):
+    model, how = guided
+    scroll(model, torch.zeros(4, dtype=torch.int64), 7, tmp_path, how, tile=8,
+           settings=asdict(SampleConfig(scroll=4)) | asdict(how))
+    _, options, _ = resumed_scroll(tmp_path, Namespace(guide="moved.pt"))
+    assert options == replace(how, guide="moved.pt")
+
+
 def test_guides_that_do_not_serve(guided, tmp_path):
     model, how = guided
     assert model.guide(how.guide) is model.guide(how.guide)
+    model.tokenizer.set_statistics(*(x.half() for x in statistics(model.tokenizer)))
+    load_guide(how.guide, model.tokenizer)  # a packed generator, a guide that is not
     model.tokenizer.set_statistics(0.5, 2.5)
     with pytest.raises(UserError, match="another tokenizer's tokens"):
         load_guide(how.guide, model.tokenizer)

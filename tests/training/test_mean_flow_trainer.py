@@ -64,6 +64,8 @@ def test_a_guide_draws_without_class_in_place_of_the_teacher(heads):
     assert "another guide" in mistake("train_generator.py", "--resume", "--steps", 4, "--guide",
                                       "runs/all/last.pt", "--out", "runs/same", cwd=heads)
     call("train_generator.py", "--resume", "--steps", 4, "--out", "runs/same", cwd=heads)
+    assert "not measured" not in call("train_generator.py", *START, "--guide", "runs/all/last.pt",
+                                      "--dry-run", cwd=heads)
 
 
 @pytest.mark.parametrize("arguments, text", (
