@@ -77,7 +77,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     """A few kills; `python -m tests.soak.kills` does thirty of each command."""
     said = call("tests.soak.kills", "--times", 2, "--what", "killed", "--only", "tokenizer",
                 "generator", cwd=tmp_path)
-    assert said.count("times 2, runs 1") == 2
+    assert said.count("killed: times 2, runs ") == 2  # each with the right files, or call raises
 
 
 def test_sigterm_writes_a_checkpoint_first(tmp_path):
