@@ -54,16 +54,17 @@ def test_all_weights_move_where_asked_also_in_bf16_and_pieces(runs):
 
 def test_a_guide_draws_without_class_in_place_of_the_teacher(heads):
     """The teacher as its own guide changes nothing but roundings; another run's is refused."""
-    for name, guide in (("same", "generator"), ("other", "all")):
+    for name, guide in (("itself", "generator"), ("another", "all")):
         call("train_generator.py", *START, "--trained", "head", "--steps", 3, "--guide",
-             f"runs/{guide}/last.pt", "--out", f"runs/{name}", cwd=heads)
+             f"runs/{guide}/last.pt", "--out", f"runs/by-{name}", cwd=heads)
     plain, itself, other = (torch.tensor([r["loss"] for r in records(
-        heads / f"runs/{name}/log.jsonl") if "loss" in r][:3]) for name in ("head", "same", "other"))
+        heads / f"runs/{name}/log.jsonl") if "loss" in r][:3]) for name in (
+            "head", "by-itself", "by-another"))
     torch.testing.assert_close(itself, plain, rtol=1e-4, atol=1e-6)
     assert (other / plain - 1).abs().min() > 1e-3
     assert "another guide" in mistake("train_generator.py", "--resume", "--steps", 4, "--guide",
-                                      "runs/all/last.pt", "--out", "runs/same", cwd=heads)
-    call("train_generator.py", "--resume", "--steps", 4, "--out", "runs/same", cwd=heads)
+                                      "runs/all/last.pt", "--out", "runs/by-itself", cwd=heads)
+    call("train_generator.py", "--resume", "--steps", 4, "--out", "runs/by-itself", cwd=heads)
     assert "not measured" not in call("train_generator.py", *START, "--guide", "runs/all/last.pt",
                                       "--dry-run", cwd=heads)
 
