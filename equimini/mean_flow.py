@@ -117,7 +117,7 @@ def mean_flow_errors(head: FlowHead, teachers: Sequence[tuple[FlowHead, Tensor]]
                      u: Tensor, eps: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
     """(u − (x_t − x_r)/(t − r))² on M ways along each token's flow, the mean over channels.
 
-    teachers: a head and its z (B, N, d) with the class, and such without; z, of `head`: of both;
+    teachers: heads with their z (B, N, d), with the class and without; z: (2, B, N, d), of `head`;
     u: (M, B, N), more: (INTERVALS, B, N), uniform; eps: (B, N, C), normal: where the flow starts.
     Returns the errors, weighted by WHOLE_WAY, and t, both (M, B, N).
     """
@@ -127,7 +127,7 @@ def mean_flow_errors(head: FlowHead, teachers: Sequence[tuple[FlowHead, Tensor]]
         k = torch.arange(1, n, device=u.device)[:, None, None]
         inner = (k + 0.9 * (more[1:] - 0.5)) / n
         times = torch.cat((torch.ones_like(s)[None], 1 - inner, torch.zeros_like(s)[None]))
-        x, v = follow(lambda x, t: guided((v(x, t, of).float() for v, of in teachers), s), eps,
+        x, v = follow(lambda x, t: guided((h(x, t, z_h).float() for h, z_h in teachers), s), eps,
                       times)
         a, b = ways(u, n)
         t, r = times.gather(0, a), times.gather(0, b)

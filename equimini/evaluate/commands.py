@@ -152,7 +152,8 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
     settings = {"schedule": cfg.cfg_schedule, "solver": how.solver, "steps": how.steps,
                 "time_shift": cfg.time_shift, "temperature": cfg.temperature,
                 "precision": cfg.precision, "seed": cfg.sample_seed, "columns": columns,
-                **{name: getattr(cfg, name) for name in ("guidance_columns", "positions", "nodes", "height")
+                **{name: getattr(cfg, name)
+                   for name in ("guidance_columns", "positions", "nodes", "height")
                    if getattr(cfg, name) != getattr(GENERATOR, name)},  # older plans lack them
                 **({"guide": file_hash(find(cfg.guide))} if cfg.guide else {})}
     plan = {"checkpoint": file_hash(find(cfg.checkpoint)), "weights": cfg.weights,

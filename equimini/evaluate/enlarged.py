@@ -40,7 +40,8 @@ class Enlarged(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, N, D) to images (B, 3, H, W) in [−1, 1], of 8 bits."""
-        pictures = [np.asarray(Image.fromarray(picture).resize(
-            [self.times * side for side in picture.shape[1::-1]], Image.Resampling.LANCZOS))
-            for picture in to_uint8(self.inner.decode(latents))]
+        small = to_uint8(self.inner.decode(latents))  # (B, h, w, 3)
+        size = self.times * small.shape[2], self.times * small.shape[1]
+        pictures = [np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+                    for picture in small]
         return to_float(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)).to(latents.device)

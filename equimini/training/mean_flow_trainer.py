@@ -22,8 +22,8 @@ def distillation_errors(model: Generator, tokens: Tensor, labels: Tensor, u: Ten
     guide: gives the velocity without class, else the teacher does.  head_alone: the head reads the
     teacher's z, else that of its own transformer, with gradients.
     """
-    def context(generator: Generator, drop: bool) -> Tensor:  # z (B, N, d); a guide's classes are
-        known = torch.zeros_like(labels) if drop else labels  # its own
+    def context(generator: Generator, drop: bool) -> Tensor:  # z (B, N, d)
+        known = torch.zeros_like(labels) if drop else labels  # a guide may have fewer classes
         return generator.predict(tokens, known, torch.full_like(labels, drop).bool(), shift)
 
     def both(generator: Generator) -> Tensor:  # (2, B, N, d)
