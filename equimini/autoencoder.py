@@ -40,8 +40,8 @@ class TokenizerConfig(Checked):
     semantic_channels: int = flag(0, "channels of the semantic head's map; 0: no head", min=0)
     dropout: float = flag(0.0, "dropout probability inside residual blocks", min=0, max=0.99)
     layout: str = flag("columns", "what one token is: a column of the feature map, or, the paper's "
-                       "2-D baseline, a patch of a grid in raster order (square images only)",
-                       choices=tuple(TOKEN_CONV))
+                       "2-D baselines, a patch of a grid or a position alone, in raster order "
+                       "(square images only)", choices=tuple(TOKEN_CONV))
     noise: float = flag(
         2.5, "largest latent noise: sigma ~ N(0, (noise/0.8)^2) clamped to +-noise", min=0)
 
@@ -72,7 +72,15 @@ class TokenizerConfig(Checked):
         """Height of the feature map that is cut into columns."""
         return self.image_size // self.f
 
-    columns = rows  # (tokens) of a square image
+    @property
+    def columns(self) -> int:
+        """Columns, or other tokens, of a square image."""
+        return self.rows ** (2 if self.layout == "positions" else 1)
+
+    @property
+    def column_values(self) -> int:
+        """Values of the feature map in a column, or another token."""
+        return self.z_channels * self.rows**2 // self.columns
 
 
 class Conv3x3(nn.Conv2d):
@@ -191,8 +199,7 @@ class Encoder(nn.Module):
         self.middle = Middle(c, config)
         self.norm_out = Norm(c, config)
         self.conv_out = Conv3x3(c, config.z_channels)
-        self.layout = config.layout
-        column = config.z_channels * config.rows
+        self.layout, column = config.layout, config.column_values
         self.column_conv = TOKEN_CONV[config.layout](column, column)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,7 +217,7 @@ class Decoder(nn.Module):
         super().__init__()
         channels = [config.base_channels * m for m in reversed(config.multipliers)]
         c, self.rows, self.layout = channels[0], config.rows, config.layout
-        column = config.z_channels * config.rows
+        column = config.column_values
         self.column_conv = TOKEN_CONV[config.layout](column, column)
         self.conv_in = Conv3x3(config.z_channels, c)
         self.middle = Middle(c, config)
@@ -264,7 +271,7 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        column, conv = config.z_channels * config.rows, TOKEN_CONV[config.layout]
+        column, conv = config.column_values, TOKEN_CONV[config.layout]
         self.encoder = Encoder(config)
         self.to_tokens = conv(column, config.token_channels)
         self.from_tokens = conv(config.token_channels, column)
@@ -282,9 +289,8 @@ class Tokenizer(nn.Module):
         if width % f or width < 2 * f:
             raise ValueError(f"the images' width must be a multiple of f = {f} and at least "
                              f"{2 * f} pixels (2 columns), got {width}")
-        if self.config.layout == "grid" and width != height:
-            raise ValueError(f"a grid tokenizer takes square images of {size} pixels only, got "
-                             f"{height}x{width}")
+        if self.config.layout != "columns" and width != height:
+            raise ValueError(f"layout {self.config.layout} takes squares, got {height}x{width}")
         return self.to_tokens(self.encoder(images)).mT
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -299,12 +305,12 @@ class Tokenizer(nn.Module):
         return self.decoder.upper_stages(lowest), self.semantic_head(lowest)
 
     def _columns(self, tokens: Tensor) -> Tensor:
-        d = self.config.token_channels
+        d, square = self.config.token_channels, self.config.columns
         if tokens.dim() != 3 or tokens.shape[1] < 2 or tokens.shape[2] != d:
             raise ValueError(f"tokens must be (B, N >= 2, {d}), got {tuple(tokens.shape)}")
-        if self.config.layout == "grid" and tokens.shape[1] != self.config.columns:
-            raise ValueError(f"a grid tokenizer takes the {self.config.columns} tokens of a square "
-                             f"image only, got {tokens.shape[1]}")
+        if self.config.layout != "columns" and tokens.shape[1] != square:
+            raise ValueError(f"layout {self.config.layout} takes the {square} tokens of a square "
+                             f"image, got {tokens.shape[1]}")
         return self.from_tokens(tokens.mT)
 
     def freeze_latents(self) -> None:

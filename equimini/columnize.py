@@ -4,8 +4,8 @@ A feature map F (B, C, H, W) becomes a sequence of W vectors of C·H values: col
 c·H + h.  Nothing else happens here; the linear maps around it are convolutions over the
 sequence (Conv1d over neighbouring columns), which commute with a shift along x.
 
-The paper's 2-D baseline has another layout, "grid": a square map of p²×p² positions is cut into
-p×p patches of p×p positions, which become as many tokens of the same size, in raster order.
+The paper's 2-D baselines cut square maps otherwise, in raster order.  Layout "grid": p×p patches
+of p×p positions, as many tokens of the same size; "positions": each position alone, of C values.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ def columnize(feature_map: Tensor, layout: str = "columns") -> Tensor:
     """(B, C, H, W) to (B, C·H, W), value c·H + h of column w being F[c, h, w] (Eq. 3).
 
     For 'grid', H = W = p²: (B, C·p², p²), value (c·p + i)·p + j of token y·p + x being
-    F[c, y·p + i, x·p + j].
+    F[c, y·p + i, x·p + j].  For 'positions', H = W: (B, C, H·W), token y·W + x being F[:, y, x].
     """
     if layout == "grid":
-        return F.pixel_unshuffle(feature_map, math.isqrt(feature_map.shape[2])).flatten(2)
-    return feature_map.flatten(1, 2)
+        feature_map = F.pixel_unshuffle(feature_map, math.isqrt(feature_map.shape[2]))
+    return feature_map.flatten(1, 2) if layout == "columns" else feature_map.flatten(2)
 
 
 def rasterize(tokens: Tensor, rows: int, layout: str = "columns") -> Tensor:
     """(B, C·H, W) back to (B, C, H=rows, W) (Eq. 4); the inverse of `columnize`."""
-    if layout == "grid":
-        p = math.isqrt(rows)
-        return F.pixel_shuffle(tokens.unflatten(2, (p, p)), p)
-    return tokens.unflatten(1, (-1, rows))
+    if layout == "columns":
+        return tokens.unflatten(1, (-1, rows))
+    p = math.isqrt(tokens.shape[2])
+    return F.pixel_shuffle(tokens.unflatten(2, (p, p)), rows // p)  # 'positions': p = rows
 
 
 class ReflectPad(torch.autograd.Function):
@@ -71,7 +71,7 @@ class ColumnConv(nn.Conv1d):
 
 
 class GridConv(nn.Sequential):
-    """What stands in for ColumnConv where tokens are patches of a grid: (B, C, p²).
+    """What stands in for ColumnConv where tokens are in raster order: (B, C, p²).
 
     Neighbours in raster order are not neighbours in the picture, so it is a 3×3 convolution over
     the p×p grid, reflected at the borders.  That has three times the weights of a ColumnConv; a
@@ -94,4 +94,4 @@ class GridConv(nn.Sequential):
         return x.flatten(2)
 
 
-TOKEN_CONV = {"columns": ColumnConv, "grid": GridConv}  # of each token and its neighbours
+TOKEN_CONV = {"columns": ColumnConv, "grid": GridConv, "positions": GridConv}  # by layout

@@ -34,6 +34,7 @@ class Scale:
     images: int  # pictures whose latents are kept, 0: all
     val_images: int
     samples: int  # pictures drawn where samples are judged
+    position_channels: int  # of a token that is one position; a picture has as many values in all
 
 
 SCALES = {
@@ -41,18 +42,18 @@ SCALES = {
                  "--z-channels 4 --token-channels 8 --batch-size 4 --stats-images 16",
                  "--layers 1 --embed-dim 16 --heads 1 --class-tokens 2 --head-width 16 "
                  "--head-depth 1 --batch-size 4 --preview-steps 1 --preview-cfg 1",
-                 4, 20, 64, 8, 8),
+                 4, 20, 64, 8, 8, 1),
     "small": Scale("--image-size 32 --multipliers 1,2 --base-channels 8 --norm-groups 4 "
                    "--z-channels 16 --token-channels 32 --batch-size 8 --lr-decay-every 150 "
                    "--stats-images 512",
                    "--layers 3 --embed-dim 64 --heads 2 --class-tokens 2 --head-width 64 "
                    "--head-depth 2 --batch-size 32 --preview-steps 1 --preview-cfg 1",
-                   100, 200, 1024, 256, 256),
+                   100, 200, 1024, 256, 256, 2),
     "default": Scale("--lr-decay-every 225", "--layers 4 --embed-dim 128 --heads 4 "
                      "--class-tokens 4 --head-width 128 --head-depth 3 --batch-size 32 "
                      "--preview-steps 5",
-                     400, 500, 4096, 512, 512),
-    "large": Scale("", "--batch-size 64", 4000, 6000, 0, 1024, 2048),
+                     400, 500, 4096, 512, 512, 4),
+    "large": Scale("", "--batch-size 64", 4000, 6000, 0, 1024, 2048, 4),
 }
 
 
@@ -133,8 +134,10 @@ class Lab:
         own = self.cfg.grid_tokenizer_steps if layout == "grid" else 0
         steps = own or self.cfg.tokenizer_steps or self.scale.tokenizer_steps
         name = layout if not data or data == self.cfg.data else f"{layout}-{Path(data).name}"
-        return self.train("tokenizer", name, steps, [
-            *self.scale.tokenizer.split(), "--layout", layout, *self.data_flags(data)], seed)
+        flags = [*self.scale.tokenizer.split(), "--layout", layout]
+        if layout == "positions":
+            flags += ["--token-channels", str(self.scale.position_channels)]
+        return self.train("tokenizer", name, steps, [*flags, *self.data_flags(data)], seed)
 
     def latents(self, layout: str = "columns", data: str = "",
                 seed: int = 0) -> tuple[TrainingRun, Path]:
@@ -174,10 +177,11 @@ class Lab:
                 forks[seed] if forks else None))
         return runs
 
-    def grid(self, flags: str = "", name: str = "grid", **options: Any) -> list[TrainingRun]:
-        """The 2-D baseline: patches in raster order, full causal attention."""
-        flags = f"--window {self.tokens('grid')} --position-shift {self.cfg.grid_shift} {flags}"
-        return self.columns(flags, name, layout="grid", **options)
+    def grid(self, flags: str = "", name: str = "grid", layout: str = "grid",
+             **options: Any) -> list[TrainingRun]:
+        """The 2-D baselines: patches, or positions, in raster order, full causal attention."""
+        flags = f"--window {self.tokens(layout)} --position-shift {self.cfg.grid_shift} {flags}"
+        return self.columns(flags, name, layout=layout, **options)
 
 
 def key(flags: list[str]) -> str:

@@ -86,9 +86,9 @@ class ImageGenerator:
         """Normalised tokens (B, columns, C) of one image per class and seed; see `sample`."""
         square = self.tokenizer.config.columns
         columns = columns or square
-        if self.tokenizer.config.layout == "grid" and columns != square:
-            raise UserError(f"a generator over a grid draws square pictures only ({square} tokens), "
-                            f"got {columns}")
+        if (layout := self.tokenizer.config.layout) != "columns" and columns != square:
+            raise UserError(f"a generator over layout {layout} draws square pictures only ({square} "
+                            f"tokens), got {columns}")
         labels = torch.tensor(self.class_numbers(classes))[:, None].expand(-1, columns)
         return torch.stack(list(progress(self.draw(labels, seeds, options))), 1)
 

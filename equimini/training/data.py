@@ -225,9 +225,9 @@ def load_data(run: DataConfig,
     if width % tokenizer.f or width < 2 * tokenizer.f:
         raise UserError(f"--width must be a multiple of f = {tokenizer.f} and at least "
                         f"{2 * tokenizer.f}, got {width}")
-    if tokenizer.layout == "grid" and width != height:
-        raise UserError(f"--width: a grid tokenizer takes square pictures only, {height} pixels, "
-                        f"got {width}")
+    if tokenizer.layout != "columns" and width != height:
+        raise UserError(f"--width: a tokenizer of layout {tokenizer.layout} takes square pictures "
+                        f"only, {height} pixels, got {width}")
     if run.data in BUILT_IN:
         if run.val_data:
             raise UserError("--val-data goes with a folder as --data; the built-in data has its "

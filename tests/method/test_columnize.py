@@ -31,6 +31,13 @@ def test_grid_tokens_are_patches_in_raster_order():
     assert torch.equal(rasterize(tokens, 9, "grid"), x)
 
 
+def test_single_positions_are_tokens_in_raster_order():
+    x = torch.randn(2, 3, 5, 5)
+    tokens = columnize(x, "positions")
+    assert tokens.shape == (2, 3, 25) and torch.equal(tokens[:, :, 7], x[:, :, 1, 2])
+    assert torch.equal(rasterize(tokens, 5, "positions"), x)
+
+
 def test_grid_conv_sees_the_neighbours_in_the_picture_and_no_more():
     conv, x = randomize(GridConv(8, 4)), torch.randn(1, 8, 16, requires_grad=True)
     grad, = torch.autograd.grad(conv(x)[0, :, 5].sum(), x)  # patch (1, 1) of a 4×4 grid
@@ -55,23 +62,29 @@ def test_what_is_no_convolution_over_tokens_is_the_same_in_both_layouts():
     assert parameters(b) == pytest.approx(parameters(a), rel=0.01)
 
 
-def test_grid_tokenizer_encodes_and_decodes_square_pictures_only():
-    model = randomize(Tokenizer(GRID)).eval()
+@pytest.mark.parametrize("layout, count", (("grid", 16), ("positions", 256)))
+def test_grid_tokenizer_encodes_and_decodes_square_pictures_only(layout, count):
+    model = randomize(Tokenizer(dataclasses.replace(GRID, layout=layout))).eval()
     tokens = model.encode(torch.randn(2, 3, 32, 32))
-    assert tokens.shape == (2, 16, 6)
+    assert tokens.shape == (2, count, 6)
     assert model.decode(tokens).shape == (2, 3, 32, 32)
     with pytest.raises(ValueError, match="square"):
         model.encode(torch.randn(1, 3, 32, 64))
-    with pytest.raises(ValueError, match="16 tokens"):
+    with pytest.raises(ValueError, match=f"{count} tokens"):
         model.decode(tokens[:, :8])
+
+
+def test_a_grid_needs_a_square_number_of_rows():
     with pytest.raises(ValueError, match="layout grid needs"):
         dataclasses.replace(SMALL_TOKENIZER, layout="grid")  # 8 rows
 
 
-def test_generator_over_a_grid_samples_square_pictures_only():
-    tokenizer = randomize(Tokenizer(GRID)).eval()
+@pytest.mark.parametrize("layout", ("grid", "positions"))
+def test_generator_over_a_grid_samples_square_pictures_only(layout):
+    tokenizer = randomize(Tokenizer(dataclasses.replace(GRID, layout=layout))).eval()
     tokenizer.set_statistics(0.0, 1.0)
-    model = ImageGenerator(small_generator(window=16), tokenizer, ["a", "b", "c"])
+    model = ImageGenerator(small_generator(window=tokenizer.config.columns), tokenizer,
+                           ["a", "b", "c"])
     assert model.sample(["a", "b"], cfg=1, steps=1).shape == (2, 3, 32, 32)
     with pytest.raises(Exception, match="square pictures only"):
         model.sample(["a"], columns=20)

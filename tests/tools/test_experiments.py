@@ -62,7 +62,7 @@ def in_this_process(monkeypatch):
 EXPERIMENTS = (("attention", ["--windows", 2], ["attention.png"]),  # options and pictures
                ("transfer", ["--halves"], ["transfer.png"]),
                ("dynamics", ["--stages", 50], ["losses.png", "gains.png"]),
-               ("grid-vs-columns", [], ["samples.png"]),
+               ("grid-vs-columns", ["--positions"], ["samples.png"]),
                ("matrix", ["--tune-steps", 1, "--tune-batch", 4, "--measured", 4],
                 ["matrix-columns.png", "matrix-grid.png"]),
                ("extrapolation", ["--times", 2, "--euler-steps", 1, "--measured", 2],
@@ -94,6 +94,7 @@ def test_every_experiment_runs_and_shares_its_trainings(pictures, in_this_proces
           for variant in ("", "-at-50", *["-half"] * ("real" not in model))),
         *(f"{layout}-at-50-then-{what}" for layout in ("columns", "grid")
           for what in ("all", "4-alone", "11-alone")), "window-2", "columns-centred",
+        "positions",
         *(f"{layout}-{half}" for layout in ("columns", "grid") for half in halves(16))}
 
 
