@@ -19,6 +19,7 @@ from typing import Iterator
 
 import pytest
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from attention_cases import Case, check_reach, draw_case, draw_inputs, run_case  # noqa: E402
@@ -220,7 +221,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as build:
         emulated = EmulatedKernels(Path(build), flags=SANITIZE if options.sanitize else ("-O1",))
         for emulated.path in PATHS[1:]:
-            for number in range(options.first, options.first + options.cases):
+            numbers = range(options.first, options.first + options.cases)
+            for number in tqdm(numbers, emulated.path, disable=None):  # none where nobody looks
                 emulated.library.set_schedule(number)
                 run(small_case(number, emulated.path), emulated)
     print("all right")
