@@ -45,7 +45,7 @@ class Report:
     intervals: str = SEEDS_NOTE
 
     def write(self, lab: Lab) -> None:
-        """table.md and results.json into OUT/NAME; prints the table."""
+        """table.md, results.json, values.json into OUT/NAME; prints the table."""
         self.save(lab.name, lab.cfg, lab.folder, lab.budget, [self.intervals] if lab.used else [])
 
     def save(self, name: str, cfg: Checked, folder: Path, budget: str = "no training",
@@ -64,6 +64,7 @@ class Report:
                   "finished": time.strftime("%Y-%m-%d %H:%M")}
         write_text(folder / "table.md", text)
         write_text(folder / "results.json", json.dumps(result, indent=1))
+        write_text(folder / "values.json", short({"command": command} | result["values"]))
         print(f"\n{text}\nwritten to {folder}")
 
 
@@ -88,6 +89,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, (float, np.floating)):
         return float(value) if np.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value
+
+
+def short(values: dict[str, Any]) -> str:
+    """JSON, a line a name, numbers to six digits: what is kept of a report beside its table."""
+    digits = json.loads(json.dumps(values), parse_float=lambda text: float(f"{float(text):.6g}"))
+    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in digits.items())
+    return "{" + ",\n".join(lines) + "}\n"
 
 
 def markdown(rows: list[Sequence[str]]) -> str:

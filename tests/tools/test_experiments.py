@@ -82,7 +82,7 @@ def test_every_experiment_runs_and_shares_its_trainings(pictures, in_this_proces
         invoke("equimini.experiments", name, *data, *TOY, *extra, cwd=pictures)
         folder = pictures / "out" / name
         result = json.loads((folder / "results.json").read_text())
-        assert {p.name for p in folder.iterdir()} == {"table.md", "results.json", *files}
+        assert {p.name for p in folder.iterdir()} == {"table.md", "results.json", "values.json", *files}
         assert result["reading"] in (folder / "table.md").read_text()
         assert "--scale toy" in result["command"] and "--steps 4" in result["command"]
     done = [p.name.rsplit("-", 1)[0] for p in (pictures / "out" / "runs").glob("generator-*")]
@@ -330,8 +330,13 @@ def test_the_page_holds_the_tables_that_commands_wrote(report):
     assert "\n".join(line for line in lines if line.startswith("|")) in page
     command = next(line for line in lines if line.startswith("`python"))
     assert command in page
-    by_seed = report.with_suffix(".json")  # of intervals that the page alone has
-    assert "--scale" not in command or json.loads(by_seed.read_text())["command"] in command
+    if "--scale" in command:  # the values by seed, from which the page has intervals of its own
+        found = json.loads(report.with_suffix(".json").read_text())
+        assert found["command"] in command
+        for name in {"distances", "reconstructions", "to_decoded"} & found.keys():
+            for values in found[name].values():
+                assert any(f" {spread(values, digits)} |" in line for digits in (2, 3)
+                           for line in lines)
 
 
 def test_a_claim_holds_if_its_interval_lies_above_0():
