@@ -48,7 +48,7 @@ def load(cfg: SampleConfig, options: SamplingOptions) -> ImageGenerator:
 def asked_for(cfg: SampleConfig, model: ImageGenerator) -> tuple[list[str], Tensor, list[int]]:
     """What every row of a sheet is called; the classes (pictures, columns) and seeds."""
     shape, schedule = model.tokenizer.config, class_schedule(cfg, model)
-    columns = length_in_columns(cfg, shape.f, schedule_length(schedule) or shape.columns)
+    columns = length_in_columns(cfg, shape, schedule_length(schedule) or shape.columns)
     rows = [schedule] if has_lengths(schedule) else [[one] for one in schedule]
     names = [" to ".join(model.classes[c] for c, _ in row) for row in rows]
     labels = torch.stack([schedule_labels(row, columns) for row in rows])
@@ -61,6 +61,8 @@ def draw_batches(cfg: SampleConfig, options: SamplingOptions, model: ImageGenera
     """--batch-size pictures at a time: tokens (B, N, C) and pixels (B, 3, H, N·f)."""
     labels = torch.cat((labels[:, :1].expand(-1, cfg.lead_in), labels), 1)
     n = labels.shape[1]
+    if cfg.ring:
+        model.needs_columns("--ring")
     print(guidance_text(model.guidance(n, options), n))
     for k in range(0, len(seeds), cfg.batch_size):
         part = slice(k, k + cfg.batch_size)
@@ -75,7 +77,8 @@ def draw_batches(cfg: SampleConfig, options: SamplingOptions, model: ImageGenera
 def draw_npz(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerator) -> None:
     """--npz: the pictures of a sheet, written as they are drawn; none stays in memory."""
     shape, (_, labels, seeds) = model.tokenizer.config, asked_for(cfg, model)
-    width, first = labels.shape[1] * shape.f, iter(labels[:, 0].split(cfg.batch_size))
+    width = shape.image_size * labels.shape[1] // shape.columns
+    first = iter(labels[:, 0].split(cfg.batch_size))
     with write_samples(cfg.npz, len(seeds), shape.image_size, width) as add:
         for _, pictures in draw_batches(cfg, options, model, labels, seeds):
             add(to_uint8(pictures), next(first).tolist())
@@ -95,7 +98,7 @@ def draw_sheet(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerato
              for line in of_row.split(across)]
     out = Path(cfg.out or "samples.png")
     save_png(grid([line for line, _ in lines], [name for _, name in lines]), out)
-    print(f"{len(images)} pictures of {columns * shape.f}x{shape.image_size} pixels, "
+    print(f"{len(images)} pictures of {images.shape[3]}x{shape.image_size} pixels, "
           f"{evaluations(options, model)}: {out}")
     all_tokens = Tokens(torch.cat(tokens).cpu(), labels,
                         torch.tensor(seeds)[:, None].repeat(1, columns), recorded(options))

@@ -76,7 +76,7 @@ def read_data(setup: Setup, tokenizer: Tokenizer) -> tuple[Dataset, Dataset, lis
     """Training set, validation set and class names: pictures, or what --latents holds of them."""
     opts, shape = setup.run, tokenizer.config
     if not opts.latents:
-        columns = (opts.width or shape.image_size) // shape.f
+        columns = shape.tokens(opts.width or shape.image_size)
         train, val, classes = load_data(opts, shape)
     elif (opts.data, opts.val_data, opts.width) != ("synthetic", "", 0):
         raise UserError("--latents holds the data already; leave out --data, --val-data and "
@@ -113,7 +113,7 @@ def rehearsal(setup: Setup) -> tuple[GeneratorTrainer, Tensor]:
         tokenizer.set_statistics(0.0, 1.0)
     shape = tokenizer.config
     width = opts.width or shape.image_size
-    example = (torch.randn(1, width // shape.f, shape.token_channels) if opts.latents else
+    example = (torch.randn(1, shape.tokens(width), shape.token_channels) if opts.latents else
                torch.randint(0, 256, (1, 3, shape.image_size, width), dtype=torch.uint8))
     classes = (read_meta(opts.latents)["classes"] if opts.latents else load_data(opts, shape)[2])
     return make_trainer(setup, tokenizer, classes), example

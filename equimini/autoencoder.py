@@ -77,6 +77,10 @@ class TokenizerConfig(Checked):
         """Columns, or other tokens, of a square image."""
         return self.rows ** (2 if self.layout == "positions" else 1)
 
+    def tokens(self, width: int) -> int:
+        """Those of an image so many pixels wide."""
+        return self.columns * width // self.image_size
+
     @property
     def column_values(self) -> int:
         """Values of the feature map in a column, or another token."""

@@ -147,7 +147,7 @@ def evaluate_generator(cfg: GeneratorEvaluation, device: torch.device) -> None:
         raise UserError(f"--data {cfg.data} has the classes {', '.join(bench.classes)}, the "
                         f"generator {', '.join(model.classes[:30])}; give --data the pictures it "
                         "was trained on")
-    columns = (cfg.width or shape.image_size) // shape.f
+    columns = shape.tokens(cfg.width or shape.image_size)
     how = [sampling(cfg, cfg=scale).resolved(model.generator.head) for scale in found][0]
     settings = {"schedule": cfg.cfg_schedule, "solver": how.solver, "steps": how.steps,
                 "time_shift": cfg.time_shift, "temperature": cfg.temperature,

@@ -28,7 +28,8 @@ class Enlarged(nn.Module):
                             f"pixels, got {height}")
         self.inner, self.times = tokenizer, height // own.image_size
         self.config = SimpleNamespace(image_size=height, f=own.f * self.times, layout=own.layout,
-                                      columns=own.columns, token_channels=own.token_channels)
+                                      columns=own.columns, token_channels=own.token_channels,
+                                      tokens=lambda width: own.tokens(width // self.times))
         self.normalize, self.denormalize = tokenizer.normalize, tokenizer.denormalize
         self.latent_mean, self.latent_std = tokenizer.latent_mean, tokenizer.latent_std
 

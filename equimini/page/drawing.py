@@ -81,6 +81,7 @@ class Studio:
     """One strip and the model that draws it; public methods are what the page asks for."""
 
     def __init__(self, model: ImageGenerator, folder: Path, checkpoint: str = DRAWN_WITH) -> None:
+        model.needs_columns("the page")
         self.model, self.checkpoint, self.stop = model, checkpoint, Event()
         claim(folder, {"tokenizer": latents_hash(model.tokenizer)}, "a strip",
               "give the --checkpoint that it was drawn with, or choose another --out")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from equimini.autoencoder import TokenizerConfig
 from equimini.config import Checked, flag
 from equimini.sampler import Guidance, column_noise
 from equimini.sampling.class_schedule import ClassSchedule, parse_schedule, schedule_labels
@@ -187,14 +188,16 @@ def class_schedule(cfg: SampleConfig, model: ImageGenerator) -> ClassSchedule:
     return parse_schedule(cfg.classes, model.class_numbers, model.classes)
 
 
-def length_in_columns(cfg: SampleConfig, f: int, default: int, least: int = 2) -> int:
+def length_in_columns(cfg: SampleConfig, shape: TokenizerConfig, default: int, least: int = 2
+                      ) -> int:
     """The pictures' length; raises UserError where --columns and --width do not make sense."""
+    f = shape.f
     if cfg.columns and cfg.width:
         raise UserError("give --columns or --width, not both")
     if cfg.width % f:
         raise UserError(f"--width must be a multiple of f = {f} pixels, got {cfg.width}; nearest: "
                         f"{max(least, round(cfg.width / f)) * f}")
-    columns = cfg.columns or cfg.width // f or default
+    columns = cfg.columns or shape.tokens(cfg.width) or default
     if columns < least:
         raise UserError(f"a picture has at least {least} columns ({least * f} pixels), got "
                         f"{columns}")
@@ -357,7 +360,7 @@ def draw_edit(cfg: SampleConfig, options: SamplingOptions, args: Namespace, mode
         return order, resample(model, source, order, seeds, options, plan, bar("columns"), cfg.fit,
                                cfg.ring)
     shape = model.tokenizer.config
-    added = length_in_columns(cfg, shape.f, shape.columns, least=1)
+    added = length_in_columns(cfg, shape, shape.columns, least=1)
     order = range(given, given + added)
     if cfg.continue_left_from:
         source = mirror(model, source, before)

@@ -106,8 +106,9 @@ def open_picture(path: str, model: ImageGenerator, pick: int | None = None,
 
     pick: which picture of a token file that holds several.  A picture file is scaled to the
     tokenizer's height, and what is left over of a column is cut off on the other side than `keep`.
-    Raises UserError for a file that cannot be used.
+    Raises UserError for a file that cannot be used, and for tokens that are no columns.
     """
+    model.needs_columns("to edit or continue a picture")
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}")
     with open(path, "rb") as file:  # zipfile.is_zipfile raises for some that are damaged

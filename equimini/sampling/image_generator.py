@@ -50,6 +50,12 @@ class ImageGenerator:
         """Where the generator computes."""
         return self.generator.no_class.device
 
+    def needs_columns(self, what: str) -> None:
+        """Raise UserError if the tokens are a square map's in raster order: what they cannot do."""
+        if (layout := self.tokenizer.config.layout) != "columns":
+            raise UserError(f"{what}: the tokens of this generator are no columns (layout {layout}), "
+                            f"it draws square pictures of {self.tokenizer.config.columns} tokens only")
+
     def class_numbers(self, classes: Sequence[str | int]) -> list[int]:
         """Class numbers of names or numbers (a name wins over a number that reads the same).
 
@@ -84,11 +90,7 @@ class ImageGenerator:
                       seeds: Sequence[int], options: SamplingOptions = SamplingOptions(),
                       progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
         """Normalised tokens (B, columns, C) of one image per class and seed; see `sample`."""
-        square = self.tokenizer.config.columns
-        columns = columns or square
-        if (layout := self.tokenizer.config.layout) != "columns" and columns != square:
-            raise UserError(f"a generator over layout {layout} draws square pictures only ({square} "
-                            f"tokens), got {columns}")
+        columns = columns or self.tokenizer.config.columns
         labels = torch.tensor(self.class_numbers(classes))[:, None].expand(-1, columns)
         return torch.stack(list(progress(self.draw(labels, seeds, options))), 1)
 
@@ -106,6 +108,8 @@ class ImageGenerator:
 
         labels: (B,); columns: their length, which guidance depends on (see `guidance`).
         """
+        if columns != self.tokenizer.config.columns:
+            self.needs_columns(f"a picture of {columns} tokens")
         options = options.resolved(self.generator.head)
         max_position = max(0, self.columns - 2) if options.positions == "hold" else None
         guidance = self.guidance(columns, options)
@@ -201,7 +205,7 @@ def load_generator(path: Path | str, device: str | torch.device = "cpu", ema: bo
         generator = make_generator(config, len(classes), tokenizer.config.token_channels)
         checkpoint.load_weights(generator, checkpoint.weights_of(content, ema, path), path)
         run = content["config"].get("run", {})  # says both in files that do not themselves
-        columns = content.get("columns", 0) or run.get("width", 0) // tokenizer.config.f
+        columns = content.get("columns", 0) or tokenizer.config.tokens(run.get("width", 0))
         mirrored = content.get("mirrored", run.get("latents") or run.get("data") not in UNMIRRORED)
         if not all(isinstance(name, str) for name in classes) or type(columns) is not int or (
                 not 0 <= columns < 2**31):

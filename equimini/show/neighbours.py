@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
     features = network(cfg.network, device) if cfg.network else pixels
 
     classes = [i % len(model.classes) for i in range(cfg.count)]
-    samples = model.sample(classes, train.width // model.tokenizer.config.f, seed=cfg.seed,
+    samples = model.sample(classes, model.tokenizer.config.tokens(train.width), seed=cfg.seed,
                            cfg=cfg.cfg, steps=cfg.steps,
                            progress=lambda drawn: tqdm(drawn, desc="drawing samples, columns"))
     held_out = torch.cat([x for x, _, _ in fixed_loader(val, cfg.batch_size, 4 * cfg.count)])

@@ -180,7 +180,8 @@ class GeneratorTrainer(Trainer):
         """(N, C) of the tokens of uint8 images (B, 3, H, W), or of cached means (B, N, C)."""
         if data.dtype != torch.uint8:
             return data.shape[1], data.shape[2]
-        return data.shape[3] // self.tokenizer.config.f, self.tokenizer.config.token_channels
+        config = self.tokenizer.config
+        return config.tokens(data.shape[3]), config.token_channels
 
     def draws(self, rngs: list, n: int, c: int) -> Draws:
         """What is random in the loss of len(rngs) images of n tokens of c channels; on the CPU."""
