@@ -249,6 +249,7 @@ def measure_distances(cfg: FitsConfig, model: ImageGenerator,
 def main(argv: list[str]) -> None:
     cfg = parse("equimini.experiments fits", __doc__, FitsConfig(), argv)
     model = load_generator(cfg.checkpoint, pick_device(cfg.device))
+    model.needs_columns("fits")
     options = SamplingOptions(cfg=cfg.cfg, solver="midpoint", steps=cfg.steps)
     if cfg.network:
         table, others = measure_distances(cfg, model, options)

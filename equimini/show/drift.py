@@ -166,6 +166,7 @@ def main(argv: list[str]) -> None:
     out, device = output_folder(cfg.out), pick_device(cfg.device)
     check_device(cfg, device)
     model = load_generator(cfg.checkpoint, device)
+    model.needs_columns("drift")
     measured, repeated, rows, names = {}, {}, [], []
     if cfg.data:
         measured["pictures"] = of_pictures(model, cfg.data, cfg.images)

@@ -134,6 +134,7 @@ def main(argv: list[str]) -> None:
     if cfg.ring and not cfg.tokens:
         raise UserError("--ring needs --tokens: pictures that sample.py --ring --save-tokens wrote")
     model = load_generator(cfg.checkpoint, pick_device(cfg.device))
+    model.needs_columns("seams")
     if cfg.pictures:
         f, paths = model.tokenizer.config.f, sorted(Path(cfg.pictures).glob("*.png"))
         images = [load_columns(path, model.tokenizer.config.image_size, f) for path in paths]

@@ -38,9 +38,11 @@ def test_what_needs_columns_is_refused(trained, asked):
     assert "are no columns (layout " in mistake(*DRAWN, *asked, cwd=folder)
 
 
-def test_the_page_and_the_strip_of_tokens_need_columns(trained):
+def test_what_shows_columns_needs_them(trained):
     folder, _ = trained
     last = "runs/generator/last.pt"
-    assert "are no columns" in mistake("equimini.page", "--checkpoint", last, cwd=folder)
+    for program in (["equimini.page"], ["equimini.show", "drift"], ["equimini.show", "seams"],
+                    ["equimini.experiments", "fits"]):
+        assert "are no columns" in mistake(*program, "--checkpoint", last, cwd=folder)
     assert "has no columns" in mistake("equimini.show", "tokens", "--checkpoint", last, "--image",
                                        "square.png", cwd=folder)
