@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from equimini.training.data import fixed_loader, load_data
 from equimini.utils.checkpoint import load_tokenizer
 from equimini.utils.command_line import pick_device
 from equimini.utils.errors import UserError
-from equimini.utils.files import write_text
+from equimini.utils.files import replacing
 from equimini.utils.images import to_float, to_pixels
 
 GUIDANCE = (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # scales to choose from
@@ -83,15 +82,14 @@ class Judge:
         if cfg.network:
             net = load_network(cfg.network, device=self.device)
             self.features, self.name = net.features, net.name
-        first = self.tokenizer(decoded or "columns", 0)
-        train, self.val, _ = load_data(cfg.pictures(lab.tokenizer().last), first.config)
+        shape = load_tokenizer(lab.tokenizer(decoded or "columns").last, self.device).config
+        train, self.val, _ = load_data(cfg.pictures(lab.tokenizer().last), shape)
         if min(len(train), len(self.val)) < 2:
             raise UserError("a Fréchet distance needs at least two training and two held-out "
                             "pictures; give more as --data, or --val-data")
-        self.real = [self.held_out(self.tokenizer(decoded, seed) if decoded else None)
+        self.real = [self.gaussian("val", self.val, len(self.val), seed)
                      for seed in range(cfg.seeds if decoded else 1)]
-        self.floor = frechet_distance(self.real[0], self.gaussian(
-            train, self.samples, first if decoded else None))
+        self.floor = frechet_distance(self.real[0], self.gaussian("train", train, self.samples))
 
     @property
     def how(self) -> str:
@@ -102,38 +100,40 @@ class Judge:
                 f"from 1 on downhill over {', '.join(f'{s:g}' for s in GUIDANCE)}, by half as many "
                 "other samples. Floor: as many training pictures.")
 
-    def tokenizer(self, layout: str, seed: int) -> Tokenizer:
-        return load_tokenizer(self.lab.tokenizer(layout, seed=seed).last, self.device)
+    def gaussian(self, split: str, data: Dataset, count: int, seed: int = 0) -> Gaussian:
+        """Fitted to the features of `count` pictures, decoded by this seed's tokenizer if any."""
+        run = self.lab.tokenizer(self.decoded or "columns", seed=seed)
 
-    def held_out(self, tokenizer: Tokenizer | None = None) -> Gaussian:
-        return self.gaussian(self.val, len(self.val), tokenizer)
+        def pictures() -> Iterator[Tensor]:
+            tokenizer = load_tokenizer(run.last, self.device) if self.decoded else None
+            for images, _, _ in tqdm(fixed_loader(data, BATCH, count), "features of real pictures"):
+                yield reconstructed(images, tokenizer)
+        return self.fit(run, f"{split}{'-decoded' * bool(self.decoded)}-{count}", pictures())
 
-    def gaussian(self, data: Dataset, count: int, tokenizer: Tokenizer | None = None) -> Gaussian:
-        """Fitted to the features of `count` pictures, as this tokenizer shows them."""
-        loader = tqdm(fixed_loader(data, BATCH, count), desc="features of real pictures")
-        return Gaussian.fit(torch.cat([self.features(reconstructed(images, tokenizer))
-                                       for images, _, _ in loader]))
+    def fit(self, run: TrainingRun, name: str, pictures: Iterator[Tensor]) -> Gaussian:
+        """To the features of pictures, uint8 (B, 3, H, W) each, which are kept beside `run`."""
+        kept = run.folder / f"features-{Path(self.name).stem}-{name}.npy"
+        if not kept.exists():
+            found = torch.cat([self.features(images).cpu() for images in pictures])
+            with replacing(kept) as file:
+                np.save(file, found.numpy())
+        return Gaussian.fit(torch.from_numpy(np.load(kept)))
 
     def distance(self, run: TrainingRun, seed: int, scale: float, count: int,
                  first: int = 0, steps: int = 0) -> float:
         """Of `count` samples with seeds `first`, first + 1, …, classes in turn; seed: the run's;
         steps: other than `EXACT` has them."""
         exact = EXACT | ({"steps": steps} if steps else {})
-        reference = "decoded-" if self.decoded else ""
-        kept = run.folder / (f"frechet-{'-'.join(map(str, exact.values()))}-{reference}"
-                             f"{Path(self.name).stem}-{scale:g}-{count}-{first}.json")
-        if kept.exists():
-            return json.loads(kept.read_text())
-        model, found = self.load(run), []
-        for i in tqdm(range(0, count, BATCH), desc=f"drawing, guidance {scale:g}"):
-            seeds = range(first + i, first + min(i + BATCH, count))
-            images = model.sample([s % len(model.classes) for s in seeds], seed=seeds[0],
-                                  cfg=scale, **exact)
-            found.append(self.features(to_pixels(images)))
-        real = self.real[seed if self.decoded else 0]
-        value = frechet_distance(real, Gaussian.fit(torch.cat(found)))
-        write_text(kept, json.dumps(value))
-        return value
+
+        def pictures() -> Iterator[Tensor]:
+            model = self.load(run)
+            for i in tqdm(range(0, count, BATCH), f"drawing, guidance {scale:g}"):
+                seeds = range(first + i, first + min(i + BATCH, count))
+                yield to_pixels(model.sample([s % len(model.classes) for s in seeds],
+                                             seed=seeds[0], cfg=scale, **exact))
+        how = "-".join(map(str, exact.values()))
+        return frechet_distance(self.real[seed if self.decoded else 0], self.fit(
+            run, f"samples-{how}-{scale:g}-{count}-{first}", pictures()))
 
     def best(self, runs: list[TrainingRun]) -> tuple[list[float], np.ndarray]:
         """By seed, the best guidance scale, found on half as many samples, and the distance of
