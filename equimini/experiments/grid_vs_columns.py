@@ -63,6 +63,8 @@ def main(argv: list[str]) -> None:
         pictures.append(model.sample([i % len(model.classes) for i in range(8)],
                                      cfg=scales[layout][0], **EXACT).cpu())
     rows.append(("training pictures (floor)", *[""] * 8, f"{judge.floor:.3f}", ""))
+    rows += [(f"the same, decoded by {layout}", *[""] * 9, f"{of.floor:.3f}")
+             for layout, of in judges.items()]
     save_png(grid(pictures, list(runs)), lab.folder / "samples.png")
     closer, better, left = (v["grid"] - v["columns"] for v in (distances, limits, own))
     reading = (f"Samples lie {spread(distances['columns'], 3)} from held-out pictures with columns "
@@ -80,4 +82,5 @@ def main(argv: list[str]) -> None:
         "Reconstructions' distance: of held-out pictures, encoded and decoded, to themselves, the "
         "tokenizer's own limit."],
         {"distances": distances, "guidance": scales, "reconstructions": limits, "to_decoded": own,
-         "floor": judge.floor}).write(lab)
+         "floor": judge.floor,
+         "decoded_floors": {layout: of.floor for layout, of in judges.items()}}).write(lab)
