@@ -56,12 +56,12 @@ def open_npz(path: Path | str, what: str) -> np.lib.npyio.NpzFile:
         if not begins.startswith(b"PK"):
             raise ValueError(f"it is no .npz archive (it begins with {begins!r})")
         return np.load(path)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{what}: the file is cut short or damaged ({first_line(error)})") from None
     except OSError as error:
         raise UserError(f"{what}: {error.strerror or first_line(error)}") from None
     except ValueError as error:
         raise UserError(f"{what}: {error}") from None
+    except Exception as error:  # zipfile raises many kinds
+        raise UserError(f"{what}: the file is cut short or damaged ({first_line(error)})") from None
 
 
 def map_array(path: Path | str, name: str) -> np.ndarray:

@@ -80,3 +80,12 @@ def test_a_damaged_map_is_an_error_of_a_kind_that_callers_know(tmp_path):
     path.write_bytes(data[:100])
     with pytest.raises(UserError, match="--x: the file is cut short"):
         open_npz(path, "--x")
+
+
+def test_a_zip_of_a_version_to_come_is_told(tmp_path):
+    """Zipfile has an error of its own for what an entry says is needed to read it."""
+    data = bytearray(written(tmp_path / "a.npz").read_bytes())
+    data[data.index(b"PK\1\2") + 6] = 109
+    (tmp_path / "b.npz").write_bytes(data)
+    with pytest.raises(UserError, match="option: the file is cut short or damaged .*version 10.9"):
+        open_npz(tmp_path / "b.npz", "option")
