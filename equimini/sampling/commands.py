@@ -268,8 +268,9 @@ def resumed_scroll(folder: Path, args: Namespace) -> tuple[SampleConfig, Samplin
         begun, drawn = (config_from_dict(kind, {k: v for k, v in state["settings"].items()
                                                 if (k in names) == (kind is SamplingOptions)})
                         for kind in (SampleConfig, SamplingOptions))
-        if not 0 <= state["sampler"]["column"] < 2**62:
-            raise ValueError("its column is no number")
+        column = state["sampler"]["column"]
+        if type(column) is not int or not 0 <= column < 2**62:
+            raise ValueError(f"its column is {column!r}")
     cfg, options = override(begun, args), override(drawn, args)
     before, after = asdict(begun) | asdict(drawn), asdict(cfg) | asdict(options)
     free = ("scroll", "checkpoint", "guide", "device", "out")  # `scroll` compares weights

@@ -225,11 +225,13 @@ def _check_resumed(resumed: dict[str, Any], made_by: str, labels: Tensor, folder
     if resumed["generator"] != made_by:
         raise UserError(f"the scroll in {folder} was drawn by a generator with other weights, or "
                         "with another guide; give the --checkpoint and --guide it was begun with")
-    drawn = resumed["sampler"]["column"]
+    drawn, done = resumed["sampler"]["column"], resumed["done"]
+    counts = drawn, done, resumed["decoder"]["columns"], resumed["decoder"]["start"]
+    if not all(type(count) is int for count in counts):
+        raise ValueError(f"its columns and tiles are no whole numbers, but {counts}")
     if len(labels) < drawn:
         raise UserError(f"the scroll in {folder} has {drawn} columns already, more than "
                         f"--scroll {len(labels)}")
-    missing = [i for i in range(resumed["done"])
-               if not (folder / f"tile-{i:06d}.png").is_file()]
-    if missing:
-        raise UserError(f"{folder} lacks tile-{missing[0]:06d}.png, which was written before")
+    for i in range(done):  # however many: the first that is missing ends it
+        if not (folder / f"tile-{i:06d}.png").is_file():
+            raise UserError(f"{folder} lacks tile-{i:06d}.png, which was written before")

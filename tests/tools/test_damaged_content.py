@@ -183,6 +183,8 @@ def test_a_token_file_in_several_parts(runs, drawn, tmp_path):
 
 @pytest.mark.parametrize("place, value", (
     ("sampler", MISSING), ("sampler.column", "x"), ("sampler.column", 5), ("sampler.last", None),
+    ("sampler.column", float), ("decoder.columns", float), ("decoder.start", float),
+    ("done", float), ("done", 2**40),
     ("sampler.cache", lambda cache: cache[:-1]), ("decoder.start", -10**9),
     ("decoder.tokens", None),
     ("decoder.tokens", lambda x: x[:, :, :1]), ("rest", lambda x: x[:, :, :4]), ("done", "x"),
@@ -193,7 +195,7 @@ def test_a_scroll(runs, drawn, tmp_path, place, value):
     said = mistake("sample.py", "--checkpoint", runs / "runs/generator/last.pt", "--steps", 1,
                    "--classes", 0, *"--scroll 8 --out s --tile-columns 4 --resume".split(),
                    cwd=tmp_path)
-    assert re.search("state.pt|checkpoint's", said)
+    assert re.search("state.pt|checkpoint's|lacks tile-00000", said)
 
 
 def test_texts_and_switches_of_a_configuration():
