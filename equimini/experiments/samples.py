@@ -28,7 +28,8 @@ from equimini.utils.errors import UserError
 from equimini.utils.files import replacing
 from equimini.utils.images import to_float, to_pixels
 
-GUIDANCE = (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # scales to choose from
+GUIDANCE = (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0,
+            32.0)  # scales to choose from
 EXACT, BATCH = {"solver": "midpoint", "steps": 16}, 64
 
 
