@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import field, fields
 from numbers import Integral, Real
 from os import PathLike
@@ -14,7 +15,7 @@ def flag(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata={"help": help, **limits})
 
 
-KINDS = {"int": (Integral, "a whole number"), "float": (Real, "a number"),
+KINDS = {"int": (Integral, "a whole number"), "float": (Real, "a finite number"),
          "tuple[int, ...]": (Integral, "whole numbers"), "str": ((str, PathLike), "text"),
          "bool": (bool, "true or false")}  # by a field's annotation
 
@@ -31,12 +32,12 @@ class Checked:
             name = f.name.replace("_", "-")
             if several and words and flat is not value or any(
                     not isinstance(v, kind) or isinstance(v, bool) and words and kind is not bool
-                    for v in flat):
+                    or isinstance(v, float) and not math.isfinite(v) for v in flat):
                 raise ValueError(f"{name} must be {words}, got {value!r}")
             if "choices" in limits and value not in limits["choices"]:
                 raise ValueError(f"{name} must be one of {', '.join(limits['choices'])}, "
                                  f"got {value!r}")
-            if "min" in limits and any(not v >= limits["min"] for v in flat):  # catches NaN too
+            if "min" in limits and any(v < limits["min"] for v in flat):
                 raise ValueError(f"{name} must be at least {limits['min']}, got {value}")
-            if "max" in limits and any(not v <= limits["max"] for v in flat):
+            if "max" in limits and any(v > limits["max"] for v in flat):
                 raise ValueError(f"{name} must be at most {limits['max']}, got {value}")

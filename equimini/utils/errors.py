@@ -63,6 +63,8 @@ def in_words(error: Exception) -> str | None:
         return TOO_MANY_FILES
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; make room and continue (what was written before is still there)"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"the name {str(error.filename)[:60]}… is too long for a file"
     if isinstance(error, OSError) and error.errno == errno.EROFS:
         return f"cannot write {error.filename or 'the output'}: its disk is read-only"
     return None

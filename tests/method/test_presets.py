@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -78,7 +79,9 @@ def test_flags_override_and_are_checked():
     (dict(window=2.5), "window must be a whole number, got 2.5"),
     (dict(window=True), "window must be a whole number, got True"),
     (dict(window=0), "window must be at least 1, got 0"),
-    (dict(dropout="0.1"), "dropout must be a number, got '0.1'"),
+    (dict(dropout="0.1"), "dropout must be a finite number, got '0.1'"),
+    (dict(dropout=math.nan), "dropout must be a finite number, got nan"),
+    (dict(dropout=-math.inf), "dropout must be a finite number, got -inf"),
     (dict(embed_dim=40, heads=4), "embed-dim / heads, .* must be .*, got 40 / 4"),
     (dict(embed_dim=512, heads=2), "embed-dim / heads, .* up to 128, got 512 / 2")))
 def test_wrong_values_are_refused(wrong, message):

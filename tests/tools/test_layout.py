@@ -62,7 +62,7 @@ def test_the_method_stays_small():
     """What a reader of the paper sees first."""
     front = [path.read_text() for path in (ROOT / "equimini").glob("*.py")]
     assert len(front) <= 15  # with __init__.py
-    assert sum(len(text.splitlines()) for text in front) <= 2420  # mean_flow.py: beyond the paper
+    assert sum(len(text.splitlines()) for text in front) <= 2425  # mean_flow.py: beyond the paper
     assert all(text.startswith('"""') for text in front)
 
 

@@ -172,6 +172,7 @@ def test_a_second_ctrl_c_does_not_cut_off_the_exit():
     (RuntimeError("unable to open shared memory object </torch_7> in read-write mode: Too many "
                   "open files (24)"), "ulimit -n"),
     (OSError(28, "No space left on device"), "disk is full"),
+    (OSError(36, "File name too long", "x" * 300), "name x+… is too long"),
     (OSError(30, "Read-only file system", "last.pt"), "cannot write last.pt.*read-only")))
 def test_errors_of_loader_processes_and_disks_have_a_sentence(error, text):
     assert re.search(text, in_words(error))
