@@ -79,7 +79,8 @@ class Probe:
             x, labels = trainer.tokens(means, draws), trainer.on_device(labels)
             found = [torch.autograd.grad(column_loss(model, x, labels, draws, i), weights,
                                          materialize_grads=True) for i in range(x.shape[1])]
-            total = total + torch.stack([torch.cat([g.flatten() for g in of]) for of in found])
+            total = total + torch.stack([torch.cat([g.detach().flatten() for g in of])
+                                         for of in found])  # torch 2.9's zeros require grad
         return total
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ if [ -d "$work/beside" ]; then tests; exit; fi
 "$1" -m venv "$work/venv"
 . "$work/venv/bin/activate"
 pip install -q "${@:2}" "setuptools>=77" wheel ninja
+pip freeze | grep -iE "^(torch|numpy|pillow)==" >"$work/asked.txt"
 mkdir -p "$work/source" "$work/beside"
 git -C "$root" archive HEAD | tar -x -C "$work/source"
 cd "$work/source"
@@ -27,7 +28,7 @@ if [ "${FROM:-wheel}" = sdist ]; then
   cd "$work" && rm -r source
 fi
 pip wheel -q --no-build-isolation --no-deps -w "$work" $(ls sdist/*.tar.gz 2>/dev/null || echo .)
-pip install -q "$work"/equimini-*.whl pytest
+pip install -q -c "$work/asked.txt" "$(ls "$work"/equimini-*.whl)[test]"  # pytest, matplotlib, …
 cd "$work/beside"
 python -m equimini.show versions
 python -c 'from equimini import load_generator
