@@ -47,7 +47,8 @@ def watch(folder: Path) -> list[str]:
             seen.append(f"{event} {args}"[:200])
         elif writes and isinstance(args[0], (str, bytes, os.PathLike)):
             path = os.path.abspath(os.fsdecode(args[0]))
-            if not path.startswith((str(folder), "/dev/")) and "__pycache__" not in path:
+            caches = "__pycache__" in path or "/torchinductor_" in path  # Python's, --compile's
+            if not path.startswith((str(folder), "/dev/")) and not caches:
                 seen.append(f"{event} {path}"[:200])
     sys.addaudithook(hook)
     return seen
