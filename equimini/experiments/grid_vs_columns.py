@@ -6,7 +6,7 @@ Both tokenizers cut the same feature map into as many tokens of the same size.  
 generators are of different tokens and cannot be compared, so pictures are drawn and compared with
 held-out ones: by the features of --network, or, without one, as 8×8 thumbnails.  And with held-out
 pictures as either tokenizer shows them: what is then left is the generator's.  --positions adds the
-other grid of the table, in which every position of the map is a token; a picture has as many values.
+other grid of the table: every position of the map is a token, and a picture has as many values.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ PAPER = ("gFID of columns 5.57 (base) and 4.48 (large), of the grid with as many
 
 @dataclass(frozen=True)
 class GridConfig(SampledConfig):
-    positions: bool = flag(False, "also the grid of single positions, the square of as many tokens, "
-                                  "which trains and draws for about ten times as long")
+    positions: bool = flag(False, "also the grid of single positions: the square of as many "
+                                  "tokens, which trains and draws for about ten times as long")
 
 
 def main(argv: list[str]) -> None:
@@ -44,9 +44,9 @@ def main(argv: list[str]) -> None:
         runs["positions"] = lab.grid(name="positions", layout="positions")
     judge, judges = Judge(cfg, lab), {layout: Judge(cfg, lab, layout) for layout in runs}
     scales, distances, limits, own, pictures = {}, {}, {}, {}, []
-    rows = [("model", "tokens", "tokenizer, M", "generator, M", "training, s", "tokenizer's PSNR, dB",
-             "reconstructions' distance", "loss", "guidance", "Fréchet distance",
-             "distance to decoded pictures")]
+    rows = [("model", "tokens", "tokenizer, M", "generator, M", "training, s",
+             "tokenizer's PSNR, dB", "reconstructions' distance", "loss", "guidance",
+             "Fréchet distance", "distance to decoded pictures")]
     for layout, of in runs.items():
         scales[layout], distances[layout] = judge.best(of)
         own[layout] = judges[layout].best(of)[1]

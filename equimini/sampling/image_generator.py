@@ -51,10 +51,12 @@ class ImageGenerator:
         return self.generator.no_class.device
 
     def needs_columns(self, what: str) -> None:
-        """Raise UserError if the tokens are a square map's in raster order: what they cannot do."""
-        if (layout := self.tokenizer.config.layout) != "columns":
-            raise UserError(f"{what}: the tokens of this generator are no columns (layout {layout}), "
-                            f"it draws square pictures of {self.tokenizer.config.columns} tokens only")
+        """Raise UserError for `what` if the tokens are no columns but patches or positions."""
+        config = self.tokenizer.config
+        if config.layout != "columns":
+            raise UserError(f"{what}: the tokens of this generator are no columns (layout "
+                            f"{config.layout}), it draws square pictures of {config.columns} tokens "
+                            "only")
 
     def class_numbers(self, classes: Sequence[str | int]) -> list[int]:
         """Class numbers of names or numbers (a name wins over a number that reads the same).

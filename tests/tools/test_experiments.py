@@ -82,7 +82,8 @@ def test_every_experiment_runs_and_shares_its_trainings(pictures, in_this_proces
         invoke("equimini.experiments", name, *data, *TOY, *extra, cwd=pictures)
         folder = pictures / "out" / name
         result = json.loads((folder / "results.json").read_text())
-        assert {p.name for p in folder.iterdir()} == {"table.md", "results.json", "values.json", *files}
+        assert {p.name for p in folder.iterdir()} == {
+            "table.md", "results.json", "values.json", *files}
         assert result["reading"] in (folder / "table.md").read_text()
         assert "--scale toy" in result["command"] and "--steps 4" in result["command"]
     done = [p.name.rsplit("-", 1)[0] for p in (pictures / "out" / "runs").glob("generator-*")]
