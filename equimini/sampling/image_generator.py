@@ -55,8 +55,7 @@ class ImageGenerator:
         config = self.tokenizer.config
         if config.layout != "columns":
             raise UserError(f"{what}: the tokens of this generator are no columns (layout "
-                            f"{config.layout}), it draws square pictures of {config.columns} tokens "
-                            "only")
+                            f"{config.layout}), it draws squares of {config.columns} tokens only")
 
     def class_numbers(self, classes: Sequence[str | int]) -> list[int]:
         """Class numbers of names or numbers (a name wins over a number that reads the same).

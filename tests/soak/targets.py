@@ -40,7 +40,8 @@ TEXTS = (
     "", " ", "-1", "0", "1", "2", "3", "64", "100", "1e400", "nan", "-inf", "0x10", "٣", "a:b", ":",
     ",", "1,,2", "5-3", "0-99999999999", "{0..2}", "*", "pictures/..", "/proc", "/dev/null",
     "x.png", "s/s.npz", "generator.pt", "tokenizer.pt", "pictures", "é\u200b\n", "\udcff", "all",
-    "forest", "forest:3", "auto", "cpu", "cuda:9", "mps", "none", "--", "linear", "euler", "bf16", "x" * 300)
+    "forest", "forest:3", "auto", "cpu", "cuda:9", "mps", "none", "--", "linear", "euler", "bf16",
+    "x" * 300)
 NUMBERS = (0, 1, 127, 128, 255, 2**15 - 1, 2**16 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 ODD = (None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 0.5, -1e308, float("nan"), float("inf"), "",
        "..", "../x", "/", "a\0b", "\ud800", "x" * 3000, [], [[]], {}, {"": 1}, [None] * 3, b"")
