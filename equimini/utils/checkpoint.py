@@ -12,7 +12,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -175,11 +175,25 @@ def weights_of(content: dict[str, Any], ema: bool, path: Any) -> dict[str, torch
     return content["ema" if ema else "model"]
 
 
+def check_sizes(widths: Iterable[int], depths: Iterable[int], weights: dict[str, Tensor]) -> None:
+    """Raise ValueError for a configuration of another model than the weights are of, before one
+    that may be far too large is built: each width is a side of some weight, none has more layers
+    than there are weights."""
+    sides = {side for weight in weights.values() for side in weight.shape}
+    if not sides.issuperset(widths) or max(depths) > len(weights):
+        raise ValueError("its configuration is of another model than its weights")
+
+
 def tokenizer_from_dict(content: dict[str, Any], path: Any, ema: bool = True) -> Tokenizer:
     """The tokenizer of a loaded checkpoint, in eval mode, with the EMA (or the raw) weights."""
     with reading(path):
-        tokenizer = Tokenizer(config_from_dict(TokenizerConfig, content["config"]["model"]))
-        load_weights(tokenizer, weights_of(content, ema, path), path)
+        config, weights = (config_from_dict(TokenizerConfig, content["config"]["model"]),
+                           weights_of(content, ema, path))
+        check_sizes((config.z_channels, config.token_channels, config.column_values,
+                     config.semantic_channels or config.z_channels,
+                     *(config.base_channels * m for m in config.multipliers)),
+                    (config.blocks, len(config.multipliers)), weights)
+        load_weights(tokenizer := Tokenizer(config), weights, path)
     return tokenizer.eval().requires_grad_(False)
 
 

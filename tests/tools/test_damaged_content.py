@@ -59,6 +59,19 @@ def test_a_generator(runs, tmp_path, place, value):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("place", (
+    "tokenizer.config.base_channels", "tokenizer.config.z_channels", "tokenizer.config.blocks",
+    "tokenizer.config.image_size", "config.model.embed_dim", "config.model.layers",
+    "config.model.class_tokens", "config.model.head_width", "config.model.head_depth"))
+def test_a_model_far_larger_than_its_weights_is_not_built(runs, tmp_path, place):
+    path = shutil.copy(runs / "runs/generator/last.pt", tmp_path)
+    change(path, place, lambda number: number * 1024)
+    if place.endswith("embed_dim"):
+        change(path, "config.model.heads", lambda number: number * 1024)
+    with pytest.raises(UserError, match="last.pt.*of another model than its weights"):
+        load_generator(path)
+
+
 @pytest.mark.parametrize("change_members", (
     lambda members: members["x/data.pkl"].replace(b"}", b"", 1),
     lambda members: members["x/data.pkl"][:-40]))
