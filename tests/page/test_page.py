@@ -319,7 +319,7 @@ def test_what_is_refused_changes_nothing(client, tmp_path):
             ("POST", "/draw", '{"columns": 0}', {}, 400, "at least 1"),
             ("POST", "/draw", '{"columns": true}', {}, 400, "columns must be a whole"),
             ("POST", "/draw", '{"columns": 9999}', {}, 400, "at most 4096"),
-            ("POST", "/draw", '{"cfg": NaN}', {}, 400, "cfg must be at least"),
+            ("POST", "/draw", '{"cfg": NaN}', {}, 400, "cfg must be a finite number"),
             ("POST", "/draw", '{"solver": "magic"}', {}, 400, "solver must be one of"),
             ("POST", "/draw", '{"solver": "mean-flow"}', {}, 400, "average velocities"),
             ("POST", "/draw", '{"classes": [0, 3], "columns": 2}', {}, 400, "below 3"),
