@@ -357,9 +357,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
               for mine, theirs in zip(optimizer.param_groups, state["param_groups"])]
     optimizer.load_state_dict({**state, "param_groups": groups})
     if any(type(group[k]) is not type(optimizer.defaults[k]) for group in groups
-           for k in ("betas", "eps", "weight_decay")):
+           for k in ("betas", "eps", "weight_decay")) or any(
+            not 0 <= beta < 1 for group in groups for beta in group["betas"]):
         raise ValueError("the optimizer's settings are of other kinds")
     for p, kept in optimizer.state.items():  # torch looks at neither until the next step
         if kept.keys() != {"step", "exp_avg", "exp_avg_sq"} or any(
-                x.shape != (p.shape if name != "step" else ()) for name, x in kept.items()):
+                x.shape != (p.shape if name != "step" else ()) for name, x in kept.items()) or (
+                not 0 <= kept["step"] < 2**53):
             raise ValueError("the optimizer's state does not fit the weights")

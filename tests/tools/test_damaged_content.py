@@ -92,7 +92,11 @@ def test_a_pickle_that_ends_early(tmp_path, change_members):
     ("tokenizer", "disc_optimizer", MISSING),
     ("generator", "optimizer.state", MISSING), ("generator", "config.run", []),
     ("generator", "optimizer.state", lambda old: {**old, 0: {"step": torch.tensor(1.0)}}),
-    ("generator", "optimizer.param_groups", lambda old: [{**group, "betas": 3} for group in old])))
+    ("tokenizer", "optimizer.state", lambda old: {
+        k: {**kept, "step": -1e9 * kept["step"]} for k, kept in old.items()}),
+    ("generator", "optimizer.param_groups", lambda old: [{**group, "betas": 3} for group in old]),
+    ("generator", "optimizer.param_groups", lambda old: [
+        {**group, "betas": (0.9, 2.0)} for group in old])))
 def test_a_resumed_run(runs, tmp_path, kind, place, value):
     shutil.copytree(runs / f"runs/{kind}", tmp_path / f"runs/{kind}")
     change(tmp_path / f"runs/{kind}/last.pt", place, value)
