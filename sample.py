@@ -29,8 +29,8 @@ from equimini.sampling.class_schedule import has_lengths, schedule_labels, sched
 from equimini.sampling.commands import (RING_FIT, SampleConfig, asks_nothing, bar, check_device,
                                         check_options, class_schedule, command_line, decoded,
                                         draw_scroll, edit_picture, evaluations, first_look,
-                                        guidance_text, join_ends, length_in_columns, recorded,
-                                        save_extras)
+                                        for_length, guidance_text, join_ends, length_in_columns,
+                                        recorded, save_extras)
 from equimini.sampling.edit import Tokens
 from equimini.sampling.image_generator import ImageGenerator
 from equimini.sampling.options import SamplingOptions
@@ -74,9 +74,11 @@ def draw_batches(cfg: SampleConfig, options: SamplingOptions, model: ImageGenera
         yield tokens, decoded(cfg, model, tokens)
 
 
-def draw_npz(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerator) -> None:
+def draw_npz(cfg: SampleConfig, options: SamplingOptions, args: argparse.Namespace,
+             model: ImageGenerator) -> None:
     """--npz: the pictures of a sheet, written as they are drawn; none stays in memory."""
     shape, (_, labels, seeds) = model.tokenizer.config, asked_for(cfg, model)
+    options = for_length(cfg, options, args, labels.shape[1], model)
     width = shape.image_size * labels.shape[1] // shape.columns
     first = iter(labels[:, 0].split(cfg.batch_size))
     with write_samples(cfg.npz, len(seeds), shape.image_size, width) as add:
@@ -86,9 +88,11 @@ def draw_npz(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerator)
           f"{evaluations(options, model)}: {cfg.npz}")
 
 
-def draw_sheet(cfg: SampleConfig, options: SamplingOptions, model: ImageGenerator) -> None:
+def draw_sheet(cfg: SampleConfig, options: SamplingOptions, args: argparse.Namespace,
+               model: ImageGenerator) -> None:
     """--count pictures of every class, or of one sequence of classes, on one labelled sheet."""
     shape, (names, labels, seeds) = model.tokenizer.config, asked_for(cfg, model)
+    options = for_length(cfg, options, args, labels.shape[1], model)
     count, columns = len(labels) // len(names), labels.shape[1]
     tokens, pictures = zip(*draw_batches(cfg, options, model, labels, seeds))
     images = torch.cat(pictures)
@@ -113,7 +117,7 @@ def draw_first_look(cfg: SampleConfig, options: SamplingOptions, args: argparse.
     print(f"the model in the box, {cfg.checkpoint}, draws {', '.join(model.classes)}\n")
     for sheet, how in first_look(cfg, options, args, model):
         print(command_line(sheet, how))
-        draw_sheet(sheet, how, model)
+        draw_sheet(sheet, how, args, model)
         print()
     print("open samples.png and panorama.png; python sample.py --help lists all options")
 
@@ -139,9 +143,9 @@ def main(argv: list[str] | None = None) -> None:
     elif asks_nothing(args):
         draw_first_look(cfg, options, args)
     elif cfg.mode == "sheet":
-        draw_sheet(cfg, options, load(cfg, options))
+        draw_sheet(cfg, options, args, load(cfg, options))
     elif cfg.mode == "npz":
-        draw_npz(cfg, options, load(cfg, options))
+        draw_npz(cfg, options, args, load(cfg, options))
     else:
         edit_picture(cfg, options, args, load(cfg, options))
 

@@ -97,9 +97,10 @@ class SampleConfig(Checked):
 
 
 DRAWING = tuple(f.name for f in fields(SamplingOptions) if f.name != "cuda_graphs")  # recorded
+LONG = {"cfg": 1.5, "temperature": 0.96}  # of DRAWN_WITH beyond a training picture: see for_length
 FIRST_LOOK = {  # what is drawn without arguments, chosen by looking and by `show drift`
     "samples.png": ({"count": 8}, {"cfg": 2.5, "cfg_schedule": "constant"}),
-    "panorama.png": ({"count": 1, "lead_in": 16}, {"cfg": 1.5, "temperature": 0.96})}
+    "panorama.png": ({"count": 1, "lead_in": 16}, LONG)}
 RING_FIT = 16  # candidates for the end of a ring, if --fit does not say
 QUICK = {"solver": "midpoint", "steps": 10}
 PANORAMA = 8  # lengths of a training picture
@@ -170,7 +171,7 @@ def command_line(cfg: SampleConfig, options: SamplingOptions) -> str:
     default = asdict(SampleConfig()) | asdict(SamplingOptions())
     words = ["python sample.py"]
     for name, value in (asdict(cfg) | asdict(options)).items():
-        if value != default[name]:
+        if value != default[name] or name == "cfg":  # which `for_length` else chooses
             shown = f"{value:g}" if isinstance(value, float) else value
             words.append(f"--{name.replace('_', '-')} {shown}")
     return " ".join(words)
@@ -202,6 +203,15 @@ def length_in_columns(cfg: SampleConfig, shape: TokenizerConfig, default: int, l
         raise UserError(f"a picture has at least {least} columns ({least * f} pixels), got "
                         f"{columns}")
     return columns
+
+
+def for_length(cfg: SampleConfig, options: SamplingOptions, args: Namespace, columns: int,
+               model: ImageGenerator) -> SamplingOptions:
+    """The options for pictures of so many columns: where --cfg is not given, the box's default
+    model draws longer ones than its training's at a smaller scale, by which they do not drift."""
+    if "cfg" in args or cfg.checkpoint != DRAWN_WITH or columns <= model.columns:
+        return options
+    return override(replace(options, **LONG), args)
 
 
 def guidance_text(guidance: Guidance, columns: int) -> str:
@@ -292,8 +302,10 @@ def draw_scroll(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
     if cfg.scroll < 2:
         raise UserError(f"--scroll must be at least 2 columns, got {cfg.scroll}")
     model = load(cfg, options)
-    labels = schedule_labels(class_schedule(cfg, model), cfg.scroll)
-    guidance = model.guidance(max(cfg.scroll, model.columns + 1), options)
+    labels, longer = schedule_labels(class_schedule(cfg, model), cfg.scroll), model.columns + 1
+    if not state:
+        options = for_length(cfg, options, args, longer, model)  # whatever --scroll is
+    guidance = model.guidance(max(cfg.scroll, longer), options)
     print(guidance_text(guidance, cfg.scroll))
     done = state["sampler"]["column"] if state else 0
     what = f"{cfg.scroll} columns, {cfg.classes}, seed {cfg.seed}, {Path(cfg.checkpoint).name}"
@@ -315,6 +327,9 @@ def edit_picture(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
     source, before = open_picture(path, model, None if cfg.pick < 0 else cfg.pick,
                                   keep="right" if cfg.continue_from else "left")
     known = {k: v for k, v in source.options.items() if k in DRAWING}
+    shape, n = model.tokenizer.config, source.tokens.shape[1]
+    n += 0 if cfg.edit else length_in_columns(cfg, shape, shape.columns, least=1)
+    options = for_length(cfg, options, args, n, model)
     # a token file's own options are the defaults
     options = override(config_from_dict(SamplingOptions, asdict(options) | known), args)
     first = cfg.seed if "seed" in args else next_seed(source)

@@ -18,7 +18,8 @@ POSITIONS = ("hold", "grow")
 class SamplingOptions(Checked):
     """Guidance, positions, solver and arithmetic; all of it can be recorded with a picture."""
 
-    cfg: float = flag(2.0, "guidance scale; 1: none", min=0)
+    cfg: float = flag(2.0, "guidance scale; 1: none (sample.py draws long pictures by the model in "
+                      "the box with 1.5)", min=0)
     cfg_schedule: str = flag("auto", "guidance from 1 up to --cfg (linear, the paper's), or --cfg "
                              "throughout; auto: linear for pictures up to the length of the "
                              "training pictures, constant for longer ones",

@@ -141,3 +141,18 @@ def test_how_threads_wait_is_said_before_torch_starts_unless_it_was_said(own, sp
     assert said.stdout.split() == [spins, "False"]
     script = (ROOT / "sample.py").read_text()
     assert script.index("from equimini import") < script.index("import torch")
+
+
+@pytest.mark.parametrize("asked, said", (
+    ("--columns 20", "1.5 throughout"), ("--columns 20 --cfg 2", "2 throughout"),
+    ("--columns 20 --checkpoint scenes", "2 throughout"), ("--columns 16", "1.06 at column 0 to 2"),
+    ("--scroll 20 --out walk", "1.5 throughout"), ("--continue-from a.png --columns 4", "1.5 thr"),
+    ("--continue-from a.pt --columns 2", "3 throughout")))
+def test_long_pictures_take_a_smaller_scale_unless_told_otherwise(tmp_path, asked, said):
+    """At 2 those of the box's default model drift, and turn to stripes within a scroll."""
+    Image.new("RGB", (128, 128)).save(tmp_path / "a.png")
+    drawn = "--classes sea --steps 1 --count 1"
+    if "a.pt" in asked:  # whose own scale is the default
+        call("sample.py", *drawn.split(), "--cfg", 3, "--save-tokens", "a.pt", cwd=tmp_path)
+    words = drawn.replace("--count 1", "") if "--scroll" in asked else drawn
+    assert f"guidance: {said}" in call("sample.py", *words.split(), *asked.split(), cwd=tmp_path)
