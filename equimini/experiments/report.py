@@ -92,8 +92,8 @@ def plain(value: Any) -> Any:
 
 
 def short(values: dict[str, Any]) -> str:
-    """JSON, a line a name, numbers to six digits: what is kept of a report beside its table."""
-    digits = json.loads(json.dumps(values), parse_float=lambda text: float(f"{float(text):.6g}"))
+    """JSON, a line a name, numbers to eight digits: what is kept of a report beside its table."""
+    digits = json.loads(json.dumps(values), parse_float=lambda text: float(f"{float(text):.8g}"))
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in digits.items())
     return "{" + ",\n".join(lines) + "}\n"
 
