@@ -104,7 +104,8 @@ def make_targets(folder: Path) -> dict[str, Target]:
     for name, (program, _) in PROGRAMS.items():
         with suppress(SystemExit), redirect_stdout(said := io.StringIO()):
             program(["--help"])
-        OPTIONS[name] = sorted({*re.findall(r"--[a-z][a-z-]+", said.getvalue())} - {"--help"})
+        OPTIONS[name] = sorted({*re.findall(r"--[a-z][a-z-]+", said.getvalue())} - {
+            "--help", "--compile"})  # which begins a compiler
     model, tokenizer = load_generator("generator.pt"), load_tokenizer("tokenizer.pt")
     text, mixed, pt = (damage, in_json), (damage, in_zip), (damage, in_zip, in_checkpoint)
     latents = " ".join(map(str, sorted(Path("latents").iterdir())))
