@@ -84,7 +84,7 @@ def draw_npz(cfg: SampleConfig, options: SamplingOptions, args: argparse.Namespa
     with write_samples(cfg.npz, len(seeds), shape.image_size, width) as add:
         for _, pictures in draw_batches(cfg, options, model, labels, seeds):
             add(to_uint8(pictures), next(first).tolist())
-    print(f"{len(seeds)} pictures of {width}x{shape.image_size} pixels, "
+    print(f"{len(seeds)} picture{'s' * (len(seeds) > 1)} of {width}x{shape.image_size} pixels, "
           f"{evaluations(options, model)}: {cfg.npz}")
 
 
@@ -102,8 +102,8 @@ def draw_sheet(cfg: SampleConfig, options: SamplingOptions, args: argparse.Names
              for line in of_row.split(across)]
     out = Path(cfg.out or "samples.png")
     save_png(grid([line for line, _ in lines], [name for _, name in lines]), out)
-    print(f"{len(images)} pictures of {images.shape[3]}x{shape.image_size} pixels, "
-          f"{evaluations(options, model)}: {out}")
+    print(f"{len(images)} picture{'s' * (len(images) > 1)} of {images.shape[3]}x{shape.image_size} "
+          f"pixels, {evaluations(options, model)}: {out}")
     all_tokens = Tokens(torch.cat(tokens).cpu(), labels,
                         torch.tensor(seeds)[:, None].repeat(1, columns), recorded(options))
     save_extras(cfg, model, all_tokens, images, seeds, range(columns),

@@ -74,11 +74,11 @@ class TokenizerConfig(Checked):
 
     @property
     def columns(self) -> int:
-        """Columns, or other tokens, of a square image."""
+        """Tokens of a square image: columns, patches or positions."""
         return self.rows ** (2 if self.layout == "positions" else 1)
 
     def tokens(self, width: int) -> int:
-        """Those of an image so many pixels wide."""
+        """Tokens of an image of this width, in pixels."""
         return self.columns * width // self.image_size
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import numpy as np
@@ -79,10 +78,11 @@ class Judge:
         self.lab, self.decoded = lab, decoded
         self.load: Callable[[TrainingRun], Any] = lambda run: load_generator(run.last, self.device)
         self.features: Callable[[Tensor], Tensor] = thumbnails
-        self.name = "8x8 thumbnails"
+        self.name, self.kept = "8x8 thumbnails", "thumbnails"
         if cfg.network:
             net = load_network(cfg.network, device=self.device)
             self.features, self.name = net.features, net.name
+            self.kept = net.sha256[:12]
         shape = load_tokenizer(lab.tokenizer(decoded or "columns").last, self.device).config
         train, self.val, _ = load_data(cfg.pictures(lab.tokenizer().last), shape)
         if min(len(train), len(self.val)) < 2:
@@ -113,7 +113,7 @@ class Judge:
 
     def fit(self, run: TrainingRun, name: str, pictures: Iterator[Tensor]) -> Gaussian:
         """To the features of pictures, uint8 (B, 3, H, W) each, which are kept beside `run`."""
-        kept = run.folder / f"features-{Path(self.name).stem}-{name}.npy"
+        kept = run.folder / f"features-{self.kept}-{name}.npy"
         if not kept.exists():
             found = torch.cat([self.features(images).cpu() for images in pictures])
             with replacing(kept) as file:

@@ -323,20 +323,19 @@ def draw_scroll(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
 def edit_picture(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
                  model: ImageGenerator) -> None:
     """--edit and both ways to continue: versions of one picture, some of its columns kept."""
-    f, path = model.tokenizer.config.f, cfg.edit or cfg.continue_from or cfg.continue_left_from
+    path = cfg.edit or cfg.continue_from or cfg.continue_left_from
     source, before = open_picture(path, model, None if cfg.pick < 0 else cfg.pick,
                                   keep="right" if cfg.continue_from else "left")
     known = {k: v for k, v in source.options.items() if k in DRAWING}
-    shape, n = model.tokenizer.config, source.tokens.shape[1]
-    n += 0 if cfg.edit else length_in_columns(cfg, shape, shape.columns, least=1)
-    options = for_length(cfg, options, args, n, model)
+    shape, given = model.tokenizer.config, source.tokens.shape[1]
+    added = 0 if cfg.edit else length_in_columns(cfg, shape, shape.columns, least=1)
+    options = for_length(cfg, options, args, given + added, model)
     # a token file's own options are the defaults
     options = override(config_from_dict(SamplingOptions, asdict(options) | known), args)
     first = cfg.seed if "seed" in args else next_seed(source)
     seeds = [first + i for i in range(cfg.count or 1)]
     plan = class_schedule(cfg, model) if "classes" in args else None
-    given, order, drawn = source.tokens.shape[1], *draw_edit(cfg, options, args, model, source,
-                                                             before, seeds, plan)
+    order, drawn = draw_edit(cfg, options, args, model, source, before, seeds, plan, added)
     drawn.options = recorded(options)
     columns = drawn.tokens.shape[1]
     print(guidance_text(model.guidance(columns, options), columns))
@@ -344,11 +343,12 @@ def edit_picture(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
     if cfg.continue_left_from:
         after, order = after.flip(3), range(columns - given)
     if cfg.kept_pixels == "original":
-        room = before.new_zeros(*before.shape[:3], (columns - given) * f)
+        room = before.new_zeros(*before.shape[:3], (columns - given) * shape.f)
         kept = torch.cat((room, before) if cfg.continue_left_from else (before, room), -1)
         changed = torch.zeros(columns, dtype=torch.bool)
         changed[list(order)] = True
-        after = paste(kept.expand(len(seeds), -1, -1, -1), after, changed, f, ring=cfg.ring)
+        after = paste(kept.expand(len(seeds), -1, -1, -1), after, changed, shape.f,
+                      ring=cfg.ring)
     if cfg.continue_left_from:
         drawn = mirror(model, drawn, after.flip(3))  # what is drawn, from left to right
         drawn.tokens[:, -given:] = source.tokens
@@ -356,7 +356,7 @@ def edit_picture(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
     if len(seeds) == 1:
         save_png(to_uint8(after)[0], out)
     else:
-        rows = after.split(max(1, 8 * model.tokenizer.config.columns // columns))
+        rows = after.split(max(1, 8 * shape.columns // columns))
         firsts = torch.tensor(seeds).split([len(row) for row in rows])
         save_png(grid([before, *rows], ["before", *(f"from seed {s[0]}" for s in firsts)]), out)
     print(f"{len(seeds)} version{'s' if len(seeds) > 1 else ''} of {columns} columns, "
@@ -366,17 +366,18 @@ def edit_picture(cfg: SampleConfig, options: SamplingOptions, args: Namespace,
 
 
 def draw_edit(cfg: SampleConfig, options: SamplingOptions, args: Namespace, model: ImageGenerator,
-              source: Tokens, before: Tensor, seeds: list[int],
-              plan: ClassSchedule | None) -> tuple[Sequence[int], Tokens]:
-    """Which columns are drawn, and the versions; on the left, all of it as seen in a mirror."""
+              source: Tokens, before: Tensor, seeds: list[int], plan: ClassSchedule | None,
+              added: int) -> tuple[Sequence[int], Tokens]:
+    """Which columns are drawn, and the versions; on the left, all of it as seen in a mirror.
+
+    added: columns to continue it by.
+    """
     given = source.tokens.shape[1]
     if cfg.edit:
         order = parse_columns(cfg.resample, given)
         order = list(range(order[0], given)) if args.redraw_later else order
         return order, resample(model, source, order, seeds, options, plan, bar("columns"), cfg.fit,
                                cfg.ring)
-    shape = model.tokenizer.config
-    added = length_in_columns(cfg, shape, shape.columns, least=1)
     order = range(given, given + added)
     if cfg.continue_left_from:
         source = mirror(model, source, before)

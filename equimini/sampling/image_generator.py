@@ -55,7 +55,7 @@ class ImageGenerator:
         config = self.tokenizer.config
         if config.layout != "columns":
             raise UserError(f"{what}: the tokens of this generator are no columns (layout "
-                            f"{config.layout}), it draws squares of {config.columns} tokens only")
+                            f"{config.layout}); it only draws squares of {config.columns} tokens")
 
     def class_numbers(self, classes: Sequence[str | int]) -> list[int]:
         """Class numbers of names or numbers (a name wins over a number that reads the same).
@@ -203,11 +203,8 @@ def load_generator(path: Path | str, device: str | torch.device = "cpu", ema: bo
     with reading(path):
         classes = list(content["classes"])
         config = config_from_dict(GeneratorConfig, content["config"]["model"])
-        weights = checkpoint.weights_of(content, ema, path)
-        checkpoint.check_sizes((config.embed_dim, config.head_width, config.class_tokens),
-                               (config.layers, config.head_depth), weights)
         generator = make_generator(config, len(classes), tokenizer.config.token_channels)
-        checkpoint.load_weights(generator, weights, path)
+        checkpoint.load_weights(generator, checkpoint.weights_of(content, ema, path), path)
         run = content["config"].get("run", {})  # says both in files that do not themselves
         columns = content.get("columns", 0) or tokenizer.config.tokens(run.get("width", 0))
         mirrored = content.get("mirrored", run.get("latents") or run.get("data") not in UNMIRRORED)

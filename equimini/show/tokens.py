@@ -123,8 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_any_tokenizer(cfg.checkpoint, device)
     check_statistics(tokenizer, cfg.checkpoint)
     if tokenizer.config.layout != "columns":
-        raise UserError(f"{cfg.checkpoint} has no columns to show, but the tokens of layout "
-                        f"{tokenizer.config.layout}")
+        raise UserError(f"{cfg.checkpoint} makes no columns that could be shown (its layout is "
+                        f"{tokenizer.config.layout})")
     shape = tokenizer.config
     image = load_columns(cfg.image, shape.image_size, shape.f).to(device)
     with torch.no_grad():

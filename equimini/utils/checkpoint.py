@@ -12,17 +12,19 @@ import zipfile
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
 
 from equimini.autoencoder import Tokenizer, TokenizerConfig
+from equimini.generator import GeneratorConfig
 from equimini.utils.command_line import config_from_dict
 from equimini.utils.errors import UserError, first_line, reading
 from equimini.utils.files import replacing
 
 FORMAT = 1  # of the dict's layout
+CONFIGS = {"tokenizer": TokenizerConfig, "generator": GeneratorConfig}  # by kind
 BOX = Path(__file__).parents[1] / "assets"  # models that come with equimini
 DRAWN_WITH = "scenes-mean-flow"  # by sample.py and the page, if no other checkpoint is asked for
 IN_THE_BOX = ("scenes", "scenes-tokenizer", DRAWN_WITH)
@@ -91,9 +93,17 @@ def load(path: Path | str, kind: str) -> dict[str, Any]:
     path: of a file, or the name of a model in the box (see `find`).
     """
     content = _read(path, kind)
-    if "base" not in content:
-        return content
-    with reading(path):  # a packed file: only the weights that its base has not
+    if "base" in content:
+        content = _with_base(content, path, kind)
+    if kind in CONFIGS and "config" in content:
+        with reading(path):
+            check_sizes(config_from_dict(CONFIGS[kind], content["config"]["model"]), content)
+    return content
+
+
+def _with_base(content: dict[str, Any], path: Path | str, kind: str) -> dict[str, Any]:
+    """A packed file's content, which has only the weights that its base has not, with all."""
+    with reading(path):
         base, known = (str(content["base"][key]) for key in ("file", "weights"))
         mine = dict(content["ema"])
     rest = _read(beside(path, base), kind)
@@ -129,6 +139,23 @@ def _read(path: Path | str, kind: str) -> dict[str, Any]:
     if not _whole(content):
         raise UserError(f"{path} is damaged: a tensor in it is more than what is stored of it")
     return content
+
+
+def check_sizes(config: TokenizerConfig | GeneratorConfig, content: dict[str, Any]) -> None:
+    """Raise ValueError where the weights are another model's than the configuration's, which may
+    be too large to be built: every width must be a side of a weight, and there must be at least as
+    many weights as layers."""
+    if isinstance(config, TokenizerConfig):
+        depth, widths = config.blocks, {
+            config.z_channels, config.token_channels, config.column_values,
+            *(config.base_channels * m for m in config.multipliers)}
+        widths |= {config.semantic_channels} - {0}
+    else:
+        depth = max(config.layers, config.head_depth)
+        widths = {config.embed_dim, config.class_tokens, config.head_width}
+    weights = content["ema"].values()
+    if depth > len(weights) or not widths <= {side for weight in weights for side in weight.shape}:
+        raise ValueError("its configuration is of another model than its weights")
 
 
 def beside(path: Path | str, name: str) -> Path:
@@ -175,25 +202,12 @@ def weights_of(content: dict[str, Any], ema: bool, path: Any) -> dict[str, torch
     return content["ema" if ema else "model"]
 
 
-def check_sizes(widths: Iterable[int], depths: Iterable[int], weights: dict[str, Tensor]) -> None:
-    """Raise ValueError for a configuration of another model than the weights are of, before one
-    that may be far too large is built: each width is a side of some weight, none has more layers
-    than there are weights."""
-    sides = {side for weight in weights.values() for side in weight.shape}
-    if not sides.issuperset(widths) or max(depths) > len(weights):
-        raise ValueError("its configuration is of another model than its weights")
-
-
 def tokenizer_from_dict(content: dict[str, Any], path: Any, ema: bool = True) -> Tokenizer:
     """The tokenizer of a loaded checkpoint, in eval mode, with the EMA (or the raw) weights."""
     with reading(path):
-        config, weights = (config_from_dict(TokenizerConfig, content["config"]["model"]),
-                           weights_of(content, ema, path))
-        check_sizes((config.z_channels, config.token_channels, config.column_values,
-                     config.semantic_channels or config.z_channels,
-                     *(config.base_channels * m for m in config.multipliers)),
-                    (config.blocks, len(config.multipliers)), weights)
-        load_weights(tokenizer := Tokenizer(config), weights, path)
+        config = config_from_dict(TokenizerConfig, content["config"]["model"])
+        check_sizes(config, content)
+        load_weights(tokenizer := Tokenizer(config), weights_of(content, ema, path), path)
     return tokenizer.eval().requires_grad_(False)
 
 

@@ -81,7 +81,7 @@ def test_a_ring_and_a_picture_continued_to_the_left(runs):
     how = ["--classes", "sea", "--steps", 1, "--solver", "midpoint", "--fit", 2]
     said = call("sample.py", *how, "--count", 1, "--columns", 18, "--ring", "--save-tokens",
                 "ring.pt", "--singles", "rings", "--out", "rings.png", cwd=runs)
-    assert "1 pictures of 144x128" in said
+    assert "1 picture of 144x128" in said
     photo = runs / "rings" / "class0004_seed000000.png"
     call("sample.py", *how, "--continue-from", photo, "--columns", 6, "--ring", "--out",
          "closed.png", cwd=runs)

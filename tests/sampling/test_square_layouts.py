@@ -23,7 +23,7 @@ def test_squares_are_drawn_and_called_by_their_size(trained):
     folder, tokens = trained
     for width in ([], ["--width", 32], ["--columns", tokens]):
         said = call(*DRAWN, "--count", 1, "--singles", "one", *width, cwd=folder)
-        assert "1 pictures of 32x32 pixels" in said
+        assert "1 picture of 32x32 pixels" in said
         assert Image.open(next((folder / "one").iterdir())).size == (32, 32)
     assert "2 pictures of 32x32" in call(*DRAWN, "--count", 2, "--npz", "two.npz", cwd=folder)
 
@@ -44,5 +44,5 @@ def test_what_shows_columns_needs_them(trained):
     for program in (["equimini.page"], ["equimini.show", "drift"], ["equimini.show", "seams"],
                     ["equimini.experiments", "fits"]):
         assert "are no columns" in mistake(*program, "--checkpoint", last, cwd=folder)
-    assert "has no columns" in mistake("equimini.show", "tokens", "--checkpoint", last, "--image",
+    assert "makes no columns" in mistake("equimini.show", "tokens", "--checkpoint", last, "--image",
                                        "square.png", cwd=folder)

@@ -47,8 +47,7 @@ def watch(folder: Path) -> list[str]:
             seen.append(f"{event} {args}"[:200])
         elif writes and isinstance(args[0], (str, bytes, os.PathLike)):
             path = os.path.abspath(os.fsdecode(args[0]))
-            caches = "__pycache__" in path or "/torchinductor_" in path  # Python's, --compile's
-            if not path.startswith((str(folder), "/dev/")) and not caches:
+            if not path.startswith((str(folder), "/dev/")) and "__pycache__" not in path:
                 seen.append(f"{event} {path}"[:200])
     sys.addaudithook(hook)
     return seen

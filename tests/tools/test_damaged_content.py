@@ -88,7 +88,7 @@ def test_a_pickle_that_ends_early(tmp_path, change_members):
 
 
 @pytest.mark.parametrize("kind, place, value", (
-    ("tokenizer", "ema", MISSING), ("tokenizer", "step", "3"),
+    ("tokenizer", "step", "3"),
     ("tokenizer", "disc_optimizer", MISSING),
     ("generator", "optimizer.state", MISSING), ("generator", "config.run", []),
     ("generator", "optimizer.state", lambda old: {**old, 0: {"step": torch.tensor(1.0)}}),
@@ -102,6 +102,25 @@ def test_a_resumed_run(runs, tmp_path, kind, place, value):
     change(tmp_path / f"runs/{kind}/last.pt", place, value)
     assert re.search("last.pt|checkpoint's", mistake(f"train_{kind}.py", "--resume", "--steps", 7,
                                                      cwd=tmp_path))
+
+
+@pytest.mark.parametrize("kind, place, value", (
+    ("tokenizer", "ema", MISSING),
+    ("tokenizer", "config.model.base_channels", lambda number: 4096 * number),
+    ("generator", "config.model.head_width", lambda number: 4096 * number),
+    ("generator", "config.model.layers", lambda number: 4096 * number)))
+def test_a_run_goes_on_from_the_checkpoint_before(runs, tmp_path, kind, place, value):
+    """What `load` sees is told before a model of that size is built."""
+    shutil.copytree(runs / f"runs/{kind}", tmp_path / f"runs/{kind}")
+    change(tmp_path / f"runs/{kind}/last.pt", place, value)
+    assert "last.pt is damaged" in (said := call(f"train_{kind}.py", "--resume", "--steps", 7,
+                                                 cwd=tmp_path))
+    assert "continuing from the one before it" in said
+    for older in (tmp_path / f"runs/{kind}").glob("last-*.pt"):
+        older.unlink()
+    change(tmp_path / f"runs/{kind}/last.pt", place, value)
+    assert "last.pt is damaged" in mistake(f"train_{kind}.py", "--resume", "--steps", 8,
+                                           cwd=tmp_path)
 
 
 def test_a_log_loses_its_damaged_lines_alone(tmp_path):

@@ -119,7 +119,7 @@ def test_a_lead_in_is_drawn_and_cut_off(runs):
     call("sample.py", *options, "--columns", 20, "--save-tokens", "long.pt", cwd=runs)
     said = call("sample.py", *options, "--columns", 12, "--lead-in", 8, "--save-tokens", "cut.pt",
                 "--show-steps", "grown.png", cwd=runs)
-    assert "1 pictures of 48x32 pixels" in said
+    assert "1 picture of 48x32 pixels" in said
     long, cut = (torch.load(runs / f"{n}.pt", weights_only=True) for n in ("long", "cut"))
     assert torch.equal(cut["tokens"], long["tokens"][:, 8:]) and cut["labels"].shape == (1, 12)
 
